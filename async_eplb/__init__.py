@@ -1,0 +1,32 @@
+"""Move the expert weights of a Mixture-of-Experts model between GPUs while it serves."""
+
+from async_eplb.errors import EplbError
+from async_eplb.events import LayerCommitted
+from async_eplb.expert_map import ExpertMap
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.plan import LayerPlan, SlotSource, plan_layer
+from async_eplb.topology import EPTopology
+from async_eplb.transport import MemoryTransport, TorchDistTransport, Transport
+from async_eplb.updater import ExpertUpdater, UpdateSummary
+from async_eplb.weights import ExpertWeights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EPTopology",
+    "EplbError",
+    "ExpertMap",
+    "ExpertPlacement",
+    "ExpertUpdater",
+    "ExpertWeights",
+    "LayerCommitted",
+    "LayerPlan",
+    "MemoryTransport",
+    "SlotSource",
+    "TorchDistTransport",
+    "Transport",
+    "UpdateOptions",
+    "UpdateSummary",
+    "plan_layer",
+]

@@ -1,0 +1,147 @@
+"""Streams and events, and nowhere else: what orders work on a device.
+
+The current stream is a property of a thread. So the context managers here are entered only in synchronous code,
+which the workers run in threads of their own; nothing is awaited inside them.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from async_eplb.errors import InvalidWeights
+
+
+class DeviceEvent(Protocol):
+    """A point in a stream's work. It has been recorded before anybody else sees it."""
+
+    def query(self) -> bool:
+        """Whether the device has passed this point."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the device has passed this point."""
+        ...
+
+
+class Device(Protocol):
+    """The device that live weights are on."""
+
+    torch_device: torch.device
+
+    def transferring(self) -> AbstractContextManager[None]:
+        """Make the transfer stream current in this thread."""
+        ...
+
+    def committing(self) -> AbstractContextManager[None]:
+        """Make the stream that commits run on current in this thread."""
+        ...
+
+    def record(self) -> DeviceEvent:
+        """Record an event on the current stream of this thread."""
+        ...
+
+    def wait(self, event: DeviceEvent) -> None:
+        """Make later work of the current stream wait for a recorded event, without blocking this thread."""
+        ...
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised device memory as uint8 ``[nbytes]``."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Give cached memory back, so that staging does not raise the peak."""
+        ...
+
+
+class _Passed:
+    """Everything on a CPU has happened when the call returns."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class CpuDevice:
+    """The CPU: one stream, which is the program."""
+
+    torch_device = torch.device("cpu")
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        """Do nothing: copies on the CPU are done when they return."""
+        yield
+
+    committing = transferring
+
+    def record(self) -> DeviceEvent:
+        """Return an event that has passed."""
+        return _Passed()
+
+    def wait(self, event: DeviceEvent) -> None:
+        """Do nothing: the event has passed."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory as uint8 ``[nbytes]``."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def empty_cache(self) -> None:
+        """Do nothing: the CPU allocator keeps no large blocks."""
+
+
+class CudaDevice:
+    """One CUDA device, with a stream for transfers and one for commits; the default stream is never used."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        self.torch_device = torch.device("cuda", index)
+        self._transfer_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._commit_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        """Make the transfer stream and its device current in this thread."""
+        with torch.cuda.stream(self._transfer_stream):
+            yield
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Make the commit stream and its device current in this thread."""
+        with torch.cuda.stream(self._commit_stream):
+            yield
+
+    def record(self) -> DeviceEvent:
+        """Record an event on the current stream of this thread; waiting for it blocks without spinning."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def wait(self, event: DeviceEvent) -> None:
+        """Make later work of the current stream wait for the event."""
+        if not isinstance(event, torch.cuda.Event):
+            raise TypeError(f"{event!r} is not an event of a CUDA device")
+        torch.cuda.current_stream(self.torch_device).wait_event(event)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised device memory as uint8 ``[nbytes]``."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Return the caching allocator's unused blocks to the driver."""
+        torch.cuda.empty_cache()
+
+
+def device_for(torch_device: torch.device) -> Device:
+    """Return the :class:`Device` of a torch device.
+
+    :raises InvalidWeights: for kinds other than ``cpu`` and ``cuda``
+    """
+    if torch_device.type == "cpu":
+        return CpuDevice()
+    if torch_device.type == "cuda":
+        return CudaDevice(torch_device)
+    raise InvalidWeights(f"weights are on {torch_device}; expert weights can be moved on cpu and cuda")

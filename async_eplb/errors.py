@@ -1,0 +1,199 @@
+"""The error tree: every way an update can be refused or go wrong, by name.
+
+An error's facts (layer, rank, slot, sizes, limits) are attributes, so that a caller can act on them without
+reading the message. The message says what is wrong and what to do.
+"""
+
+from collections.abc import Sequence
+
+
+class EplbError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    :param committed_layers: of an update that ended early: the layers that are new on every rank; all others are
+        as they were
+    """
+
+    committed_layers: tuple[int, ...] = ()
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+
+# --- Input that was refused; nothing has changed. ---
+
+
+class InvalidTopology(EplbError, ValueError):
+    """Ranks, nodes and slots do not fit together."""
+
+
+class InvalidOptions(EplbError, ValueError):
+    """An option is out of its range."""
+
+    option: str
+
+
+class InvalidPlacement(EplbError, ValueError):
+    """A placement is malformed, or does not fit the topology or the model."""
+
+
+class ExpertOutOfRange(InvalidPlacement):
+    """A placement names a logical expert that the model does not have."""
+
+    layer: int
+    physical_expert: int
+    logical_expert: int
+
+
+class UnplacedExpert(InvalidPlacement):
+    """A logical expert has no replica in the new placement."""
+
+    layer: int
+    logical_experts: tuple[int, ...]
+
+
+class UnheldExpert(InvalidPlacement):
+    """The new placement needs a logical expert that no rank holds under the old one."""
+
+    logical_expert: int
+
+
+class LayerCountMismatch(InvalidPlacement):
+    """Old and new placement have different numbers of layers."""
+
+    expected: int
+    actual: int
+
+
+class TooManyReplicas(InvalidPlacement):
+    """An expert has more replicas than the published map has room for."""
+
+    layer: int
+    logical_expert: int
+    replicas: int
+    limit: int
+
+
+class InvalidWeights(EplbError, ValueError):
+    """Live weights cannot be moved slot by slot as bytes."""
+
+
+class InvalidSlot(InvalidWeights):
+    """A slot of a tensor is not contiguous, is expanded, or shares memory with another slot."""
+
+    tensor: str
+
+
+class SlotCountMismatch(InvalidWeights):
+    """The first dimension of a tensor is not the number of local physical experts."""
+
+    tensor: str
+    expected: int
+    actual: int
+
+
+class MixedDevices(InvalidWeights):
+    """Tensors of one updater live on more than one device."""
+
+    devices: tuple[str, ...]
+
+
+class MissingWeights(InvalidWeights):
+    """A layer changes, but the updater was given no weights for it."""
+
+    layer: int
+
+
+class RankMismatch(EplbError, ValueError):
+    """Rank or rank count differ between the topology and the transport's group."""
+
+    expected: int
+    actual: int
+
+
+class PlacementDisagreement(EplbError):
+    """Ranks began the same update with different placements, topologies, weight layouts or options."""
+
+    digests: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class GenerationMismatch(EplbError):
+    """Ranks that should begin the same update have begun different numbers of updates before."""
+
+    generations: tuple[int, ...]
+
+
+# --- Use at the wrong time. ---
+
+
+class BusyUpdater(EplbError, RuntimeError):
+    """An update is running; this updater runs one at a time."""
+
+
+class ClosedUpdater(EplbError, RuntimeError):
+    """The updater is not open: not entered yet, closed, or closed by an earlier failure."""
+
+
+class BusyTransport(EplbError, RuntimeError):
+    """A transport serves one updater; this one is in use."""
+
+
+# --- What went wrong while weights moved. ---
+
+
+class UpdateCancelled(EplbError):
+    """A rank's caller cancelled the update; all ranks ended it after the same layer."""
+
+    ranks: tuple[int, ...]
+
+
+class UpdateAborted(EplbError):
+    """Another rank failed; all ranks ended the update after the same layer and closed."""
+
+    ranks: tuple[int, ...]
+
+
+class BrokenTransport(EplbError):
+    """A transport failed or was aborted. It is never reused: open a new one."""
+
+    rank: int
+
+
+class TransferTimeout(BrokenTransport):
+    """A layer's exchange did not finish before its deadline."""
+
+    layer: int
+    timeout_s: float
+
+
+class BrokenControlGroup(EplbError):
+    """A control round did not complete: a rank is dead, closed, or never began the update."""
+
+    rank: int
+    timeout_s: float
+
+
+class VerificationError(EplbError):
+    """Bytes that arrived, or were committed, are not the expert they should be."""
+
+    layer: int
+    rank: int
+    slots: tuple[int, ...]
+    expected: Sequence[int]
+    actual: Sequence[int]
+
+
+class CanaryMismatch(VerificationError):
+    """A slot's canary names another logical expert than the new map."""
+
+
+class ChecksumMismatch(VerificationError):
+    """A slot's bytes do not have the checksum that its source computed."""
+
+
+class WorldError(EplbError):
+    """A process of a local world failed; the message carries its traceback."""
+
+    rank: int

@@ -1,0 +1,168 @@
+"""The published routing view: what the model's router reads, at addresses that never change."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from async_eplb.errors import TooManyReplicas
+from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
+from async_eplb.topology import EPTopology
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerMaps:
+    """One layer's maps, ready to be published: int64 tensors on the host, pinned where the device is a GPU."""
+
+    physical_to_logical: Tensor
+    logical_to_all_physical: Tensor
+    logical_replica_count: Tensor
+    logical_to_dispatch_physical: Tensor
+
+
+class ExpertMap:
+    """Routing tables of all layers, on the device of the weights. Rows are replaced in place, in stream order.
+
+    - ``physical_to_logical_map`` int64 ``[layers, physical]``
+    - ``logical_to_all_physical_map`` int64 ``[layers, logical, max_replicas]``, padded with -1
+    - ``logical_replica_count`` int64 ``[layers, logical]``
+    - ``logical_to_dispatch_physical_map`` int64 ``[layers, logical]``: where this rank sends an expert's tokens
+      if it does not choose among the replicas itself
+    - ``layer_generation`` int64 ``[layers]``: how often the layer has been replaced
+
+    :param max_replicas: fixed width of ``logical_to_all_physical_map``; without it, what the slots can hold at
+        most when every expert has a replica
+    :param seed: of the dispatch map's even spread
+    :raises TooManyReplicas: if the placement has an expert with more
+    """
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        topology: EPTopology,
+        *,
+        rank: int,
+        device: torch.device | str = "cpu",
+        max_replicas: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        logical = placement.num_logical_experts
+        layers = placement.num_layers
+        self._topology = topology
+        self._rank = rank
+        self._seed = seed
+        self.max_replicas = max_replicas or max(1, placement.num_physical_experts - logical + 1)
+
+        def table(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.physical_to_logical_map = table(layers, placement.num_physical_experts)
+        self.logical_to_all_physical_map = table(layers, logical, self.max_replicas)
+        self.logical_replica_count = table(layers, logical)
+        self.logical_to_dispatch_physical_map = table(layers, logical)
+        self.layer_generation = table(layers)
+        self.require_room(placement)
+        for layer in range(layers):
+            self.publish(layer, self.layer_maps(placement, layer))
+        self.layer_generation.zero_()
+
+    def require_room(self, placement: ExpertPlacement) -> None:
+        """Check that no expert of a placement has more replicas than the published map is wide.
+
+        :raises TooManyReplicas: if one has
+        """
+        counts = placement.replica_counts()
+        if counts.size and counts.max() > self.max_replicas:
+            layer, expert = (int(i) for i in np.argwhere(counts > self.max_replicas)[0])
+            raise TooManyReplicas(
+                f"layer {layer}: logical expert {expert} has {counts[layer, expert]} replicas, but the published map "
+                f"has room for {self.max_replicas}; raise UpdateOptions.max_replicas",
+                layer=layer,
+                logical_expert=expert,
+                replicas=int(counts[layer, expert]),
+                limit=self.max_replicas,
+            )
+
+    def layer_maps(self, placement: ExpertPlacement, layer: int) -> LayerMaps:
+        """Compute what :meth:`publish` writes for one layer of a placement."""
+        row = placement.physical_to_logical_map[layer]
+        replicas = logical_to_all_physical(row, placement.num_logical_experts, self.max_replicas)
+        counts = (replicas != EMPTY_SLOT).sum(axis=1)
+        dispatch = dispatch_map(replicas, self._topology, self._rank, seed=self._seed + layer)
+        pin = self.physical_to_logical_map.is_cuda
+
+        def host(values: npt.NDArray[np.integer]) -> Tensor:
+            tensor = torch.from_numpy(np.array(values, dtype=np.int64))
+            return tensor.pin_memory() if pin else tensor
+
+        return LayerMaps(host(row), host(replicas), host(counts), host(dispatch))
+
+    def publish(self, layer: int, maps: LayerMaps) -> None:
+        """Replace one layer's rows in place, on the current stream, and raise its generation."""
+        self.physical_to_logical_map[layer].copy_(maps.physical_to_logical, non_blocking=True)
+        self.logical_to_all_physical_map[layer].copy_(maps.logical_to_all_physical, non_blocking=True)
+        self.logical_replica_count[layer].copy_(maps.logical_replica_count, non_blocking=True)
+        self.logical_to_dispatch_physical_map[layer].copy_(maps.logical_to_dispatch_physical, non_blocking=True)
+        self.layer_generation[layer] += 1
+
+
+def logical_to_all_physical(
+    row: npt.NDArray[np.integer], num_logical_experts: int, width: int
+) -> npt.NDArray[np.int64]:
+    """Invert one layer's map: the physical experts of each logical one, ascending, int64 ``[logical, width]``.
+
+    :param row: ``[physical]``, -1 where empty
+    """
+    replicas = np.full((num_logical_experts, width), EMPTY_SLOT, dtype=np.int64)
+    physical = np.flatnonzero(row != EMPTY_SLOT)
+    order = physical[np.argsort(row[physical], kind="stable")]
+    logical = row[order]
+    starts = np.searchsorted(logical, np.arange(num_logical_experts))
+    replicas[logical, np.arange(len(order)) - starts[logical]] = order
+    return replicas
+
+
+def dispatch_map(
+    replicas: npt.NDArray[np.int64], topology: EPTopology, rank: int, *, seed: int
+) -> npt.NDArray[np.int64]:
+    """Choose, for each logical expert, the one replica that ``rank`` sends its tokens to: int64 ``[logical]``.
+
+    The only replica; else the lowest on this rank; else, if replicas are on several nodes, the lowest on this
+    node; else the ranks that are left spread evenly over the replicas, drawn from ``seed``. -1 without a replica.
+
+    :param replicas: as :func:`logical_to_all_physical` returns
+    """
+    rng = np.random.default_rng(seed)
+    ranks = np.arange(topology.num_ranks)
+    chosen = np.full(len(replicas), EMPTY_SLOT, dtype=np.int64)
+    for expert, padded in enumerate(replicas):
+        candidates = padded[padded != EMPTY_SLOT]
+        if len(candidates) == 0:
+            continue
+        owner = candidates // topology.num_local_physical_experts
+        node = owner // topology.num_ranks_per_node
+        near = candidates[owner == rank]
+        if len(near) == 0 and len(set(node.tolist())) > 1:
+            near = candidates[node == topology.node_of(rank)]
+        if len(candidates) == 1 or len(near):
+            chosen[expert] = near[0] if len(near) else candidates[0]
+            continue
+        far = _without_preference(ranks, owner, node, topology)
+        evenly = rng.permutation(np.resize(rng.permutation(candidates), len(far)))
+        chosen[expert] = evenly[np.searchsorted(far, rank)]
+    return chosen
+
+
+def _without_preference(
+    ranks: npt.NDArray[np.int64],
+    owner: npt.NDArray[np.int64],
+    node: npt.NDArray[np.int64],
+    topology: EPTopology,
+) -> npt.NDArray[np.int64]:
+    """Return the ranks that have neither a replica of their own nor a nearer node to prefer."""
+    preferred = np.isin(ranks, owner)
+    if len(set(node.tolist())) > 1:
+        preferred |= np.isin(ranks // topology.num_ranks_per_node, node)
+    return ranks[~preferred]

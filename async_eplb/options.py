@@ -1,0 +1,54 @@
+"""What a caller can choose about updates."""
+
+import math
+from dataclasses import dataclass
+
+from async_eplb.errors import InvalidOptions
+from async_eplb.verify import Verify
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """How an updater works. Equal on all ranks, except for the logging options.
+
+    :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
+        commit; ``"checksum"``: a checksum of its bytes too
+    :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap
+    :param operations_per_group: sends and receives that a rank posts together at most
+    :param transfer_timeout_s: deadline of one layer's exchange, in seconds
+    :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
+        ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
+    :param max_replicas: fixed width of :attr:`ExpertMap.logical_to_all_physical_map`; None for what the slots
+        can hold
+    :param dispatch_seed: of the static dispatch map's even spread
+    :param log_inputs: log shapes and both maps of each update
+    :param log_decisions: log every slot's source and every send, at level debug
+    :raises InvalidOptions: if a number is out of range
+    """
+
+    verify: str = "off"
+    staging_depth: int = 2
+    operations_per_group: int = 256
+    transfer_timeout_s: float = 30.0
+    control_timeout_s: float = 60.0
+    max_replicas: int | None = None
+    dispatch_seed: int = 0
+    log_inputs: bool = False
+    log_decisions: bool = False
+
+    def __post_init__(self) -> None:
+        modes = [mode.value for mode in Verify]
+        rules = {
+            "verify": (self.verify in modes, f"one of {', '.join(modes)}"),
+            "staging_depth": (self.staging_depth >= 1, "at least 1"),
+            "operations_per_group": (self.operations_per_group >= 1, "at least 1"),
+            "transfer_timeout_s": (0 < self.transfer_timeout_s < math.inf, "more than 0"),
+            "control_timeout_s": (
+                self.transfer_timeout_s < self.control_timeout_s < math.inf,
+                f"more than transfer_timeout_s, which is {self.transfer_timeout_s}",
+            ),
+            "max_replicas": (self.max_replicas is None or self.max_replicas >= 1, "at least 1"),
+        }
+        for option, (holds, limit) in rules.items():
+            if not holds:
+                raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)

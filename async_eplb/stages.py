@@ -1,0 +1,394 @@
+"""What happens to one layer in each stage: plan, fill, commit. The pipeline decides when."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import anyio
+import einops
+import numpy as np
+import torch
+from torch import Tensor
+
+from async_eplb.commit import commit_layer
+from async_eplb.device import Device
+from async_eplb.events import (
+    LayerCommitted,
+    LayerDecided,
+    LayerPlanned,
+    LayerTransferred,
+    Logger,
+    UpdateInputsLogged,
+    UpdateStarted,
+    emit,
+)
+from async_eplb.expert_map import ExpertMap, LayerMaps
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.plan import (
+    LayerPlan,
+    SlotSource,
+    layer_transfers,
+    matching_groups,
+    plan_layer,
+    staged_slot_counts,
+)
+from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from async_eplb.topology import EPTopology
+from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
+from async_eplb.verify import Verifier
+from async_eplb.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedLayer:
+    """A layer with all that is known before its bytes move."""
+
+    row: int
+    plan: LayerPlan
+    maps: LayerMaps
+    group_of: dict[tuple[int, int, int], int]
+    """(logical expert, source rank, destination rank) → number of the group it is posted in"""
+    num_groups: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedLayer:
+    """A layer whose staging is full on this rank."""
+
+    planned: PlannedLayer
+    buffer: StagingBuffer
+    staged_at: float
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an update has done so far on one rank."""
+
+    plan_ms: float = 0.0
+    transfer_ms: float = 0.0
+    wait_ms: float = 0.0
+    commit_ms: float = 0.0
+    sent_nbytes_within_node: int = 0
+    sent_nbytes_across_nodes: int = 0
+    received_nbytes_within_node: int = 0
+    received_nbytes_across_nodes: int = 0
+    nbytes_by_source: Counter[SlotSource] = field(default_factory=Counter)
+
+    def overlap(self, duration_ms: float) -> float:
+        """Return the time of the stages over the duration; 0 if there was no time."""
+        return (self.plan_ms + self.transfer_ms + self.commit_ms) / duration_ms if duration_ms else 0.0
+
+    def numbers(self) -> dict[str, Any]:
+        """Return all totals by name."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "nbytes_by_source"}
+
+
+class Stopwatch:
+    """Milliseconds on the event loop's clock."""
+
+    def __init__(self) -> None:
+        self._start = anyio.current_time()
+
+    def ms(self) -> float:
+        """Return the time since construction."""
+        return (anyio.current_time() - self._start) * 1e3
+
+
+class LayerStages:
+    """The three stages of one update, for one rank.
+
+    :param old: placement that the live weights have
+    :param new: placement that they shall have
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: int,
+        rank: int,
+        old: ExpertPlacement,
+        new: ExpertPlacement,
+        topology: EPTopology,
+        verifier: Verifier,
+        expert_map: ExpertMap,
+        transport: Transport,
+        device: Device,
+        workers: Workers,
+        logger: Logger,
+        options: UpdateOptions,
+    ) -> None:
+        self.tally = Tally()
+        self._generation = generation
+        self._rank = rank
+        self._old = old
+        self._new = new
+        self._topology = topology
+        self._verifier = verifier
+        self._weights = verifier.weights
+        self._expert_map = expert_map
+        self._transport = transport
+        self._device = device
+        self._workers = workers
+        self._logger = logger
+        self._options = options
+        self._callers_work = device.record()
+
+    async def prepare(self, pool: StagingPool, rows: Sequence[int]) -> None:
+        """Make staging hold the slots that change in any of ``rows``."""
+        counts = self._staged_slots(rows)
+        needed = max(
+            (
+                StagingPool.layer_nbytes(count, self._weights.slot_nbytes(row))
+                for row, count in zip(rows, counts, strict=True)
+            ),
+            default=0,
+        )
+        await self._workers.run("transfer", lambda: pool.reserve(needed))
+
+    def abort(self) -> None:
+        """Break the transport, so that no rank waits for an exchange that cannot finish."""
+        self._transport.abort()
+
+    def log_start(self, pool: StagingPool, rows: Sequence[int]) -> None:
+        """Say that the update begins."""
+        emit(
+            self._logger,
+            UpdateStarted(
+                generation=self._generation,
+                rank=self._rank,
+                num_layers=len(rows),
+                num_unchanged_layers=self._old.num_layers - len(rows),
+                staging_nbytes=pool.nbytes,
+            ),
+        )
+        if self._options.log_inputs:
+            emit(
+                self._logger,
+                UpdateInputsLogged(
+                    generation=self._generation,
+                    rank=self._rank,
+                    num_ranks=self._topology.num_ranks,
+                    num_nodes=self._topology.num_nodes,
+                    num_ranks_per_node=self._topology.num_ranks_per_node,
+                    num_local_physical_experts=self._topology.num_local_physical_experts,
+                    weight_shapes={row: self._weights.shapes(row) for row in rows},
+                    staged_slots=self._staged_slots(rows),
+                    layers=list(rows),
+                    old_physical_to_logical_map=self._old.physical_to_logical_map[list(rows)].tolist(),
+                    new_physical_to_logical_map=self._new.physical_to_logical_map[list(rows)].tolist(),
+                ),
+            )
+
+    async def plan(self, row: int) -> PlannedLayer:
+        """Plan a layer in the planning thread."""
+        watch = Stopwatch()
+        planned = await self._workers.run("plan", lambda: self._plan(row))
+        duration_ms = watch.ms()
+        self.tally.plan_ms += duration_ms
+        counts = Counter(planned.plan.slot_sources)
+        emit(
+            self._logger,
+            LayerPlanned(
+                generation=self._generation,
+                rank=self._rank,
+                layer=row,
+                duration_ms=duration_ms,
+                num_same_gpu=counts[SlotSource.SAME_GPU],
+                num_free_rider=counts[SlotSource.FREE_RIDER],
+                num_same_node=counts[SlotSource.SAME_NODE],
+                num_cross_node=counts[SlotSource.CROSS_NODE],
+                num_sends=len(planned.plan.sends),
+            ),
+        )
+        if self._options.log_decisions:
+            emit(self._logger, self._decisions(planned))
+        return planned
+
+    async def fill(self, planned: PlannedLayer, buffer: StagingBuffer) -> StagedLayer:
+        """Fill a layer's staging from peers and own slots.
+
+        :raises BrokenTransport: if that fails
+        :raises VerificationError: if something else arrived than should have
+        """
+        watch = Stopwatch()
+        plan, row = planned.plan, planned.row
+        buffer.lay_out(plan.staged_slots, self._weights.slot_nbytes(row))
+        exchange = self._exchange(planned, buffer)
+
+        def begin() -> PendingExchange | None:
+            with self._device.transferring(), torch.no_grad():
+                self._device.wait(self._callers_work)
+                self._device.wait(buffer.consumed)
+                self._mark(planned)
+                live = self._weights.views(row)
+                for copy in plan.local_copies:
+                    for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
+                        staged.copy_(view[copy.src_slot])
+                if self._transport.needs_ordered_launch:
+                    return self._transport.launch(exchange)
+                self._device.record().synchronize()
+                return None
+
+        pending = await self._workers.run("transfer", begin) or self._transport.launch(exchange)
+        await pending.wait(self._options.transfer_timeout_s)
+        await self._workers.run("transfer", lambda: self._check_staged(planned, buffer))
+        buffer.enter(BufferState.STAGED)
+        self._count_transfer(planned, watch.ms())
+        return StagedLayer(planned, buffer, anyio.current_time())
+
+    async def commit(self, staged: StagedLayer) -> LayerCommitted:
+        """Commit a layer that is staged everywhere; return when the device has done so.
+
+        :raises VerificationError: if live slots are not what was staged
+        """
+        watch = Stopwatch()
+        wait_ms = (anyio.current_time() - staged.staged_at) * 1e3
+        planned, buffer = staged.planned, staged.buffer
+
+        def copy() -> int:
+            with self._device.committing():
+                self._device.wait(self._callers_work)
+                nbytes = commit_layer(planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps)
+                buffer.consumed = self._device.record()
+            buffer.consumed.synchronize()
+            self._check_live(planned)
+            return nbytes
+
+        nbytes = await self._workers.run("commit", copy)
+        moved = [source for source in planned.plan.slot_sources if source in _MOVING]
+        committed = LayerCommitted(
+            generation=self._generation,
+            rank=self._rank,
+            layer=planned.row,
+            duration_ms=watch.ms(),
+            wait_ms=wait_ms,
+            num_slots=len(moved),
+            nbytes=nbytes,
+        )
+        self.tally.commit_ms += committed.duration_ms
+        self.tally.wait_ms += wait_ms
+        for source in moved:
+            self.tally.nbytes_by_source[source] += nbytes // len(moved)
+        emit(self._logger, committed)
+        return committed
+
+    def _staged_slots(self, rows: Sequence[int]) -> list[int]:
+        old, new = (p.physical_to_logical_map[list(rows)] for p in (self._old, self._new))
+        return [int(count) for count in staged_slot_counts(old, new, self._topology, self._rank)]
+
+    def _plan(self, row: int) -> PlannedLayer:
+        old, new = self._old.physical_to_logical_map[row], self._new.physical_to_logical_map[row]
+        transfers = layer_transfers(old, new, self._topology)
+        limit = max(1, self._options.operations_per_group // len(self._weights.slot_nbytes(row)))
+        groups = matching_groups(transfers, limit)
+        return PlannedLayer(
+            row=row,
+            plan=plan_layer(old, new, self._topology, self._rank),
+            maps=self._expert_map.layer_maps(self._new, row),
+            group_of={
+                (t.logical_expert, t.src_rank, t.dst_rank): group for t, group in zip(transfers, groups, strict=True)
+            },
+            num_groups=max(groups, default=-1) + 1,
+        )
+
+    def _exchange(self, planned: PlannedLayer, buffer: StagingBuffer) -> Exchange:
+        live = self._weights.views(planned.row)
+        sends: list[list[Message]] = [[] for _ in range(planned.num_groups)]
+        recvs: list[list[Message]] = [[] for _ in range(planned.num_groups)]
+
+        def tagged(expert: int, peer: int, parts: tuple[Tensor, ...]) -> Iterator[Message]:
+            for index, data in enumerate(parts):
+                yield Message(peer, expert * len(parts) + index, data)
+
+        for send in planned.plan.sends:
+            group = planned.group_of[send.logical_expert, self._rank, send.dst_rank]
+            parts = tuple(view[send.src_slot] for view in live)
+            sends[group] += tagged(send.logical_expert, send.dst_rank, parts)
+        for recv in sorted(planned.plan.recvs, key=lambda recv: recv.logical_expert):
+            group = planned.group_of[recv.logical_expert, recv.src_rank, self._rank]
+            recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot))
+        groups = (MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
+        return Exchange(planned.row, tuple(groups))
+
+    def _mark(self, planned: PlannedLayer) -> None:
+        experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self._rank)]
+        moving = {send.src_slot for send in planned.plan.sends}
+        moving |= {copy.src_slot for copy in planned.plan.local_copies}
+        self._verifier.mark(planned.row, experts, sorted(moving))
+
+    def _check_staged(self, planned: PlannedLayer, buffer: StagingBuffer) -> None:
+        content = {slot: buffer.views(slot) for slot in planned.plan.staged_slots}
+        with self._device.transferring():
+            self._verifier.check(planned.row, self._experts(planned), content, "staged")
+
+    def _check_live(self, planned: PlannedLayer) -> None:
+        live = self._weights.views(planned.row)
+        moved = [slot for slot, source in enumerate(planned.plan.slot_sources) if source in _MOVING]
+        content = {slot: tuple(view[slot] for view in live) for slot in moved}
+        with self._device.committing():
+            self._verifier.check(planned.row, self._experts(planned), content, "live")
+
+    def _experts(self, planned: PlannedLayer) -> dict[int, int]:
+        local = self._new.physical_to_logical_map[planned.row, self._topology.slots_of(self._rank)]
+        return dict(enumerate(local.tolist()))
+
+    def _decisions(self, planned: PlannedLayer) -> LayerDecided:
+        plan = planned.plan
+        return LayerDecided(
+            generation=self._generation,
+            rank=self._rank,
+            layer=planned.row,
+            slot_sources=[source.value for source in plan.slot_sources],
+            local_copies=[asdict(copy) for copy in plan.local_copies],
+            recvs=[asdict(recv) for recv in plan.recvs],
+            sends=[asdict(send) for send in plan.sends],
+            fan_outs=[asdict(fan_out) for fan_out in plan.fan_outs],
+        )
+
+    def _count_transfer(self, planned: PlannedLayer, duration_ms: float) -> None:
+        expert_nbytes = sum(self._weights.slot_nbytes(planned.row))
+        sent = self._nbytes_by_rank([send.dst_rank for send in planned.plan.sends], expert_nbytes)
+        received = self._nbytes_by_rank([recv.src_rank for recv in planned.plan.recvs], expert_nbytes)
+        sent_nodes, received_nodes = self._by_node(sent), self._by_node(received)
+        node = self._topology.node_of(self._rank)
+        event = LayerTransferred(
+            generation=self._generation,
+            rank=self._rank,
+            layer=planned.row,
+            duration_ms=duration_ms,
+            copied_nbytes=len(planned.plan.local_copies) * expert_nbytes,
+            sent_nbytes=sum(sent),
+            sent_nbytes_by_rank=sent,
+            sent_nbytes_by_node=sent_nodes,
+            sent_nbytes_within_node=sent_nodes[node],
+            sent_nbytes_across_nodes=sum(sent) - sent_nodes[node],
+            received_nbytes=sum(received),
+            received_nbytes_by_rank=received,
+            received_nbytes_by_node=received_nodes,
+            received_nbytes_within_node=received_nodes[node],
+            received_nbytes_across_nodes=sum(received) - received_nodes[node],
+        )
+        self.tally.transfer_ms += duration_ms
+        for name in (
+            "sent_nbytes_within_node",
+            "sent_nbytes_across_nodes",
+            "received_nbytes_within_node",
+            "received_nbytes_across_nodes",
+        ):
+            setattr(self.tally, name, getattr(self.tally, name) + getattr(event, name))
+        emit(self._logger, event)
+
+    def _nbytes_by_rank(self, peers: list[int], expert_nbytes: int) -> list[int]:
+        counts = np.bincount(np.array(peers, dtype=np.int64), minlength=self._topology.num_ranks)
+        return [int(count) * expert_nbytes for count in counts]
+
+    def _by_node(self, nbytes_by_rank: list[int]) -> list[int]:
+        nodes = einops.reduce(
+            np.array(nbytes_by_rank), "(nodes gpus) -> nodes", "sum", gpus=self._topology.num_ranks_per_node
+        )
+        return [int(nbytes) for nbytes in nodes]
+
+
+_MOVING = frozenset({SlotSource.SAME_GPU, SlotSource.FREE_RIDER, SlotSource.SAME_NODE, SlotSource.CROSS_NODE})

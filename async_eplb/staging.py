@@ -1,0 +1,137 @@
+"""Staging buffers: where a layer's new slots wait until they are committed everywhere.
+
+A buffer's life is the table below. A buffer is only ever in one state, and every change of state goes through
+:meth:`StagingBuffer.enter`::
+
+    FREE ──acquire──> FILLING ──full──> STAGED ──agreed──> COMMITTING ──copied──> FREE
+                         └──────abandoned──┴──────────────────────────────────────^
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from anyio import Semaphore
+from torch import Tensor
+
+from async_eplb.device import Device, DeviceEvent
+from async_eplb.errors import EplbError
+
+_ALIGNMENT = 256
+
+
+class BufferState(Enum):
+    """Where a staging buffer is in its life."""
+
+    FREE = "free"
+    FILLING = "filling"
+    STAGED = "staged"
+    COMMITTING = "committing"
+
+
+_ALLOWED = {
+    BufferState.FREE: {BufferState.FILLING},
+    BufferState.FILLING: {BufferState.STAGED, BufferState.FREE},
+    BufferState.STAGED: {BufferState.COMMITTING, BufferState.FREE},
+    BufferState.COMMITTING: {BufferState.FREE},
+}
+
+
+class StagingBuffer:
+    """Memory for the staged slots of one layer."""
+
+    def __init__(self, index: int, memory: Tensor, device: Device) -> None:
+        self.index = index
+        self.state = BufferState.FREE
+        self.consumed: DeviceEvent = device.record()
+        """Recorded after the copies that read this buffer last; whoever fills it next waits for this."""
+        self._memory = memory
+        self._views: dict[int, tuple[Tensor, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"<StagingBuffer {self.index} {self.state.value}: slots {sorted(self._views)}>"
+
+    def enter(self, state: BufferState) -> None:
+        """Change state.
+
+        :raises EplbError: if the table does not allow it; the buffer then stays as it was
+        """
+        if state not in _ALLOWED[self.state]:
+            raise EplbError(f"staging buffer {self.index} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int]) -> None:
+        """Divide the buffer among ``slots``, each with one aligned block for each tensor."""
+        self._views = {}
+        offset = 0
+        for slot in slots:
+            views = []
+            for nbytes in slot_nbytes:
+                views.append(self._memory[offset : offset + nbytes])
+                offset += _aligned(nbytes)
+            self._views[slot] = tuple(views)
+
+    def views(self, slot: int) -> tuple[Tensor, ...]:
+        """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
+        return self._views[slot]
+
+
+class StagingPool:
+    """As many buffers as layers may be in flight; taking one waits until one is free.
+
+    :param depth: number of buffers
+    """
+
+    def __init__(self, depth: int, device: Device) -> None:
+        self._device = device
+        self._memory = device.allocate(0)
+        self._free = Semaphore(depth)
+        self.buffers = tuple(StagingBuffer(index, self._memory, device) for index in range(depth))
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the pool holds."""
+        return int(self._memory.nbytes)
+
+    @property
+    def all_free(self) -> bool:
+        """Whether no buffer is in use."""
+        return all(buffer.state is BufferState.FREE for buffer in self.buffers)
+
+    def reserve(self, layer_nbytes: int) -> None:
+        """Make each buffer hold at least ``layer_nbytes``. Blocks and allocates; the pool never shrinks.
+
+        :raises EplbError: if a buffer is in use
+        """
+        if not self.all_free:
+            raise EplbError(f"staging cannot be resized while it is in use: {self.buffers}")
+        depth = len(self.buffers)
+        if layer_nbytes * depth <= self.nbytes:
+            return
+        for buffer in self.buffers:
+            buffer.consumed.synchronize()
+        self._memory = self._device.allocate(0)
+        self.buffers = ()
+        self._memory = self._device.allocate(layer_nbytes * depth)
+        blocks = self._memory.view(depth, layer_nbytes)
+        self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(depth))
+
+    async def acquire(self) -> StagingBuffer:
+        """Wait for a free buffer and return it, FILLING."""
+        await self._free.acquire()
+        buffer = next(buffer for buffer in self.buffers if buffer.state is BufferState.FREE)
+        buffer.enter(BufferState.FILLING)
+        return buffer
+
+    def release(self, buffer: StagingBuffer) -> None:
+        """Give a buffer back, FREE."""
+        buffer.enter(BufferState.FREE)
+        self._free.release()
+
+    @staticmethod
+    def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int]) -> int:
+        """Return what a buffer needs to stage ``num_slots`` slots of a layer."""
+        return num_slots * sum(_aligned(nbytes) for nbytes in slot_nbytes)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,117 @@
+"""The contract between the updater and whatever moves bytes between ranks.
+
+Who may touch what, and when:
+
+- A send reads live weights in place. They must not change from :meth:`Transport.launch` until the layer is staged
+  on every rank; the agreement sees to that.
+- A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
+- Messages match by peer, row and tag, so both sides must describe them alike; sizes must be equal.
+- A launched exchange is finished or its transport is broken: there is no way to take part of it back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from async_eplb.device import Device
+from async_eplb.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """Bytes to or from one peer.
+
+    :param peer: rank in the EP group
+    :param tag: equal on both sides, unique among a pair's messages of one exchange
+    :param data: contiguous uint8 ``[bytes]``: live weights of a sender, staging of a receiver
+    """
+
+    peer: int
+    tag: int
+    data: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MessageGroup:
+    """Messages that are posted together, in this order; the same group number matches on every rank."""
+
+    sends: tuple[Message, ...]
+    recvs: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """All messages of one rank for one layer.
+
+    :param row: row of the placement
+    :param groups: posted one after another
+    """
+
+    row: int
+    groups: tuple[MessageGroup, ...]
+
+
+class PendingExchange(Protocol):
+    """A launched exchange."""
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when all receives are in staging and all sends have left live weights.
+
+        :raises TransferTimeout: if that takes longer; the transport is then broken
+        :raises BrokenTransport: if the transport fails or is aborted
+        """
+        ...
+
+
+class ControlGroup(Protocol):
+    """Small messages between all ranks of an EP group, apart from the data."""
+
+    async def gather(self, row: Sequence[int]) -> list[list[int]]:
+        """Give 64-bit integers, return those of all ranks, in rank order. Blocks until all have given theirs.
+
+        :raises BrokenControlGroup: if a rank does not
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Moves the bytes of one updater; it is opened once and never reused after a failure."""
+
+    needs_ordered_launch: bool
+    """Whether launches must have the same order as the model's own collectives on every rank."""
+
+    @property
+    def rank(self) -> int:
+        """This process in the EP group."""
+        ...
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the EP group."""
+        ...
+
+    async def open(self, device: Device, workers: Workers, *, control_timeout_s: float) -> ControlGroup:
+        """Connect to all ranks, which must all be opening; return a control group for this transport's owner.
+
+        :raises BusyTransport: if it is open already
+        """
+        ...
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Post an exchange without waiting for any peer.
+
+        Where :attr:`needs_ordered_launch`, the work goes behind the current stream of the calling thread.
+
+        :raises BrokenTransport: if the transport is not open
+        """
+        ...
+
+    def abort(self) -> None:
+        """Break the transport: exchanges under way end with an error, here and at the peers they are with."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close all connections. Nothing may be under way."""
+        ...

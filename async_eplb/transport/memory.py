@@ -1,0 +1,244 @@
+"""A transport inside one event loop, for tests and simulation: real bytes, scheduled delays and faults."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import anyio
+from anyio import CancelScope, Event, fail_after
+from torch import Tensor
+
+from async_eplb.device import Device
+from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
+from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
+from async_eplb.workers import Workers
+
+
+class FaultKind(Enum):
+    """What can happen to a message."""
+
+    DROP = "drop"
+    CORRUPT = "corrupt"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault."""
+
+    kind: FaultKind
+    src_rank: int
+    dst_rank: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySchedule:
+    """What time a world takes and what goes wrong in it; equal schedules give equal runs.
+
+    :param seed: of all random delays
+    :param exchange_s: seconds that an exchange takes at least
+    :param message_jitter_s: each message takes up to this many seconds more, at random
+    :param control_s: seconds that a control round takes
+    :param faults: what happens to messages
+    """
+
+    seed: int = 0
+    exchange_s: float = 0.0
+    message_jitter_s: float = 0.0
+    control_s: float = 0.0
+    faults: tuple[Fault, ...] = ()
+
+
+_MessageKey = tuple[int, int, int, int]
+
+
+class _Mail:
+    """One message, known to whichever side posts first."""
+
+    def __init__(self) -> None:
+        self.posted = Event()
+        self.delivered = Event()
+        self.data: Tensor | None = None
+
+
+class _World:
+    """What the transports of a world share."""
+
+    def __init__(self, num_ranks: int, schedule: MemorySchedule) -> None:
+        self.num_ranks = num_ranks
+        self.schedule = schedule
+        self.random = random.Random(schedule.seed)  # noqa: S311 - repeatable delays, not secrets
+        self.mail: dict[_MessageKey, _Mail] = {}
+        self.rounds: dict[int, dict[int, list[int]]] = {}
+        self.complete: dict[int, Event] = {}
+        self.waits: list[tuple[CancelScope, frozenset[int]]] = []
+        self.gone: set[int] = set()
+
+    @contextmanager
+    def interruptible(self, ranks: frozenset[int]) -> Iterator[None]:
+        """Let the body run until one of ``ranks`` is gone, then raise BrokenTransport."""
+        with CancelScope() as scope:
+            wait = (scope, ranks)
+            self.waits.append(wait)
+            try:
+                if ranks & self.gone:
+                    scope.cancel()
+                yield
+            finally:
+                self.waits.remove(wait)
+        if scope.cancelled_caught:
+            gone = min(ranks & self.gone)
+            raise BrokenTransport(f"rank {gone} has gone", rank=gone)
+
+    def leave(self, rank: int) -> None:
+        self.gone.add(rank)
+        for scope, ranks in self.waits:
+            if rank in ranks:
+                scope.cancel()
+
+    def mail_for(self, key: _MessageKey) -> _Mail:
+        return self.mail.setdefault(key, _Mail())
+
+    def fault(self, key: _MessageKey) -> FaultKind | None:
+        src, dst, row, _ = key
+        kinds = (f.kind for f in self.schedule.faults if (f.src_rank, f.dst_rank, f.row) == (src, dst, row))
+        return next(kinds, None)
+
+
+class MemoryTransport:
+    """One rank of a world inside this process; all ranks run in one event loop.
+
+    Made by :meth:`world`. Bytes are copied when a message is delivered, so a sender that changes live weights too
+    early is found out.
+    """
+
+    needs_ordered_launch = False
+
+    def __init__(self, world: _World, rank: int) -> None:
+        self._world = world
+        self._rank = rank
+        self._opened = False
+
+    @classmethod
+    def world(cls, num_ranks: int, schedule: MemorySchedule | None = None) -> "tuple[MemoryTransport, ...]":
+        """Return the connected transports of a world, by rank."""
+        world = _World(num_ranks, schedule or MemorySchedule())
+        return tuple(cls(world, rank) for rank in range(num_ranks))
+
+    def __repr__(self) -> str:
+        return f"<MemoryTransport rank {self._rank} of {self.num_ranks}>"
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the world."""
+        return self._world.num_ranks
+
+    async def open(self, device: Device, workers: Workers, *, control_timeout_s: float) -> ControlGroup:  # noqa: ARG002
+        """Return this rank's control group; there is nothing to connect."""
+        if self._opened:
+            raise BusyTransport(f"{self!r} is in use; make one transport for each updater")
+        self._opened = True
+        return _MemoryControlGroup(self._world, self._rank, control_timeout_s)
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Offer this rank's messages to their peers."""
+        if not self._opened or self._rank in self._world.gone:
+            raise BrokenTransport(f"{self!r} is not open", rank=self._rank)
+        return _MemoryExchange(self._world, self._rank, exchange)
+
+    def abort(self) -> None:
+        """Leave the world."""
+        self._world.leave(self._rank)
+
+    async def aclose(self) -> None:
+        """Leave the world."""
+        self._world.leave(self._rank)
+
+
+class _MemoryExchange:
+    def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
+        self._world = world
+        self._rank = rank
+        self._row = exchange.row
+        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        self._sends = [message for group in exchange.groups for message in group.sends]
+        for message in self._sends:
+            mail = world.mail_for(self._send_key(message))
+            mail.data = message.data
+            mail.posted.set()
+
+    def _send_key(self, message: Message) -> _MessageKey:
+        return (self._rank, message.peer, self._row, message.tag)
+
+    def _recv_key(self, message: Message) -> _MessageKey:
+        return (message.peer, self._rank, self._row, message.tag)
+
+    async def wait(self, timeout_s: float) -> None:
+        peers = frozenset(message.peer for message in (*self._recvs, *self._sends)) | {self._rank}
+        try:
+            with self._world.interruptible(peers), fail_after(timeout_s):
+                await anyio.sleep(self._world.schedule.exchange_s)
+                for message in self._recvs:
+                    await self._receive(message)
+                for message in self._sends:
+                    await self._world.mail_for(self._send_key(message)).delivered.wait()
+        except TimeoutError as error:
+            self._world.leave(self._rank)
+            raise TransferTimeout(
+                f"rank {self._rank}: row {self._row} was not exchanged within {timeout_s} s",
+                rank=self._rank,
+                layer=self._row,
+                timeout_s=timeout_s,
+            ) from error
+        for message in self._sends:
+            del self._world.mail[self._send_key(message)]
+
+    async def _receive(self, message: Message) -> None:
+        key = self._recv_key(message)
+        mail = self._world.mail_for(key)
+        await mail.posted.wait()
+        await anyio.sleep(self._world.random.uniform(0, self._world.schedule.message_jitter_s))
+        fault = self._world.fault(key)
+        if fault is FaultKind.DROP or mail.data is None:
+            await anyio.sleep_forever()
+            return
+        message.data.copy_(mail.data)
+        if fault is FaultKind.CORRUPT:
+            message.data[0] ^= 1
+        mail.delivered.set()
+
+
+class _MemoryControlGroup:
+    def __init__(self, world: _World, rank: int, timeout_s: float) -> None:
+        self._world = world
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._round = 0
+
+    async def gather(self, row: Sequence[int]) -> list[list[int]]:
+        world, number = self._world, self._round
+        self._round += 1
+        rows = world.rounds.setdefault(number, {})
+        complete = world.complete.setdefault(number, Event())
+        rows[self._rank] = list(row)
+        if len(rows) == world.num_ranks:
+            del world.rounds[number], world.complete[number]
+            complete.set()
+        with anyio.move_on_after(self._timeout_s):
+            await complete.wait()
+        await anyio.sleep(world.schedule.control_s)
+        if not complete.is_set():
+            missing = sorted(set(range(world.num_ranks)) - set(rows))
+            raise BrokenControlGroup(
+                f"rank {self._rank}: no ballot from ranks {missing} within {self._timeout_s} s",
+                rank=self._rank,
+                timeout_s=self._timeout_s,
+            )
+        return [rows[rank] for rank in range(world.num_ranks)]
