@@ -1,0 +1,234 @@
+"""The demo: real processes move a model's expert weights, then check every byte."""
+
+import argparse
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import anyio
+import numpy as np
+import structlog
+import torch
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from async_eplb.cli.render import in_bytes, print_table, progress
+from async_eplb.errors import InvalidPlacement, InvalidTopology
+from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
+from async_eplb.launch import World, WorldRank
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.plan import SlotSource
+from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.topology import EPTopology
+from async_eplb.transport.torch_dist import Backend, TorchDistTransport
+from async_eplb.updater import ExpertUpdater, UpdateSummary
+from async_eplb.weights import ExpertWeights
+
+_STAGES = {LayerPlanned.name: "planned", LayerTransferred.name: "transferred", LayerCommitted.name: "committed"}
+
+_SOURCES = {
+    SlotSource.SAME_GPU: "from the same GPU",
+    SlotSource.FREE_RIDER: "received once for several slots",
+    SlotSource.SAME_NODE: "from the same node",
+    SlotSource.CROSS_NODE: "from another node",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the demo moves, and where."""
+
+    topology: EPTopology
+    old: ExpertPlacement
+    new: ExpertPlacement
+    model: SampleModel
+    backend: Backend
+    log_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult:
+    """What one rank reports."""
+
+    summary: UpdateSummary
+    wrong_slots: list[tuple[int, int]]
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``demo`` to the command line."""
+    parser = commands.add_parser(
+        "demo",
+        help="move expert weights between real processes and check every byte",
+        description="Start one process for each rank, give them a model's expert weights, move these to a new "
+        "placement, and check every byte of every slot. Without options: the example that DeepSeek published with "
+        "its load balancer, 8 ranks on 2 nodes. Exit status 0 only if every byte is right.",
+    )
+    parser.add_argument("--ranks", type=_positive, help="processes (default: 4)")
+    parser.add_argument("--nodes", type=_positive, help="pretend nodes that the ranks are on (default: 2)")
+    parser.add_argument("--layers", type=_positive, help="MoE layers (default: 8)")
+    parser.add_argument("--experts", type=_positive, help="logical experts of each layer (default: 16)")
+    parser.add_argument("--replicas", type=_positive, help="physical experts of each layer (default: 1.5 per expert)")
+    parser.add_argument(
+        "--placement",
+        metavar="FILE",
+        help="placement to move to: .json or .pt with physical_to_logical_map, as serving engines write it",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of the placement drawn (default: 0)")
+    parser.add_argument(
+        "--backend", choices=("auto", "gloo", "nccl"), default="auto", help="auto: nccl with a GPU each"
+    )
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's events there, as JSON lines")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and print what it did."""
+    job = _job(options)
+    if job.log_dir is not None:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+    num_ranks = job.topology.num_ranks
+    num_layers = len(job.new.changed_layers(job.old))
+    totals = dict.fromkeys(_STAGES.values(), num_layers * num_ranks)
+    with progress(totals) as advance:
+        world = World(num_ranks, on_message=lambda _rank, message: advance(str(message)))
+        results = world.run(move_and_check, job)
+    print_table(_title(job), list(_rows(job, results)))
+    wrong = [(rank, *slot) for rank, result in enumerate(results) for slot in result.wrong_slots]
+    if wrong:
+        print(f"WRONG: {len(wrong)} slots do not hold their expert; (rank, layer, slot): {wrong[:10]}")
+        return 1
+    nbytes = job.model.expert_nbytes() * int((job.new.physical_to_logical_map >= 0).sum())
+    print(f"Every byte of every slot on every rank is right ({in_bytes(nbytes)} compared).")
+    return 0
+
+
+def move_and_check(world: WorldRank, job: Job) -> RankResult:
+    """Be one rank: move the weights, then compare them with what they should be."""
+    device = torch.device("cpu")
+    if job.backend == "nccl":
+        os.environ["NCCL_HOSTID"] = f"async-eplb-rank-{world.rank}"
+        device = torch.device("cuda", world.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    tensors = job.model.weights(job.old, job.topology, world.rank, device)
+    with ExitStack() as stack:
+        logger = _logger(world, job.log_dir, stack)
+        summary = anyio.run(_move, world.rank, job, ExpertWeights(tensors), logger)
+    return RankResult(summary, job.model.wrong_slots(tensors, job.new, job.topology, world.rank))
+
+
+async def _move(rank: int, job: Job, weights: ExpertWeights, logger: Logger) -> UpdateSummary:
+    updater = ExpertUpdater(
+        weights,
+        job.old,
+        job.topology,
+        rank=rank,
+        transport=TorchDistTransport(backend=job.backend),
+        options=UpdateOptions(verify="checksum", log_inputs=True, log_decisions=True),
+        logger=logger,
+    )
+    async with updater:
+        return await updater.update(job.new)
+
+
+def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
+    """Return a logger that tells the parent of each stage, and writes events as JSON lines if asked to."""
+
+    def tell_parent(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        if event["event"] in _STAGES:
+            world.send(_STAGES[event["event"]])
+        if log_dir is None:
+            raise structlog.DropEvent
+        return event
+
+    path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
+    file = stack.enter_context(open(path, "w"))  # noqa: PTH123 - os.devnull is a str
+    processors: list[Processor] = [
+        tell_parent,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.JSONRenderer(),
+    ]
+    logger: Logger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+    )
+    return logger
+
+
+def _job(options: argparse.Namespace) -> Job:
+    model = SampleModel(seed=options.seed)
+    own = any(value is not None for value in (options.ranks, options.layers, options.experts, options.placement))
+    new = _own_target(options) if own else _published_target()
+    num_ranks = options.ranks or (4 if own else 8)
+    num_nodes = options.nodes or (1 if num_ranks % 2 else 2)
+    topology = EPTopology.for_physical_experts(new.num_physical_experts, num_ranks=num_ranks, num_nodes=num_nodes)
+    if new.unplaced():
+        raise InvalidPlacement(f"the placement leaves logical experts without a replica: {new.unplaced()}")
+    old = ExpertPlacement.trivial(new.num_layers, new.num_physical_experts, new.num_logical_experts)
+    return Job(topology, old, new, model, _backend(options.backend, num_ranks), options.log_dir)
+
+
+def _published_target() -> ExpertPlacement:
+    example = files("async_eplb").joinpath("data/deepseek_example.json").read_text()
+    return ExpertPlacement.load(example)
+
+
+def _own_target(options: argparse.Namespace) -> ExpertPlacement:
+    if options.placement is not None:
+        return ExpertPlacement.load(options.placement, options.experts)
+    num_ranks = options.ranks or 4
+    num_experts = options.experts or 16
+    num_replicas = options.replicas or -(-num_experts * 3 // (2 * num_ranks)) * num_ranks
+    if num_replicas < num_experts:
+        raise InvalidTopology(f"{num_replicas} replicas are too few: each of the {num_experts} experts needs one")
+    return random_placement(np.random.default_rng(options.seed), options.layers or 8, num_replicas, num_experts)
+
+
+def _backend(choice: str, num_ranks: int) -> Backend:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "nccl" and num_gpus == 0:
+        raise InvalidTopology("--backend nccl needs a GPU, and torch sees none here; use --backend gloo")
+    if choice == "auto":
+        return "nccl" if num_gpus >= num_ranks else "gloo"
+    return "nccl" if choice == "nccl" else "gloo"
+
+
+def _title(job: Job) -> str:
+    topology = job.topology
+    return (
+        f"{job.old.num_logical_experts} experts in {topology.num_physical_experts} slots, {topology.num_ranks} ranks "
+        f"on {topology.num_nodes} nodes, {job.backend}"
+    )
+
+
+def _rows(job: Job, results: list[RankResult]) -> Iterable[tuple[str, str]]:
+    summaries = [result.summary for result in results]
+    first = summaries[0]
+    yield "layers", f"{len(first.layers)} moved, {first.num_unchanged_layers} unchanged"
+    by_source: Counter[SlotSource] = Counter()
+    for summary in summaries:
+        by_source.update(summary.nbytes_by_source)
+    for source, label in _SOURCES.items():
+        yield f"bytes {label}", in_bytes(by_source[source])
+    yield "bytes sent within nodes", in_bytes(sum(s.sent_nbytes_within_node for s in summaries))
+    yield "bytes sent across nodes", in_bytes(sum(s.sent_nbytes_across_nodes for s in summaries))
+    for stage in ("plan", "transfer", "wait", "commit"):
+        times = [getattr(summary, f"{stage}_ms") for summary in summaries]
+        yield f"{stage} time", f"{max(times):.1f} ms (slowest rank, all layers)"
+    yield "duration", f"{max(s.duration_ms for s in summaries):.1f} ms"
+    yield "overlap", f"{max(s.overlap for s in summaries):.2f} (stage time over duration)"
+    wrong = sum(len(result.wrong_slots) for result in results)
+    yield "verdict", "right" if wrong == 0 else f"{wrong} of {job.new.physical_to_logical_map.size} slots wrong"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value

@@ -1,0 +1,154 @@
+"""Worlds of real processes on this machine, connected over the loopback interface."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from async_eplb.errors import WorldError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorldRank:
+    """What a process of a world knows of itself; its torch.distributed world group is initialised.
+
+    :param send: passes a picklable message to ``on_message`` of the process that runs the world
+    """
+
+    rank: int
+    num_ranks: int
+    send: Callable[[object], None]
+
+
+def run_world(
+    function: Callable[Concatenate[WorldRank, P], T],
+    num_ranks: int,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> list[T]:
+    """Run ``function(world_rank, *args, **kwargs)`` in ``num_ranks`` processes and return their results, by rank.
+
+    The processes find each other through a file and talk gloo over loopback; nothing listens elsewhere. If one
+    fails, the others are ended.
+
+    :param function: importable, as are its arguments and its result picklable
+    :raises WorldError: with the traceback of the first process that failed
+    """
+    return World(num_ranks).run(function, *args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """How a world of processes is run.
+
+    :param num_ranks: processes
+    :param timeout_s: after which all processes are ended
+    :param on_message: called here, in the calling thread, with (rank, message) for each ``WorldRank.send``
+    """
+
+    num_ranks: int
+    timeout_s: float = 300.0
+    on_message: Callable[[int, object], None] = lambda _rank, _message: None
+
+    def run(self, function: Callable[Concatenate[WorldRank, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Start the processes, wait for all of them, and return their results.
+
+        :raises WorldError: if one fails, dies, or does not end in time
+        """
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["async_eplb.launch", "async_eplb.updater"])
+        call = pickle.dumps((function, args, kwargs))
+        with tempfile.TemporaryDirectory(prefix="async-eplb-") as folder:
+            processes: list[BaseProcess] = []
+            connections: list[Connection] = []
+            try:
+                for rank in range(self.num_ranks):
+                    here, there = context.Pipe(duplex=False)
+                    setup = (rank, self.num_ranks, str(Path(folder) / "store"), self.timeout_s)
+                    process = context.Process(target=_process, args=(setup, call, there), name=f"rank-{rank}")
+                    process.start()
+                    there.close()
+                    processes.append(process)
+                    connections.append(here)
+                results: list[T] = self._collect(processes, connections)
+                for running in processes:
+                    running.join(_GRACE_S)
+                return results
+            finally:
+                for running in processes:
+                    running.kill()
+                    running.join()
+                for connection in connections:
+                    connection.close()
+
+    def _collect(self, processes: list[BaseProcess], connections: list[Connection]) -> list[T]:
+        deadline = time.monotonic() + self.timeout_s
+        results: dict[int, T] = {}
+        while len(results) < self.num_ranks:
+            open_ranks = {connections[rank]: rank for rank in range(self.num_ranks) if rank not in results}
+            ready = wait(list(open_ranks), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(open_ranks.values())
+                raise WorldError(f"ranks {late} did not end within {self.timeout_s} s", rank=late[0])
+            for connection in ready:
+                rank = open_ranks[connection]  # type: ignore[index]
+                kind, value = _received(connection, processes[rank], rank)  # type: ignore[arg-type]
+                if kind == "message":
+                    self.on_message(rank, value)
+                elif kind == "result":
+                    results[rank] = value  # type: ignore[assignment]
+                else:
+                    raise WorldError(f"rank {rank} failed:\n{value}", rank=rank)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+
+def _received(connection: Connection, process: BaseProcess, rank: int) -> tuple[str, object]:
+    try:
+        received: tuple[str, object] = connection.recv()
+    except EOFError:
+        process.join(_GRACE_S)
+        return "error", f"the process of rank {rank} died with exit code {process.exitcode}"
+    return received
+
+
+def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connection) -> None:
+    rank, num_ranks, store_path, timeout_s = setup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    try:
+        function, args, kwargs = pickle.loads(call)  # noqa: S301 - from the parent process
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store_path, num_ranks),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        try:
+            world_rank = WorldRank(rank, num_ranks, lambda message: connection.send(("message", message)))
+            result = function(world_rank, *args, **kwargs)
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+        connection.send(("result", result))
+    except BaseException:  # noqa: BLE001 - reported to the parent, which raises it
+        connection.send(("error", traceback.format_exc()))
