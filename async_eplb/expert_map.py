@@ -134,7 +134,6 @@ def dispatch_map(
 
     :param replicas: as :func:`logical_to_all_physical` returns
     """
-    rng = np.random.default_rng(seed)
     ranks = np.arange(topology.num_ranks)
     chosen = np.full(len(replicas), EMPTY_SLOT, dtype=np.int64)
     for expert, padded in enumerate(replicas):
@@ -150,6 +149,7 @@ def dispatch_map(
             chosen[expert] = near[0] if len(near) else candidates[0]
             continue
         far = _without_preference(ranks, owner, node, topology)
+        rng = np.random.default_rng([seed, expert])  # the same draws on every rank
         evenly = rng.permutation(np.resize(rng.permutation(candidates), len(far)))
         chosen[expert] = evenly[np.searchsorted(far, rank)]
     return chosen

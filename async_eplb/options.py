@@ -47,6 +47,7 @@ class UpdateOptions:
                 self.transfer_timeout_s < self.control_timeout_s < math.inf,
                 f"more than transfer_timeout_s, which is {self.transfer_timeout_s}",
             ),
+            "dispatch_seed": (self.dispatch_seed >= 0, "at least 0"),
             "max_replicas": (self.max_replicas is None or self.max_replicas >= 1, "at least 1"),
         }
         for option, (holds, limit) in rules.items():

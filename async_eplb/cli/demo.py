@@ -78,9 +78,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="placement to move to: .json or .pt with physical_to_logical_map, as serving engines write it",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of the placement drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and placement (default: 0)")
     parser.add_argument(
-        "--backend", choices=("auto", "gloo", "nccl"), default="auto", help="auto: nccl with a GPU each"
+        "--backend", choices=("auto", "gloo", "nccl"), default="auto", help="auto: nccl if GPUs suffice"
     )
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's events there, as JSON lines")
     parser.set_defaults(run=run)

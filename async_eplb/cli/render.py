@@ -19,7 +19,9 @@ else:
 class Advance(Protocol):
     """Says that one more of something is done."""
 
-    def __call__(self, name: str) -> None: ...
+    def __call__(self, name: str) -> None:
+        """Advance the bar of that name."""
+        ...
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Worlds inside one process, for tests."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from anyio import create_task_group
+from torch import Tensor
+
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.staging import BufferState
+from async_eplb.testing import ScheduledWorkers
+from async_eplb.transport import MemorySchedule
+from async_eplb.workers import Workers
+
+TINY = SampleModel(hidden=8, intermediate=4)
+
+
+@dataclass(frozen=True)
+class MemoryRank:
+    """One rank of a world in memory."""
+
+    updater: ExpertUpdater
+    tensors: Mapping[int, list[Tensor]]
+
+    def assert_consistent(self) -> None:
+        """Weights, maps and placement of every layer agree, and no staging buffer is in use."""
+        updater, placement = self.updater, self.updater.placement
+        assert TINY.wrong_slots(self.tensors, placement, updater.topology, updater.rank) == []
+        published = updater.expert_map.physical_to_logical_map
+        assert published.tolist() == placement.physical_to_logical_map.tolist()
+        assert all(buffer.state is BufferState.FREE for buffer in updater._pool.buffers)
+
+
+@asynccontextmanager
+async def memory_world(
+    placement: ExpertPlacement,
+    topology: EPTopology,
+    *,
+    schedule: MemorySchedule | None = None,
+    options: UpdateOptions | None = None,
+    workers: Callable[[], Workers] = ScheduledWorkers,
+) -> AsyncIterator[list[MemoryRank]]:
+    """Open an updater for each rank."""
+    async with AsyncExitStack() as stack:
+        ranks = []
+        for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
+            tensors = TINY.weights(placement, topology, rank)
+            updater = ExpertUpdater(
+                ExpertWeights(tensors),
+                placement,
+                topology,
+                rank=rank,
+                transport=transport,
+                options=options,
+                workers=workers(),
+            )
+            ranks.append(MemoryRank(await stack.enter_async_context(updater), tensors))
+        yield ranks
+
+
+async def together(calls: list[Callable[[], Awaitable[object]]]) -> list[object]:
+    """Run one call for each rank at once; return results and exceptions, by rank."""
+    outcomes: list[object] = [None] * len(calls)
+
+    async def run(index: int) -> None:
+        try:
+            outcomes[index] = await calls[index]()
+        except Exception as error:  # noqa: BLE001 - an outcome like any other
+            outcomes[index] = error
+
+    async with create_task_group() as tasks:
+        for index in range(len(calls)):
+            tasks.start_soon(run, index)
+    return outcomes
+
+
+def two_placements(
+    topology: EPTopology, num_layers: int, num_experts: int, seed: int = 0
+) -> tuple[ExpertPlacement, ExpertPlacement]:
+    """Draw an old and a new placement that differ in every layer."""
+    rng = np.random.default_rng(seed)
+    physical = topology.num_physical_experts
+    old, new = (random_placement(rng, num_layers, physical, num_experts) for _ in range(2))
+    assert len(new.changed_layers(old)) == num_layers
+    return old, new
+
+
+def float_weights(num_slots: int = 2, rows: int = 1) -> dict[int, list[Tensor]]:
+    """Return small weights of one tensor a row."""
+    return {row: [torch.zeros(num_slots, 4)] for row in range(rows)}

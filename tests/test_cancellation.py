@@ -1,0 +1,139 @@
+"""Cancelling an update at every point of it leaves all ranks at the same layer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+from anyio import CancelScope, create_task_group
+from anyio.lowlevel import checkpoint
+from helpers import MemoryRank, memory_world, together, two_placements
+
+from async_eplb import EPTopology, ExpertPlacement
+from async_eplb.errors import UpdateCancelled
+from async_eplb.transport import MemorySchedule
+
+TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
+NUM_LAYERS = 5
+
+pytestmark = pytest.mark.anyio
+
+
+async def cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> bool:
+    """Run ``call``, cancel it after so many turns of the event loop; return whether it had ended before."""
+    done = False
+    async with create_task_group() as tasks:
+        with CancelScope() as scope:
+
+            async def cancel() -> None:
+                for _ in range(ticks):
+                    await checkpoint()
+                scope.cancel()
+
+            tasks.start_soon(cancel)
+            await call()
+            done = True
+            tasks.cancel_scope.cancel()
+    return done
+
+
+async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> bool:
+    """Do the same with asyncio's own cancellation, twice in a row, as servers that know no anyio do."""
+    task = asyncio.ensure_future(call())
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
+def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement, new: ExpertPlacement) -> int:
+    """All ranks have committed the same first layers; return how many."""
+    placements = {rank.updater.placement for rank in ranks}
+    assert len(placements) == 1
+    for rank in ranks:
+        rank.assert_consistent()
+    changed = placements.pop().changed_layers(old)
+    assert changed == tuple(range(len(changed)))
+    return len(changed)
+
+
+async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]]) -> list[int]:
+    """Cancel one rank's update after each number of ticks until it is too late; return the layers committed."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    committed, ticks, done = [], 0, False
+    while not done:
+        schedule = MemorySchedule(seed=ticks, message_jitter_s=0.0)
+        async with memory_world(old, TOPOLOGY, schedule=schedule) as ranks:
+            victim = ranks[ticks % len(ranks)].updater
+            others = [rank.updater for rank in ranks if rank.updater is not victim]
+            outcomes: list[Any] = await together(
+                [
+                    lambda v=victim, t=ticks: cancel(t, lambda: v.update(new)),  # type: ignore[misc]
+                    *(lambda u=other: u.update(new) for other in others),  # type: ignore[misc]
+                ]
+            )
+            done = outcomes[0] is True
+            while victim._run is not None:
+                await checkpoint()
+            layers = assert_same_layer(ranks, old, new)
+            committed.append(layers)
+            for outcome in outcomes[1:]:
+                assert isinstance(outcome, UpdateCancelled) == (layers < NUM_LAYERS)
+            await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            assert assert_same_layer(ranks, old, new) == NUM_LAYERS
+        ticks += 1
+    return committed
+
+
+async def test_cancelling_at_every_point() -> None:
+    """Whenever it comes: same layer everywhere, buffers free, updater usable."""
+    committed = await cancel_everywhere(cancelled_after)
+    assert len(committed) > 50
+    assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
+    assert committed == sorted(committed)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelling_natively_at_every_point() -> None:
+    """A plain ``task.cancel()``, even a second one, is no different."""
+    committed = await cancel_everywhere(natively_cancelled_after)
+    assert len(committed) > 50
+
+
+async def test_cancelling_all_ranks_at_once() -> None:
+    """When every rank's caller goes away at another time, they still agree."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    for ticks in range(0, 60, 3):
+        async with memory_world(old, TOPOLOGY) as ranks:
+            await together(
+                [
+                    lambda u=rank.updater, t=ticks + 7 * i: cancelled_after(t, lambda: u.update(new))  # type: ignore[misc]
+                    for i, rank in enumerate(ranks)
+                ]
+            )
+            assert_same_layer(ranks, old, new)
+
+
+async def test_leaving_the_updater_ends_its_update() -> None:
+    """Closing one rank's updater in the middle cancels, and the others stand where it stands."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+
+        async def leave() -> None:
+            for _ in range(30):
+                await checkpoint()
+            await ranks[0].updater.__aexit__(None, None, None)
+
+        async with create_task_group() as tasks:
+            for rank in ranks:
+                tasks.start_soon(together, [lambda u=rank.updater: u.update(new)])  # type: ignore[list-item, misc]
+            with anyio.fail_after(10):
+                await ranks[0].updater._end_running_update()
+        assert_same_layer(ranks, old, new)
