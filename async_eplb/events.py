@@ -146,7 +146,7 @@ class UpdateFailed(Event):
 
     duration_ms: float
     error: str
-    message: str
+    error_message: str
     committed_layers: list[int]
 
 

@@ -120,8 +120,12 @@ class UpdateRun:
                     self._pool.release(buffer)
         self.duration_ms = watch.ms()
         self._conclude()
-        self._on_finish(self)
-        self.finished.set()
+        try:
+            self._on_finish(self)
+        except Exception as error:  # noqa: BLE001 - raised to the caller, whose logger it probably was
+            self.error = self.error or error
+        finally:
+            self.finished.set()
 
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:

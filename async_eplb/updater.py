@@ -180,14 +180,14 @@ class ExpertUpdater:
         """
         sender, receiver = create_memory_object_stream[LayerCommitted](math.inf)
         run = self._begin(new_placement, layers, sender.send_nowait, sender.close)
-        try:
-            with receiver:
+        with receiver:
+            try:
                 async for committed in receiver:
                     yield committed
-        finally:
-            if not run.finished.is_set():
-                run.cancel()
-            await self._join(run)
+            finally:
+                if not run.finished.is_set():
+                    run.cancel()
+                await self._join(run)
         self._summary(run)
 
     def _begin(
@@ -257,7 +257,7 @@ class ExpertUpdater:
                 rank=self.rank,
                 duration_ms=run.duration_ms,
                 error=type(run.error).__name__,
-                message=str(run.error),
+                error_message=str(run.error),
                 committed_layers=run.committed,
             )
         tally = run.stages.tally
