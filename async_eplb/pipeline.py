@@ -42,9 +42,10 @@ class LayerPipeline:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
+        """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
         self._tasks = None
-        return await self._stack.__aexit__(kind, error, traceback)
+        await self._stack.aclose()
 
     def start(self, run: "UpdateRun") -> None:
         """Run an update in the background; what becomes of it is told by the run."""

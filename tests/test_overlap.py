@@ -9,13 +9,13 @@ from async_eplb import EPTopology, UpdateOptions
 from async_eplb.testing import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 
-TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
+TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=6)
 NUM_LAYERS = 20
 
 
 async def duration_s(stages_s: dict[str, float], depth: int) -> float:
     """Return what an update of 20 layers takes on the virtual clock."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=4)
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=8)
     schedule = MemorySchedule(exchange_s=stages_s["transfer"], control_s=0.02)
     durations = {"plan": stages_s["plan"], "commit": stages_s["commit"]}
     options = UpdateOptions(staging_depth=depth)

@@ -289,7 +289,7 @@ async def test_a_corrupt_byte_is_found_before_it_is_committed() -> None:
     """The receiving rank says which slot; all ranks keep the layers before, old everywhere after, and close."""
     old = ExpertPlacement.from_mapping([[0, 1, 2, 3]] * 3)
     new = ExpertPlacement.from_mapping([[2, 1, 0, 3]] * 3)
-    schedule = MemorySchedule(faults=(Fault(FaultKind.CORRUPT, src_rank=0, dst_rank=1, row=1),))
+    schedule = MemorySchedule(faults=(Fault(FaultKind.CORRUPT, src_rank=0, dst_rank=1, row=1, tag=0),))
     async with memory_world(old, SMALL, schedule=schedule, options=UpdateOptions(verify="checksum")) as ranks:
         outcomes: list[Any] = await update_all(ranks, new)
         assert isinstance(outcomes[1], ChecksumMismatch)

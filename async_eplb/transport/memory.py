@@ -25,12 +25,16 @@ class FaultKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault."""
+    """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault.
+
+    :param tag: only the message with this tag; all without it
+    """
 
     kind: FaultKind
     src_rank: int
     dst_rank: int
     row: int
+    tag: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,12 @@ class _World:
         return self.mail.setdefault(key, _Mail())
 
     def fault(self, key: _MessageKey) -> FaultKind | None:
-        src, dst, row, _ = key
-        kinds = (f.kind for f in self.schedule.faults if (f.src_rank, f.dst_rank, f.row) == (src, dst, row))
+        src, dst, row, tag = key
+        kinds = (
+            fault.kind
+            for fault in self.schedule.faults
+            if (fault.src_rank, fault.dst_rank, fault.row) == (src, dst, row) and fault.tag in (None, tag)
+        )
         return next(kinds, None)
 
 
