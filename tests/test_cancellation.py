@@ -53,7 +53,7 @@ async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[obje
     return True
 
 
-def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement, new: ExpertPlacement) -> int:
+def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement) -> int:
     """All ranks have committed the same first layers; return how many."""
     placements = {rank.updater.placement for rank in ranks}
     assert len(placements) == 1
@@ -82,12 +82,12 @@ async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object
             done = outcomes[0] is True
             while victim._run is not None:
                 await checkpoint()
-            layers = assert_same_layer(ranks, old, new)
+            layers = assert_same_layer(ranks, old)
             committed.append(layers)
             for outcome in outcomes[1:]:
                 assert isinstance(outcome, UpdateCancelled) == (layers < NUM_LAYERS)
             await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
-            assert assert_same_layer(ranks, old, new) == NUM_LAYERS
+            assert assert_same_layer(ranks, old) == NUM_LAYERS
         ticks += 1
     return committed
 
@@ -97,7 +97,6 @@ async def test_cancelling_at_every_point() -> None:
     committed = await cancel_everywhere(cancelled_after)
     assert len(committed) > 50
     assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
-    assert committed == sorted(committed)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -118,7 +117,7 @@ async def test_cancelling_all_ranks_at_once() -> None:
                     for i, rank in enumerate(ranks)
                 ]
             )
-            assert_same_layer(ranks, old, new)
+            assert_same_layer(ranks, old)
 
 
 async def test_leaving_the_updater_ends_its_update() -> None:
@@ -136,4 +135,4 @@ async def test_leaving_the_updater_ends_its_update() -> None:
                 tasks.start_soon(together, [lambda u=rank.updater: u.update(new)])  # type: ignore[list-item, misc]
             with anyio.fail_after(10):
                 await ranks[0].updater._end_running_update()
-        assert_same_layer(ranks, old, new)
+        assert_same_layer(ranks, old)

@@ -6,7 +6,7 @@ from typing import Any
 
 import anyio
 import pytest
-import torch
+import structlog
 from blockbuster import BlockingError
 from helpers import TINY, MemoryRank, float_weights, memory_world, together, two_placements
 
@@ -266,7 +266,12 @@ async def test_misfits_are_refused_at_construction() -> None:
         weights: ExpertWeights = weights, topology: EPTopology = SMALL, rank: int = 0, **options: int
     ) -> ExpertUpdater:
         return ExpertUpdater(
-            weights, placement, topology, rank=rank, transport=transport, options=UpdateOptions(**options)  # type: ignore[arg-type]
+            weights,
+            placement,
+            topology,
+            rank=rank,
+            transport=transport,
+            options=UpdateOptions(**options),  # type: ignore[arg-type]
         )
 
     with pytest.raises(RankMismatch):
@@ -352,7 +357,4 @@ async def test_slow_planning_does_not_block_the_loop() -> None:
 
 def test_importing_configures_nothing() -> None:
     """Logging stays the application's."""
-    import structlog
-
     assert not structlog.is_configured()
-    assert torch.get_num_threads() > 0

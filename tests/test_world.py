@@ -1,0 +1,112 @@
+"""Real processes over gloo: long runs of updates, an EP group that is not the world, the demo, the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
+from async_eplb.cli import main
+from async_eplb.errors import WorldError
+from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.testing import WorldRank, check_transport, run_world
+
+MODEL = SampleModel(hidden=32, intermediate=16)
+ROOT = Path(__file__).parent.parent
+
+
+def update_many_times(world: WorldRank, num_nodes: int, num_updates: int) -> int:
+    """Update to random placements over state that carries on; compare every byte each time."""
+    topology = EPTopology(world.num_ranks, num_nodes, 4)
+    return anyio.run(_update_many_times, TorchDistTransport(), topology, world.rank, num_updates)
+
+
+async def _update_many_times(transport: TorchDistTransport, topology: EPTopology, rank: int, num_updates: int) -> int:
+    rng = np.random.default_rng(topology.num_ranks)
+    physical = topology.num_physical_experts
+    placement = random_placement(rng, 3, physical, physical // 2 + 1)
+    tensors = MODEL.weights(placement, topology, rank)
+    options = UpdateOptions(verify="checksum")
+    async with ExpertUpdater(
+        ExpertWeights(tensors), placement, topology, rank=rank, transport=transport, options=options
+    ) as updater:
+        for _ in range(num_updates):
+            new = random_placement(rng, 3, physical, physical // 2 + 1, num_empty=int(rng.integers(0, 2)))
+            await updater.update(new)
+            assert MODEL.wrong_slots(tensors, new, topology, rank) == []
+        assert updater.expert_map.physical_to_logical_map.tolist() == new.physical_to_logical_map.tolist()
+    return num_updates
+
+
+@pytest.mark.parametrize(("num_ranks", "num_nodes", "num_updates"), [(2, 1, 100), (4, 2, 100), (8, 4, 40)])
+def test_many_updates_between_processes(num_ranks: int, num_nodes: int, num_updates: int) -> None:
+    """Every byte of every slot is right after each of many consecutive updates."""
+    assert run_world(update_many_times, num_ranks, num_nodes, num_updates) == [num_updates] * num_ranks
+
+
+def update_in_a_subgroup(world: WorldRank) -> None:
+    """Ranks 1 and 3 of the world are an EP group of two."""
+    group = dist.new_group([1, 3])
+    if world.rank in (1, 3):
+        transport = TorchDistTransport(group)
+        anyio.run(_update_many_times, transport, EPTopology(2, 1, 4), world.rank // 2, 5)
+
+
+def test_an_ep_group_that_is_not_the_world() -> None:
+    """Ranks are those of the group."""
+    run_world(update_in_a_subgroup, 4)
+
+
+def conform(world: WorldRank) -> None:
+    """Run the conformance suite over gloo."""
+    anyio.run(lambda: check_transport(TorchDistTransport(backend="gloo"), seed=world.num_ranks))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_gloo_keeps_the_contract(num_ranks: int) -> None:
+    """The conformance suite over real sockets."""
+    run_world(conform, num_ranks)
+
+
+def fail_on_rank_one(world: WorldRank) -> None:
+    """Fail where the others wait."""
+    if world.rank == 1:
+        raise ValueError("one is enough")
+    dist.barrier()
+
+
+def test_a_failing_process_is_reported() -> None:
+    """The error names the rank and carries its traceback."""
+    with pytest.raises(WorldError, match="one is enough") as caught:
+        run_world(fail_on_rank_one, 2)
+    assert caught.value.rank == 1
+
+
+def test_the_demo_is_right(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It exits 0, says so, and writes each rank's log."""
+    assert main(["demo", "--ranks", "2", "--layers", "2", "--log-dir", str(tmp_path)]) == 0
+    assert "Every byte of every slot on every rank is right" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--replicas", "5", "--ranks", "2"], ["--placement", "none.json"], ["--ranks", "4", "--nodes", "3"]]
+)
+def test_the_demo_refuses_what_does_not_fit(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """One line on standard error and status 2."""
+    assert main(["demo", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("async_eplb: ")
+
+
+def test_the_quick_start_runs_as_printed(tmp_path: Path) -> None:
+    """The README's code prints what its comment says."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    script = tmp_path / "quick_start.py"
+    script.write_text(code)
+    output = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
+    assert output == "[[2, 1], [0, 1]]\n"
