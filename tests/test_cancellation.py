@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anyio
 import pytest
 from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
@@ -118,21 +117,3 @@ async def test_cancelling_all_ranks_at_once() -> None:
                 ]
             )
             assert_same_layer(ranks, old)
-
-
-async def test_leaving_the_updater_ends_its_update() -> None:
-    """Closing one rank's updater in the middle cancels, and the others stand where it stands."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
-
-        async def leave() -> None:
-            for _ in range(30):
-                await checkpoint()
-            await ranks[0].updater.__aexit__(None, None, None)
-
-        async with create_task_group() as tasks:
-            for rank in ranks:
-                tasks.start_soon(together, [lambda u=rank.updater: u.update(new)])  # type: ignore[list-item, misc]
-            with anyio.fail_after(10):
-                await ranks[0].updater._end_running_update()
-        assert_same_layer(ranks, old)

@@ -79,7 +79,7 @@ async def test_a_stream_yields_each_layer_as_it_lands() -> None:
                 assert row.tolist() == new.physical_to_logical_map[committed.layer].tolist()
                 seen.append(committed.layer)
 
-        await together([follow, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])  # type: ignore[list-item, misc]
+        await together([follow, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])
         assert seen == [0, 1, 2, 3]
 
 
@@ -93,7 +93,7 @@ async def test_leaving_a_stream_early_ends_the_update_on_all_ranks() -> None:
                 async for _ in stream:
                     break
 
-        outcomes = await together([read_one, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])  # type: ignore[list-item, misc]
+        outcomes = await together([read_one, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])
         assert all(isinstance(outcome, UpdateCancelled) for outcome in outcomes[1:])
         assert len({rank.updater.placement for rank in ranks}) == 1
         assert ranks[0].updater.placement != new
@@ -236,7 +236,7 @@ async def test_a_second_update_while_one_runs_is_refused() -> None:
             with pytest.raises(BusyUpdater):
                 await ranks[0].updater.update(new)
 
-        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), second])  # type: ignore[list-item, misc]
+        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), second])
         assert ranks[0].updater.placement == new
 
 
@@ -351,7 +351,7 @@ async def test_slow_planning_does_not_block_the_loop() -> None:
                 await anyio.sleep(0.001)
                 ticks += 1
 
-        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), tick])  # type: ignore[list-item, misc]
+        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), tick])
         assert ticks > 0
 
 
