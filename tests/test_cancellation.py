@@ -1,6 +1,5 @@
 """Cancelling an update at every point of it leaves all ranks at the same layer."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -35,21 +34,6 @@ async def cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> 
             done = True
             tasks.cancel_scope.cancel()
     return done
-
-
-async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> bool:
-    """Do the same with asyncio's own cancellation, twice in a row, as servers that know no anyio do."""
-    task = asyncio.ensure_future(call())
-    for _ in range(ticks):
-        await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.sleep(0)
-    task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        return False
-    return True
 
 
 def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement) -> int:
@@ -96,13 +80,6 @@ async def test_cancelling_at_every_point() -> None:
     committed = await cancel_everywhere(cancelled_after)
     assert len(committed) > 50
     assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_cancelling_natively_at_every_point() -> None:
-    """A plain ``task.cancel()``, even a second one, is no different."""
-    committed = await cancel_everywhere(natively_cancelled_after)
-    assert len(committed) > 50
 
 
 async def test_cancelling_all_ranks_at_once() -> None:
