@@ -59,7 +59,7 @@ async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object
             outcomes: list[Any] = await together(
                 [
                     lambda v=victim, t=ticks: cancel(t, lambda: v.update(new)),  # type: ignore[misc]
-                    *(lambda u=other: u.update(new) for other in others),  # type: ignore[misc]
+                    *(lambda u=other: u.update(new) for other in others),
                 ]
             )
             done = outcomes[0] is True

@@ -159,8 +159,8 @@ async def test_two_updaters_do_not_disturb_each_other() -> None:
     """A main and a draft model update at the same time in one process."""
     main, draft = (two_placements(TOPOLOGY, 4, 8, seed) for seed in (1, 2))
     async with memory_world(main[0], TOPOLOGY) as mains, memory_world(draft[0], TOPOLOGY) as drafts:
-        calls = [lambda u=rank.updater: u.update(main[1]) for rank in mains]  # type: ignore[misc]
-        calls += [lambda u=rank.updater: u.update(draft[1]) for rank in drafts]  # type: ignore[misc]
+        calls = [lambda u=rank.updater: u.update(main[1]) for rank in mains]
+        calls += [lambda u=rank.updater: u.update(draft[1]) for rank in drafts]
         await together(calls)  # type: ignore[arg-type]
         for rank in (*mains, *drafts):
             rank.assert_consistent()
