@@ -147,6 +147,9 @@ def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connec
             world_rank = WorldRank(rank, num_ranks, lambda message: connection.send(("message", message)))
             result = function(world_rank, *args, **kwargs)
             dist.barrier()
+        except BaseException:
+            connection.send(("error", traceback.format_exc()))  # before peers fail because this one leaves
+            raise
         finally:
             dist.destroy_process_group()
         connection.send(("result", result))
