@@ -1,20 +1,32 @@
-"""What a control round decides: a pure state machine over ballots, without sockets or time.
+"""Which step a decision takes effect at: a pure state machine over ballots, without sockets or time.
 
-In each round every rank hands in a :class:`Ballot` and sees all of them, so that all ranks draw the same
-:class:`Verdict`. Counts in ballots are prefix lengths in update order; the minimum over ranks holds everywhere.
+Control rounds go on from open to close. In each, every rank gives a :class:`Ballot` and sees all of them, so that
+all ranks draw the same :class:`Verdict`. Counts in ballots are prefix lengths in update order; the minimum over
+ranks holds everywhere.
 
-How an update ends early: no rank can have begun to transfer a layer beyond ``agreed + window``, because each of
-its ``window`` staging buffers holds a layer until an agreed commit frees it. So when a round shows a CANCEL,
-that number is known to all ranks alike and becomes the update's length: what may be under way is finished and
-committed, nothing else is begun, and no posted exchange is left without its other side. After a FAILED nothing
-more is committed at all.
+How a decision gets its step, while the model serves: a round that shows new layers staged everywhere makes every
+rank put a *fence* in its next ballot, a boundary that it promises not to pass before that round's result is known.
+The result is the largest fence, which no rank can have passed, so the layers are committed there, on all ranks at
+the same boundary. In the exclusive mode nobody serves, and such layers may be committed at once.
+
+How an update ends early: a rank begins a layer's transfer only when it has a staging buffer, and each of its
+``window`` buffers holds a layer until an agreed commit frees it; so nothing beyond ``agreed + window`` can be under
+way (ordered launches: nothing beyond what was agreed to be launched). When a round shows a CANCEL, that number is
+known to all ranks alike and becomes the update's length: what may be under way is finished and committed, nothing
+else is begun, and no posted exchange is left without its other side. After a FAILED nothing more is agreed at all,
+but what was agreed before is still committed, everywhere.
 """
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from enum import IntEnum
+from enum import Enum, IntEnum
 
-from async_eplb.errors import GenerationMismatch, PlacementDisagreement
+from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
+
+MAX_LEAD = 64
+"""Boundaries that a fence is ahead at most."""
+_CALM_DECISIONS = 64
+"""Decisions without a wait after which the lead is halved."""
 
 
 class Status(IntEnum):
@@ -23,6 +35,16 @@ class Status(IntEnum):
     OK = 0
     CANCEL = 1
     FAILED = 2
+    LEAVING = 3
+
+
+class Mode(Enum):
+    """Who runs beside an update."""
+
+    EXCLUSIVE = "exclusive"
+    """Nobody serves: an agreed layer is committed at once."""
+    SERVING = "serving"
+    """The model serves: layers are committed at agreed boundaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +57,9 @@ class Ballot:
     :param launchable: layers that have a plan and buffers
     :param committed: layers whose commit copies have finished on the device
     :param fence: boundary that this rank promises not to pass before the round's result, 0 without one
-    :param status: OK, CANCEL or FAILED
+    :param status: OK, CANCEL, FAILED or LEAVING
+    :param step: boundaries that this rank has passed
+    :param standing: 1 if it makes no steps at present
     """
 
     generation: int
@@ -45,6 +69,8 @@ class Ballot:
     committed: int
     fence: int
     status: Status
+    step: int = 0
+    standing: int = 0
 
     @classmethod
     def size(cls) -> int:
@@ -57,88 +83,166 @@ class Ballot:
 
     @classmethod
     def from_row(cls, row: Sequence[int]) -> "Ballot":
-        """Read what :meth:`to_row` wrote."""
-        generation, digest, staged, launchable, committed, fence, status = (int(value) for value in row)
-        return cls(generation, digest, staged, launchable, committed, fence, Status(status))
+        """Read what :meth:`to_row` wrote.
+
+        :raises ValueError: if it is no ballot
+        """
+        generation, digest, staged, launchable, committed, fence, status, step, standing = (int(n) for n in row)
+        return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one round decided, the same on every rank.
+    """What one round decided, the same on every rank that the round counts for.
 
-    :param agreed: layers that are staged everywhere and may be committed
-    :param over: nothing is left to do
+    :param boundary: the step boundary of what was decided; 0 if nothing was, or if it holds at once
+    :param agreed: layers that may be committed, in all rounds so far
+    :param launched: layers that may be launched, in all rounds so far
+    :param over: nothing is left to agree on
     :param cancelled: ranks that cancelled in this round
     :param failed: ranks that failed in this round
+    :param left: ranks that leave; no round follows
+    :param waiting_for: ranks that have not begun this update
     """
 
-    agreed: int
-    over: bool
+    boundary: int = 0
+    agreed: int = 0
+    launched: int = 0
+    over: bool = False
     cancelled: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    waiting_for: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """At ``boundary``, first commit all layers up to ``committed``, then launch all up to ``launched``."""
+
+    boundary: int
+    committed: int
+    launched: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Minimum over all ranks, as the last round that counted showed it."""
+
+    staged: int = 0
+    launchable: int = 0
+    committed: int = 0
 
 
 class Agreement:
-    """One update's agreement, seen from one rank, in the exclusive mode.
+    """The agreement of one EP group, seen from one rank, over the life of an updater.
 
-    The owner advances :attr:`staged` and :attr:`committed`, hands in :meth:`ballot` whenever :meth:`has_news`, and
-    gives what the round returned to :meth:`receive`.
+    The owner advances :attr:`staged`, :attr:`launchable` and :attr:`committed`, hands in :meth:`ballot` for every
+    round and gives what the round returned to :meth:`receive`; and passes step boundaries with
+    :meth:`pass_boundary`.
 
-    :param total: layers of the update
-    :param window: layers that can be staged and not yet agreed, the depth of the staging pool
+    :param lead: boundaries from the last one passed to a new fence, at least 1; it adapts to waits
+    :param ordered_launch: whether a layer's transfer is launched at an agreed boundary too
+    :param max_step_skew: step counts of ranks that are further apart than this are an error
     """
 
-    def __init__(self, *, generation: int, digest: int, total: int, window: int) -> None:
-        self.generation = generation
-        self.digest = digest
-        self.window = window
-        self.limit = total
-        self.staged = 0
-        self.committed = 0
+    def __init__(self, *, lead: int = 2, ordered_launch: bool = False, max_step_skew: int = 1000) -> None:
+        self.lead = lead
+        self.ordered_launch = ordered_launch
+        self.max_step_skew = max_step_skew
+        self.generation = 0
+        self.step = 0
+        self.fence = 0
+        self.last_boundary = 0
+        self.standing = False
+        self.running = False
         self.status = Status.OK
+        self._calm = 0
+        self._reset(Mode.EXCLUSIVE, 0, 0, 0)
+
+    def _reset(self, mode: Mode, digest: int, total: int, window: int) -> None:
+        self.mode = mode
+        self.digest = digest
+        self.limit = total
+        self.window = window
+        self.staged = 0
+        self.launchable = 0
+        self.committed = 0
+        self.agreed = 0
+        self.launched = 0
         self.begun = False
         self.over = False
-        self.agreed = 0
+        self.decisions: tuple[Decision, ...] = ()
+        self._seen = _Counts()
         self._ending = False
+        self._fence_wanted = False
 
     def __repr__(self) -> str:
         return (
             f"<Agreement generation {self.generation}: {self.staged} staged, {self.agreed} agreed, "
-            f"{self.committed} committed of {self.limit}, {self.status.name}>"
+            f"{self.committed} committed of {self.limit}, {self.status.name}, step {self.step}, fence {self.fence}>"
         )
+
+    def begin(self, mode: Mode, *, digest: int, total: int, window: int) -> None:
+        """Begin the next update.
+
+        :param total: layers of the update
+        :param window: layers that can be staged and not yet agreed, the depth of the staging pool
+        """
+        self._reset(mode, digest, total, window)
+        self.generation += 1
+        self.running = True
+        self.status = Status.OK
+
+    def end(self, *, broken: bool) -> None:
+        """Say that the update has ended here; a broken rank says FAILED to whatever comes."""
+        self.running = False
+        self._fence_wanted = False
+        self.status = Status.FAILED if broken else Status.OK
 
     def cancel(self) -> None:
         """Ask for the end of the update, unless something worse has happened."""
-        if self.status is Status.OK:
+        if self.running and self.status is Status.OK:
             self.status = Status.CANCEL
 
     def fail(self) -> None:
-        """Say that this rank cannot go on."""
+        """Say that this rank cannot go on; before all ranks have begun, that ends the update here."""
         self.status = Status.FAILED
 
+    def leave(self) -> None:
+        """Say that this rank closes: the next round is its last."""
+        self.status = Status.LEAVING
+
     def ballot(self) -> Ballot:
-        """Return what this rank says in its next round."""
+        """Return what this rank says in the round that it now joins, and hold to its fence until the result."""
+        if self._fence_wanted:
+            ahead = 1 if self.standing else self.lead
+            self.fence = max(self.step + ahead, self.last_boundary)
         return Ballot(
             generation=self.generation,
             digest=self.digest,
             staged=self.staged,
-            launchable=self.staged,
+            launchable=self.launchable,
             committed=self.committed,
-            fence=0,
+            fence=self.fence,
             status=self._pending_status(),
+            step=self.step,
+            standing=int(self.standing),
         )
 
-    def has_news(self) -> bool:
-        """Whether this rank should join the next round now.
+    def is_eager(self) -> bool:
+        """Whether this rank should join the next round now, rather than after a pause.
 
-        A rank that holds the minimum back waits until it has moved; the others join at once. So each round
-        completes as soon as the slowest rank has something to say, and always decides something.
+        A rank that holds the minimum back pauses until it has moved; the others join at once and wait for it. So
+        each round completes as soon as the slowest rank has something to say.
         """
-        return (
+        if self.status is Status.LEAVING or self._fence_wanted:
+            return True
+        return self.running and (
             not self.begun
             or self._pending_status() is not Status.OK
-            or self.staged > self.agreed
-            or self.committed >= self.limit
+            or self.staged > self._seen.staged
+            or self.committed > self._seen.committed
+            or (self.ordered_launch and self.launchable > self._seen.launchable)
         )
 
     def receive(self, ballots: Sequence[Ballot]) -> Verdict:
@@ -146,41 +250,140 @@ class Agreement:
 
         :raises GenerationMismatch: if ranks have begun different numbers of updates
         :raises PlacementDisagreement: if ranks began the same update with different inputs
+        :raises StepMismatch: if ranks have passed different numbers of boundaries
         """
-        self._require_same_update(ballots)
-        failed = tuple(rank for rank, ballot in enumerate(ballots) if ballot.status is Status.FAILED)
-        cancelled = tuple(rank for rank, ballot in enumerate(ballots) if ballot.status is Status.CANCEL)
+        fences = [ballot.fence for ballot in ballots]
+        self.fence = 0
+        self._fence_wanted = False
+        left = _ranks(ballots, Status.LEAVING)
+        if left:
+            self.over = self.over or self.running
+            return Verdict(agreed=self.agreed, launched=self.launched, over=self.over, left=left)
+        if not self.running or self.over:
+            return Verdict(agreed=self.agreed, launched=self.launched, over=self.over)
+        waiting_for = self._require_same_update(ballots)
+        if waiting_for:
+            return Verdict(waiting_for=waiting_for)
+        self._require_same_steps(ballots)
+        return self._decide(ballots, fences)
+
+    def may_pass(self) -> bool:
+        """Whether the next boundary may be passed now; otherwise the result of a round must come first."""
+        return not self.fence or self.step + 1 < self.fence
+
+    def pass_boundary(self) -> Decision | None:
+        """Pass the next boundary; return what is to be done there.
+
+        :raises RuntimeError: if that would break a promise; and nothing happens
+        """
+        if not self.may_pass():
+            raise RuntimeError(f"boundary {self.step + 1} is behind the fence: {self!r}")
+        self.step += 1
+        return self._due(self.step)
+
+    def stand(self) -> Decision | None:
+        """Return what is to be done at the next boundary, while this rank stands before it without passing."""
+        return self._due(self.step + 1)
+
+    def drain(self) -> Decision | None:
+        """Return all that is to be done at boundaries to come, for a rank that makes no more steps."""
+        return self._due(self.last_boundary)
+
+    def waited(self) -> None:
+        """Say that a step had to wait at its fence: later fences are further ahead."""
+        self.lead = min(2 * self.lead, MAX_LEAD)
+        self._calm = 0
+
+    def _due(self, boundary: int) -> Decision | None:
+        due = [decision for decision in self.decisions if decision.boundary <= boundary]
+        self.decisions = self.decisions[len(due) :]
+        return due[-1] if due else None
+
+    def _decide(self, ballots: Sequence[Ballot], fences: Sequence[int]) -> Verdict:
+        failed, cancelled = _ranks(ballots, Status.FAILED), _ranks(ballots, Status.CANCEL)
+        self._seen = _Counts(
+            staged=min(ballot.staged for ballot in ballots),
+            launchable=min(ballot.launchable for ballot in ballots),
+            committed=min(ballot.committed for ballot in ballots),
+        )
+        boundary = 0
         if failed:
             self.over = True
-            return Verdict(self.agreed, over=True, failed=failed, cancelled=cancelled)
+            return Verdict(agreed=self.agreed, launched=self.launched, over=True, failed=failed, cancelled=cancelled)
         if cancelled and not self._ending:
             self._ending = True
-            self.limit = min(self.limit, self.agreed + self.window) if self.begun else 0
-        else:
-            self.agreed = min(self.limit, *(ballot.staged for ballot in ballots))
+            self.limit = min(self.limit, self._under_way()) if self.begun else 0
+        elif self.mode is Mode.EXCLUSIVE:
+            self.agreed, self.launched = self._everywhere()
+        elif all(fences):
+            boundary = max(fences)
+            self._agree(boundary)
         self.begun = True
-        self.over = min(ballot.committed for ballot in ballots) >= self.limit
-        return Verdict(self.agreed, over=self.over, cancelled=cancelled)
+        self._fence_wanted = self.mode is Mode.SERVING and self._everywhere() != (self.agreed, self.launched)
+        self.over = self._seen.committed >= self.limit
+        return Verdict(boundary, self.agreed, self.launched, self.over, cancelled=cancelled)
+
+    def _everywhere(self) -> tuple[int, int]:
+        """Return the layers that every rank has staged, and those that every rank can launch."""
+        staged = min(self.limit, self._seen.staged)
+        launchable = min(self.limit, self._seen.launchable) if self.ordered_launch else 0
+        return max(staged, self.agreed), max(launchable, self.launched)
+
+    def _agree(self, boundary: int) -> None:
+        self.agreed, self.launched = self._everywhere()
+        self.last_boundary = boundary
+        earlier = tuple(decision for decision in self.decisions if decision.boundary < boundary)
+        self.decisions = (*earlier, Decision(boundary, self.agreed, self.launched))
+        self._calm += 1
+        if self._calm >= _CALM_DECISIONS:
+            self._calm = 0
+            self.lead = max(2, self.lead // 2)
+
+    def _under_way(self) -> int:
+        """Return the layers whose transfer can have begun on any rank."""
+        if self.ordered_launch and self.mode is Mode.SERVING:
+            return max(self.launched, self.agreed)
+        return self.agreed + self.window
 
     def _pending_status(self) -> Status:
-        """A cancellation is said until some round has shown one; a failure always."""
+        """A cancellation is said until some round has shown one; the rest always."""
         return Status.OK if self._ending and self.status is Status.CANCEL else self.status
 
-    def _require_same_update(self, ballots: Sequence[Ballot]) -> None:
+    def _require_same_update(self, ballots: Sequence[Ballot]) -> tuple[int, ...]:
+        """Return the ranks that have not begun this update yet."""
         generations = tuple(ballot.generation for ballot in ballots)
-        if len(set(generations)) > 1:
+        if max(generations) > self.generation or min(generations) < self.generation - 1:
             raise GenerationMismatch(
-                f"ranks begin updates number {list(generations)} together; "
-                "every rank must begin every update, in the same order",
+                f"ranks have begun {list(generations)} updates; every rank must begin every update, in the same order",
                 generations=generations,
             )
+        behind = tuple(rank for rank, number in enumerate(generations) if number < self.generation)
+        if behind:
+            return behind
         digests = tuple(ballot.digest for ballot in ballots)
         common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
         ranks = tuple(rank for rank, digest in enumerate(digests) if digest != common)
         if ranks:
             raise PlacementDisagreement(
-                f"ranks {list(ranks)} began update {self.generation} with another placement, topology, weight layout "
-                "or options than the others; nothing was moved",
+                f"ranks {list(ranks)} began update {self.generation} with another placement, topology, weight layout, "
+                "mode or options than the others; nothing was moved",
                 digests=digests,
                 ranks=ranks,
             )
+        return ()
+
+    def _require_same_steps(self, ballots: Sequence[Ballot]) -> None:
+        if self.mode is Mode.EXCLUSIVE:
+            return
+        steps = tuple(ballot.step for ballot in ballots)
+        allowed = 0 if all(ballot.standing for ballot in ballots) else self.max_step_skew
+        if max(steps) - min(steps) > allowed:
+            raise StepMismatch(
+                f"ranks have passed {list(steps)} step boundaries; every rank must call step() once for every forward "
+                "pass, dummy passes included",
+                steps=steps,
+            )
+
+
+def _ranks(ballots: Sequence[Ballot], status: Status) -> tuple[int, ...]:
+    return tuple(rank for rank, ballot in enumerate(ballots) if ballot.status is status)

@@ -125,6 +125,12 @@ class GenerationMismatch(EplbError):
     generations: tuple[int, ...]
 
 
+class StepMismatch(EplbError):
+    """Ranks have passed different numbers of step boundaries, or a rank has skipped one."""
+
+    steps: tuple[int, ...]
+
+
 # --- Use at the wrong time. ---
 
 
