@@ -146,7 +146,19 @@ class BusyTransport(EplbError, RuntimeError):
     """A transport serves one updater; this one is in use."""
 
 
+class HandleAwaited(EplbError, RuntimeError):
+    """An update's handle is awaited once."""
+
+
 # --- What went wrong while weights moved. ---
+
+
+class UpdateNotBegun(EplbError):
+    """Other ranks did not begin the update in time; nothing was moved."""
+
+    generation: int
+    ranks: tuple[int, ...]
+    timeout_s: float
 
 
 class UpdateCancelled(EplbError):
@@ -179,6 +191,13 @@ class BrokenControlGroup(EplbError):
 
     rank: int
     timeout_s: float
+
+
+class RankInDoubt(EplbError):
+    """This rank stands at a fence whose control round was lost: it cannot know whether a peer has committed there."""
+
+    step: int
+    boundary: int
 
 
 class VerificationError(EplbError):

@@ -107,12 +107,14 @@ class LayerTransferred(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCommitted(Event):
-    """A layer is new on this rank: weights, maps and generation."""
+    """A layer is new on this rank: weights, maps and generation. ``step`` is 0 in the exclusive mode."""
 
     name: ClassVar[str] = "eplb.layer.committed"
 
     layer: int
+    step: int
     duration_ms: float
+    copy_ms: float
     wait_ms: float
     num_slots: int
     nbytes: int
@@ -150,6 +152,18 @@ class UpdateFailed(Event):
     committed_layers: list[int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceWaited(Event):
+    """A step had to wait at its fence until a control round was over; the lead is now larger."""
+
+    name: ClassVar[str] = "eplb.fence.waited"
+    level: ClassVar[str] = "warning"
+
+    step: int
+    duration_ms: float
+    lead: int
+
+
 EVENTS: tuple[type[Event], ...] = (
     UpdateStarted,
     UpdateInputsLogged,
@@ -159,6 +173,7 @@ EVENTS: tuple[type[Event], ...] = (
     LayerCommitted,
     UpdateFinished,
     UpdateFailed,
+    FenceWaited,
 )
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from async_eplb.agreement import MAX_LEAD
 from async_eplb.errors import InvalidOptions
 from async_eplb.verify import Verify
 
@@ -18,6 +19,8 @@ class UpdateOptions:
     :param transfer_timeout_s: deadline of one layer's exchange, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
+    :param lead: boundaries from a rank's last one to a fence, to begin with; larger after a step had to wait
+    :param max_step_skew: an update is refused when ranks' step counts are further apart than this
     :param max_replicas: fixed width of :attr:`ExpertMap.logical_to_all_physical_map`; None for what the slots
         can hold
     :param dispatch_seed: of the static dispatch map's even spread
@@ -31,6 +34,8 @@ class UpdateOptions:
     operations_per_group: int = 256
     transfer_timeout_s: float = 30.0
     control_timeout_s: float = 60.0
+    lead: int = 2
+    max_step_skew: int = 1000
     max_replicas: int | None = None
     dispatch_seed: int = 0
     log_inputs: bool = False
@@ -47,6 +52,8 @@ class UpdateOptions:
                 self.transfer_timeout_s < self.control_timeout_s < math.inf,
                 f"more than transfer_timeout_s, which is {self.transfer_timeout_s}",
             ),
+            "lead": (1 <= self.lead <= MAX_LEAD, f"from 1 to {MAX_LEAD}"),
+            "max_step_skew": (self.max_step_skew >= 1, "at least 1"),
             "dispatch_seed": (self.dispatch_seed >= 0, "at least 0"),
             "max_replicas": (self.max_replicas is None or self.max_replicas >= 1, "at least 1"),
         }

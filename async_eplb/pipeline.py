@@ -4,61 +4,50 @@
 
     plan      N+1 ──(0 slots)──┐
     transfer               N ──┤ staging pool: backpressure
-    agree                  N ──┤ a control round, while N+1 is being transferred
-    commit               N-1 ──┘
+    agree                  N ──┤ control rounds, while N+1 is being transferred
+    commit               N-1 ──┘ at an agreed step boundary; in the exclusive mode at once
 
 An update runs in a task of its own, shielded: its caller may be cancelled at any time, but a posted exchange has
 another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank.
 """
 
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from itertools import count
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from anyio import BrokenResourceError, CancelScope, Event, create_memory_object_stream, create_task_group
+from anyio import (
+    BrokenResourceError,
+    CancelScope,
+    Event,
+    Lock,
+    create_memory_object_stream,
+    create_task_group,
+    move_on_after,
+)
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from async_eplb.agreement import Agreement, Ballot, Verdict
-from async_eplb.errors import BrokenControlGroup, UpdateAborted, UpdateCancelled
+from async_eplb.accounting import Stopwatch
+from async_eplb.agreement import Decision, Mode
+from async_eplb.driver import Driver
+from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
 from async_eplb.events import LayerCommitted
-from async_eplb.stages import LayerStages, PlannedLayer, StagedLayer, Stopwatch
+from async_eplb.placement import ExpertPlacement
+from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
 from async_eplb.staging import BufferState, StagingPool
-from async_eplb.transport.base import ControlGroup
-
-
-class LayerPipeline:
-    """The task group that updates run in. It is left when its last update has ended."""
-
-    def __init__(self) -> None:
-        self._stack = AsyncExitStack()
-        self._tasks: TaskGroup | None = None
-
-    async def __aenter__(self) -> Self:
-        self._tasks = await self._stack.enter_async_context(create_task_group())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
-        self._tasks = None
-        await self._stack.aclose()
-
-    def start(self, run: "UpdateRun") -> None:
-        """Run an update in the background; what becomes of it is told by the run."""
-        if self._tasks is None:
-            raise RuntimeError("the pipeline is not open")
-        self._tasks.start_soon(run.run)
+from async_eplb.workers import Doorbell, News, Workers
 
 
 class UpdateRun:
     """One update on its way through the stages.
 
+    :param target: the new placement
     :param rows: layers that change, in update order
-    :param on_commit: called with each layer as it lands
+    :param begin_timeout_s: how long the other ranks may take to begin it
+    :param on_layer: called for each layer when its commit is enqueued, in the thread that did so
+    :param on_commit: called for each layer when its commit has finished on the device
     :param on_finish: called at the end, whatever it is
     """
 
@@ -66,59 +55,106 @@ class UpdateRun:
         self,
         *,
         stages: LayerStages,
+        target: ExpertPlacement,
         rows: tuple[int, ...],
-        agreement: Agreement,
-        control: ControlGroup,
+        mode: Mode,
+        digest: int,
+        driver: Driver,
+        news: News,
         pool: StagingPool,
+        workers: Workers,
+        begin_timeout_s: float,
+        on_layer: Callable[[int], None],
         on_commit: Callable[[LayerCommitted], None],
         on_finish: Callable[["UpdateRun"], None],
     ) -> None:
         self.stages = stages
+        self.target = target
         self.rows = rows
-        self.agreement = agreement
+        self.mode = mode
+        self.generation = driver.generation + 1
         self.committed: list[int] = []
+        """Layers that are new here, in update order."""
         self.error: Exception | None = None
         self.finished = Event()
         self.duration_ms = 0.0
-        self._control = control
+        self._digest = digest
+        self._driver = driver
+        self._news = news
         self._pool = pool
+        self._workers = workers
+        self._begin_timeout_s = begin_timeout_s
+        self._on_layer = on_layer
         self._on_commit = on_commit
         self._on_finish = on_finish
-        self._staged: deque[StagedLayer] = deque()
-        self._begun = Event()
-        self._drained = Event()
-        self._news = Event()
-        self._cancelled_by: tuple[int, ...] = ()
+        self._prepared = False
+        self._cancel_early = False
+        self._launchable: list[LayerInFlight] = []
+        self._num_launched = 0
+        self._staged: list[LayerInFlight] = []
+        self._num_finished = 0
+        self._copy_failed = False
 
     @property
     def broke(self) -> bool:
         """Whether the update failed in a way after which this rank and its peers cannot go on together."""
         if self.error is None or isinstance(self.error, UpdateCancelled):
             return False
-        return self._begun.is_set() or isinstance(self.error, BrokenControlGroup)
+        lost = isinstance(self.error, BrokenControlGroup | GenerationMismatch | UpdateNotBegun)
+        return self._driver.begun or lost
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
-        self.agreement.cancel()
-        self._news.set()
+        self._cancel_early = True
+        if self._prepared:
+            self._driver.cancel()
+
+    def execute(self, decision: Decision, *, step: int) -> Exception | None:
+        """Do what was agreed: commit layers, then launch transfers. Does not block, and is never called twice at once.
+
+        :param step: the boundary; 0 in the exclusive mode
+        :returns: what went wrong with a commit, which the serving thread must know; the update has then failed
+        """
+        failure: Exception | None = None
+        while len(self.committed) < decision.committed and not self._copy_failed:
+            layer = self._staged[len(self.committed)]
+            try:
+                self.stages.copy(layer, step=step)
+            except Exception as error:  # noqa: BLE001 - returned, and told to the other ranks
+                self._copy_failed = True
+                failure = failure or error
+                break
+            self.committed.append(layer.planned.row)
+            try:
+                self._on_layer(layer.planned.row)
+            except Exception as error:  # noqa: BLE001 - likewise; what was agreed is committed all the same
+                failure = failure or error
+        if failure is not None:
+            self._fail(failure)
+        try:
+            while self._num_launched < decision.launched and self.error is None:
+                self.stages.launch(self._launchable[self._num_launched])
+                self._num_launched += 1
+        except Exception as error:  # noqa: BLE001 - the update fails, serving does not
+            self._fail(error)
+        return failure
 
     async def run(self) -> None:
         """Run the update to its end; the outcome is in :attr:`error` and :attr:`committed`."""
         watch = Stopwatch()
-        planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
-        agreed_in, agreed_out = create_memory_object_stream[StagedLayer](len(self.rows))
-        with CancelScope(shield=True), planned_in, planned_out, agreed_in, agreed_out:
-            async with create_task_group() as tasks:
-                tasks.start_soon(self._guard, lambda: self._plan(planned_in))
-                tasks.start_soon(self._guard, lambda: self._transfer(planned_out))
-                tasks.start_soon(self._guard, lambda: self._commit(agreed_out))
-                await self._agree(agreed_in)
-                agreed_in.close()
-                await self._drained.wait()
-                tasks.cancel_scope.cancel()
-            for buffer in self._pool.buffers:
-                if buffer.state is not BufferState.FREE:
-                    self._pool.release(buffer)
+        with CancelScope(shield=True):
+            await self._begin()
+            planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
+            with planned_in, planned_out:
+                async with create_task_group() as tasks:
+                    tasks.start_soon(self._guard, lambda: self._plan(planned_in))
+                    tasks.start_soon(self._guard, lambda: self._transfer(planned_out))
+                    tasks.start_soon(self._guard, self._commit)
+                    await self._guard(self._until_begun)
+                    await self._news.until(lambda: self._driver.over)
+                    self._heed()
+                    await self._news.until(self._drained)
+                    tasks.cancel_scope.cancel()
         self.duration_ms = watch.ms()
         self._conclude()
         try:
@@ -128,24 +164,57 @@ class UpdateRun:
         finally:
             self.finished.set()
 
+    async def _begin(self) -> None:
+        """Make staging large enough, and say that this rank has begun."""
+        try:
+            await self.stages.prepare(self._pool, self.rows)
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
+            self.error = error
+        self._driver.begin(
+            self.mode,
+            digest=self._digest,
+            total=len(self.rows),
+            window=len(self._pool.buffers),
+            failed=self.error is not None,
+        )
+        self._prepared = True
+        if self._cancel_early:
+            self._driver.cancel()
+
+    async def _until_begun(self) -> None:
+        with move_on_after(self._begin_timeout_s) as limit:
+            await self._news.until(lambda: self._driver.begun or self._driver.over)
+        if limit.cancelled_caught and not self._driver.begun:
+            missing = self._driver.waiting_for
+            self._fail(
+                UpdateNotBegun(
+                    f"ranks {list(missing)} did not begin update {self.generation} within {self._begin_timeout_s} s",
+                    generation=self.generation,
+                    ranks=missing,
+                    timeout_s=self._begin_timeout_s,
+                ),
+                alone=True,
+            )
+        if self._driver.begun and self.error is None:
+            self.stages.log_start(self._pool, self.rows)
+
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:
             await stage()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, *, alone: bool = False) -> None:
         if self.error is None:
             self.error = error
-        if self._begun.is_set():
+        if self._driver.begun:
             self.stages.abort()
-        self.agreement.fail()
-        self._news.set()
+        self._driver.fail(alone=alone)
 
     async def _plan(self, planned: MemoryObjectSendStream[PlannedLayer]) -> None:
         with planned:
             for index, row in enumerate(self.rows):
-                if index >= self.agreement.limit:
+                if index >= self._driver.limit or self.error is not None:
                     return
                 layer = await self.stages.plan(row)
                 try:
@@ -154,70 +223,150 @@ class UpdateRun:
                     return
 
     async def _transfer(self, planned: MemoryObjectReceiveStream[PlannedLayer]) -> None:
-        await self._begun.wait()
+        driver = self._driver
+        await self._news.until(lambda: driver.begun)
         with planned:
-            async for layer in planned:
+            async for planned_layer in planned:
+                index = len(self._staged)
                 buffer = await self._pool.acquire()
-                if self.agreement.staged >= self.agreement.limit:
-                    self._pool.release(buffer)
+                if index >= driver.limit or driver.over:
                     return
-                self._staged.append(await self.stages.fill(layer, buffer))
-                self.agreement.staged += 1
-                self._news.set()
+                layer = await self.stages.load(planned_layer, buffer)
+                if self.stages.ordered_launch and self.mode is Mode.SERVING:
+                    self._launchable.append(layer)
+                    driver.advance(launchable=1)
+                    await self._until_launched_or_dropped(layer, index)
+                    if layer.pending is None:
+                        return
+                else:
+                    await self.stages.launch_from_background(layer)
+                await self.stages.receive(layer)
+                self._staged.append(layer)
+                driver.advance(staged=1)
 
-    async def _commit(self, agreed: MemoryObjectReceiveStream[StagedLayer]) -> None:
-        try:
-            async for layer in agreed:
-                committed = await self.stages.commit(layer)
-                self._pool.release(layer.buffer)
-                self.committed.append(layer.planned.row)
-                self.agreement.committed += 1
+    async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:
+        await self._news.until(lambda: layer.pending is not None or index >= self._driver.limit)
+
+    async def _commit(self) -> None:
+        """Follow each layer from its agreed commit until the device has finished it, also after a failure."""
+        for index in count():
+            if self.mode is Mode.EXCLUSIVE:
+                await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
+                watch = Stopwatch()
+                decision = Decision(boundary=0, committed=index + 1, launched=0)
+                await self._workers.run("commit", lambda decision=decision: self.execute(decision, step=0))  # type: ignore[misc]
+            else:
+                await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
+                watch = Stopwatch()
+            if len(self.committed) <= index:
+                return
+            layer = self._staged[index]
+            try:
+                committed = await self.stages.finish(layer, watch)
                 self._on_commit(committed)
-                self._news.set()
-        finally:
-            self._drained.set()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+                self._fail(error)
+            self._pool.release(layer.buffer)
+            self._num_finished += 1
+            self._driver.advance(committed=1)
 
-    async def _agree(self, agreed: MemoryObjectSendStream[StagedLayer]) -> None:
-        """Hold control rounds until nothing is left to do, and pass on what may be committed."""
-        try:
-            await self.stages.prepare(self._pool, self.rows)
-        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
-            self._fail(error)
-        try:
-            while not self.agreement.over:
-                while not self.agreement.has_news():
-                    self._news = Event()
-                    await self._news.wait()
-                known = self.agreement.agreed
-                rows = await self._control.gather(self.agreement.ballot().to_row())
-                verdict = self.agreement.receive([Ballot.from_row(row) for row in rows])
-                for _ in range(verdict.agreed - known):
-                    agreed.send_nowait(self._staged.popleft())
-                self._heed(verdict)
-        except Exception as error:  # noqa: BLE001 - raised to the caller at the end of the update
-            self._fail(error)
+    def _drained(self) -> bool:
+        """Whether all that was agreed is done here, or never will be because a copy failed."""
+        return self._num_finished >= self._driver.agreed or self._copy_failed
 
-    def _heed(self, verdict: Verdict) -> None:
-        if verdict.failed:
-            if self.error is None:
-                self.error = UpdateAborted(
-                    f"ranks {list(verdict.failed)} failed; see their errors", ranks=verdict.failed
-                )
-            if self._begun.is_set():
-                self.stages.abort()
-        elif verdict.cancelled and not self._cancelled_by:
-            self._cancelled_by = verdict.cancelled
-        if not self._begun.is_set() and not verdict.failed:
-            self._begun.set()
-            self.stages.log_start(self._pool, self.rows)
+    def _heed(self) -> None:
+        """Take over what ended the update."""
+        driver = self._driver
+        if self.error is None:
+            self.error = driver.error or driver.lost
+        if self.error is None and driver.failed_by:
+            self.error = UpdateAborted(
+                f"ranks {list(driver.failed_by)} failed; see their errors", ranks=driver.failed_by
+            )
+        if self.error is None and driver.left:
+            self.error = UpdateAborted(f"ranks {list(driver.left)} have left", ranks=driver.left)
+        if self.error is not None and driver.begun:
+            self.stages.abort()
 
     def _conclude(self) -> None:
-        if self.error is None and self.agreement.limit < len(self.rows):
+        for buffer in self._pool.buffers:
+            if buffer.state is not BufferState.FREE and not self._driver.in_doubt:
+                self._pool.release(buffer)
+        if self.error is None and self._driver.limit < len(self.rows):
+            ranks = self._driver.cancelled_by
             self.error = UpdateCancelled(
-                f"ranks {list(self._cancelled_by)} cancelled the update after {len(self.committed)} of "
-                f"{len(self.rows)} layers",
-                ranks=self._cancelled_by,
+                f"ranks {list(ranks)} cancelled the update after {len(self.committed)} of {len(self.rows)} layers",
+                ranks=ranks,
             )
         if self.error is not None:
             self.error.add_note(f"layers committed before: {self.committed}; all others are as they were")
             self.error.__dict__["committed_layers"] = tuple(self.committed)
+        self._driver.end(broken=self.broke)
+
+
+class LayerPipeline:
+    """The task group that control rounds and updates run in. It is left when its last update has ended.
+
+    :param doorbell: rung by threads that have news
+    :param news: notified in the event loop when the doorbell rings
+    """
+
+    def __init__(self, driver: Driver, news: News, doorbell: Doorbell, workers: Workers) -> None:
+        self._driver = driver
+        self._news = news
+        self._doorbell = doorbell
+        self._workers = workers
+        self._stack = AsyncExitStack()
+        self._tasks: TaskGroup | None = None
+        self._run: UpdateRun | None = None
+        self._standing_work = Lock()
+        self._for_good = False
+
+    async def __aenter__(self) -> Self:
+        self._tasks = await self._stack.enter_async_context(create_task_group())
+        self._tasks.start_soon(self._listen)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
+        self._tasks = None
+        await self._stack.aclose()
+
+    def start(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a function in the background, until it ends."""
+        if self._tasks is None:
+            raise RuntimeError("the pipeline is not open")
+        self._tasks.start_soon(function)
+
+    def start_update(self, run: UpdateRun) -> None:
+        """Run an update in the background; what becomes of it is told by the run."""
+        self._run = run
+        self.start(run.run)
+
+    async def stand(self, *, standing: bool, for_good: bool = False) -> None:
+        """Begin or end to do what is due while this rank makes no steps; when it ends, nothing is under way."""
+        self._for_good = for_good
+        self._driver.stand(standing=standing)
+        with CancelScope(shield=True):
+            async with self._standing_work:
+                return
+
+    async def _listen(self) -> None:
+        while True:
+            await self._doorbell.wait()
+            self._news.notify()
+            await self._do_due_work_while_standing()
+
+    async def _do_due_work_while_standing(self) -> None:
+        async with self._standing_work:
+            decision = self._driver.due_while_standing(for_good=self._for_good)
+            if decision is None or self._run is None:
+                return
+            run, step = self._run, self._driver.step + 1
+            with CancelScope(shield=True):
+                await self._workers.run("commit", lambda: run.execute(decision, step=step))  # told by the run
+            self._news.notify()

@@ -1,23 +1,21 @@
-"""What happens to one layer in each stage: plan, fill, commit. The pipeline decides when."""
+"""What happens to one layer in each stage: plan, load, launch, receive, copy, finish. The pipeline decides when."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
-import anyio
-import einops
-import numpy as np
 import torch
 from torch import Tensor
 
+from async_eplb.accounting import Stopwatch, Tally, transfer_event
 from async_eplb.commit import commit_layer
 from async_eplb.device import Device
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
     LayerPlanned,
-    LayerTransferred,
     Logger,
     UpdateInputsLogged,
     UpdateStarted,
@@ -53,47 +51,23 @@ class PlannedLayer:
     num_groups: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StagedLayer:
-    """A layer whose staging is full on this rank."""
+@dataclass(slots=True, eq=False)
+class LayerInFlight:
+    """A layer that has a staging buffer, from its launch until its commit has finished on the device."""
 
     planned: PlannedLayer
     buffer: StagingBuffer
-    staged_at: float
-
-
-@dataclass(slots=True)
-class Tally:
-    """What an update has done so far on one rank."""
-
-    plan_ms: float = 0.0
-    transfer_ms: float = 0.0
-    wait_ms: float = 0.0
-    commit_ms: float = 0.0
-    sent_nbytes_within_node: int = 0
-    sent_nbytes_across_nodes: int = 0
-    received_nbytes_within_node: int = 0
-    received_nbytes_across_nodes: int = 0
-    nbytes_by_source: Counter[SlotSource] = field(default_factory=Counter)
-
-    def overlap(self, duration_ms: float) -> float:
-        """Return the time of the stages over the duration; 0 if there was no time."""
-        return (self.plan_ms + self.transfer_ms + self.commit_ms) / duration_ms if duration_ms else 0.0
-
-    def numbers(self) -> dict[str, Any]:
-        """Return all totals by name."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "nbytes_by_source"}
-
-
-class Stopwatch:
-    """Milliseconds on the event loop's clock."""
-
-    def __init__(self) -> None:
-        self._start = anyio.current_time()
-
-    def ms(self) -> float:
-        """Return the time since construction."""
-        return (anyio.current_time() - self._start) * 1e3
+    exchange: Exchange
+    watch: Stopwatch
+    """Started when the layer got its buffer, and anew when it was staged."""
+    pending: PendingExchange | None = None
+    """The exchange, once it is launched."""
+    copy_ms: float = 0.0
+    """Host time of enqueuing the commit copies."""
+    nbytes: int = 0
+    """Bytes that the commit wrote to live weights."""
+    step: int = 0
+    """Boundary that the layer was committed at; 0 in the exclusive mode."""
 
 
 class LayerStages:
@@ -134,6 +108,11 @@ class LayerStages:
         self._logger = logger
         self._options = options
         self._callers_work = device.record()
+
+    @property
+    def ordered_launch(self) -> bool:
+        """Whether launches must have the same order as the model's own collectives on every rank."""
+        return self._transport.needs_ordered_launch
 
     async def prepare(self, pool: StagingPool, rows: Sequence[int]) -> None:
         """Make staging hold the slots that change in any of ``rows``."""
@@ -206,71 +185,112 @@ class LayerStages:
             emit(self._logger, self._decisions(planned))
         return planned
 
-    async def fill(self, planned: PlannedLayer, buffer: StagingBuffer) -> StagedLayer:
-        """Fill a layer's staging from peers and own slots.
-
-        :raises BrokenTransport: if that fails
-        :raises VerificationError: if something else arrived than should have
-        """
+    async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
+        """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
         watch = Stopwatch()
-        plan, row = planned.plan, planned.row
-        buffer.lay_out(plan.staged_slots, self._weights.slot_nbytes(row))
+        buffer.lay_out(planned.plan.staged_slots, self._weights.slot_nbytes(planned.row))
         exchange = self._exchange(planned, buffer)
 
-        def begin() -> PendingExchange | None:
+        def copy_own_slots() -> None:
             with self._device.transferring(), torch.no_grad():
                 self._device.wait(self._callers_work)
                 self._device.wait(buffer.consumed)
                 self._mark(planned)
-                live = self._weights.views(row)
-                for copy in plan.local_copies:
+                live = self._weights.views(planned.row)
+                for copy in planned.plan.local_copies:
                     for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
                         staged.copy_(view[copy.src_slot])
-                if self._transport.needs_ordered_launch:
-                    return self._transport.launch(exchange)
-                self._device.record().synchronize()
-                return None
+                if not self.ordered_launch:
+                    self._device.record().synchronize()
 
-        pending = await self._workers.run("transfer", begin) or self._transport.launch(exchange)
-        await pending.wait(self._options.transfer_timeout_s)
-        await self._workers.run("transfer", lambda: self._check_staged(planned, buffer))
-        buffer.enter(BufferState.STAGED)
-        self._count_transfer(planned, watch.ms())
-        return StagedLayer(planned, buffer, anyio.current_time())
+        await self._workers.run("transfer", copy_own_slots)
+        return LayerInFlight(planned, buffer, exchange, watch)
 
-    async def commit(self, staged: StagedLayer) -> LayerCommitted:
-        """Commit a layer that is staged everywhere; return when the device has done so.
+    def launch(self, layer: LayerInFlight) -> None:
+        """Post a layer's exchange, behind the transfer stream; called in the thread whose launches are ordered.
 
+        :raises BrokenTransport: if the transport is not open
+        """
+        with self._device.transferring():
+            layer.pending = self._transport.launch(layer.exchange)
+
+    async def launch_from_background(self, layer: LayerInFlight) -> None:
+        """Post a layer's exchange beside whatever the model does."""
+        if self.ordered_launch:
+            await self._workers.run("transfer", lambda: self.launch(layer))
+        else:
+            self.launch(layer)
+
+    async def receive(self, layer: LayerInFlight) -> None:
+        """Wait until a launched layer's staging is full and what it holds is right.
+
+        :raises BrokenTransport: if the exchange fails
+        :raises VerificationError: if something else arrived than should have
+        """
+        if layer.pending is None:
+            raise RuntimeError(f"layer {layer.planned.row} was not launched")
+        await layer.pending.wait(self._options.transfer_timeout_s)
+        await self._workers.run("transfer", lambda: self._check_staged(layer))
+        layer.buffer.enter(BufferState.STAGED)
+        event = transfer_event(
+            layer.planned.plan,
+            self._topology,
+            self._rank,
+            layer=layer.planned.row,
+            generation=self._generation,
+            expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
+            ms=layer.watch.ms(),
+        )
+        self.tally.add_transfer(event)
+        emit(self._logger, event)
+        layer.watch = Stopwatch()
+
+    def copy(self, layer: LayerInFlight, *, step: int) -> None:
+        """Enqueue a layer's commit: at a step boundary on the current stream, else (``step`` 0) on the commit stream.
+
+        The layer is staged on every rank.
+        """
+        start = time.perf_counter()
+        with nullcontext() if step else self._device.committing():
+            if not step:
+                self._device.wait(self._callers_work)
+            planned, buffer = layer.planned, layer.buffer
+            layer.nbytes = commit_layer(
+                planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps
+            )
+            buffer.consumed = self._device.record()
+        layer.step = step
+        layer.copy_ms = (time.perf_counter() - start) * 1e3
+
+    async def finish(self, layer: LayerInFlight, watch: Stopwatch) -> LayerCommitted:
+        """Wait until a commit has finished on the device; return what it did.
+
+        :param watch: started with the commit
         :raises VerificationError: if live slots are not what was staged
         """
-        watch = Stopwatch()
-        wait_ms = (anyio.current_time() - staged.staged_at) * 1e3
-        planned, buffer = staged.planned, staged.buffer
 
-        def copy() -> int:
-            with self._device.committing():
-                self._device.wait(self._callers_work)
-                nbytes = commit_layer(planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps)
-                buffer.consumed = self._device.record()
-            buffer.consumed.synchronize()
-            self._check_live(planned)
-            return nbytes
+        def complete() -> None:
+            layer.buffer.consumed.synchronize()
+            self._check_live(layer.planned)
 
-        nbytes = await self._workers.run("commit", copy)
-        moved = [source for source in planned.plan.slot_sources if source in _MOVING]
+        wait_ms = layer.watch.ms() - watch.ms()
+        await self._workers.run("finish", complete)
+        moved = [source for source in layer.planned.plan.slot_sources if source in _MOVING]
         committed = LayerCommitted(
             generation=self._generation,
             rank=self._rank,
-            layer=planned.row,
+            layer=layer.planned.row,
+            step=layer.step,
             duration_ms=watch.ms(),
+            copy_ms=layer.copy_ms,
             wait_ms=wait_ms,
             num_slots=len(moved),
-            nbytes=nbytes,
+            nbytes=layer.nbytes,
         )
         self.tally.commit_ms += committed.duration_ms
         self.tally.wait_ms += wait_ms
         for source in moved:
-            self.tally.nbytes_by_source[source] += nbytes // len(moved)
+            self.tally.nbytes_by_source[source] += layer.nbytes // len(moved)
         emit(self._logger, committed)
         return committed
 
@@ -318,8 +338,9 @@ class LayerStages:
         moving |= {copy.src_slot for copy in planned.plan.local_copies}
         self._verifier.mark(planned.row, experts, sorted(moving))
 
-    def _check_staged(self, planned: PlannedLayer, buffer: StagingBuffer) -> None:
-        content = {slot: buffer.views(slot) for slot in planned.plan.staged_slots}
+    def _check_staged(self, layer: LayerInFlight) -> None:
+        planned = layer.planned
+        content = {slot: layer.buffer.views(slot) for slot in planned.plan.staged_slots}
         with self._device.transferring():
             self._verifier.check(planned.row, self._experts(planned), content, "staged")
 
@@ -346,49 +367,6 @@ class LayerStages:
             sends=[asdict(send) for send in plan.sends],
             fan_outs=[asdict(fan_out) for fan_out in plan.fan_outs],
         )
-
-    def _count_transfer(self, planned: PlannedLayer, duration_ms: float) -> None:
-        expert_nbytes = sum(self._weights.slot_nbytes(planned.row))
-        sent = self._nbytes_by_rank([send.dst_rank for send in planned.plan.sends], expert_nbytes)
-        received = self._nbytes_by_rank([recv.src_rank for recv in planned.plan.recvs], expert_nbytes)
-        sent_nodes, received_nodes = self._by_node(sent), self._by_node(received)
-        node = self._topology.node_of(self._rank)
-        event = LayerTransferred(
-            generation=self._generation,
-            rank=self._rank,
-            layer=planned.row,
-            duration_ms=duration_ms,
-            copied_nbytes=len(planned.plan.local_copies) * expert_nbytes,
-            sent_nbytes=sum(sent),
-            sent_nbytes_by_rank=sent,
-            sent_nbytes_by_node=sent_nodes,
-            sent_nbytes_within_node=sent_nodes[node],
-            sent_nbytes_across_nodes=sum(sent) - sent_nodes[node],
-            received_nbytes=sum(received),
-            received_nbytes_by_rank=received,
-            received_nbytes_by_node=received_nodes,
-            received_nbytes_within_node=received_nodes[node],
-            received_nbytes_across_nodes=sum(received) - received_nodes[node],
-        )
-        self.tally.transfer_ms += duration_ms
-        for name in (
-            "sent_nbytes_within_node",
-            "sent_nbytes_across_nodes",
-            "received_nbytes_within_node",
-            "received_nbytes_across_nodes",
-        ):
-            setattr(self.tally, name, getattr(self.tally, name) + getattr(event, name))
-        emit(self._logger, event)
-
-    def _nbytes_by_rank(self, peers: list[int], expert_nbytes: int) -> list[int]:
-        counts = np.bincount(np.array(peers, dtype=np.int64), minlength=self._topology.num_ranks)
-        return [int(count) * expert_nbytes for count in counts]
-
-    def _by_node(self, nbytes_by_rank: list[int]) -> list[int]:
-        nodes = einops.reduce(
-            np.array(nbytes_by_rank), "(nodes gpus) -> nodes", "sum", gpus=self._topology.num_ranks_per_node
-        )
-        return [int(nbytes) for nbytes in nodes]
 
 
 _MOVING = frozenset({SlotSource.SAME_GPU, SlotSource.FREE_RIDER, SlotSource.SAME_NODE, SlotSource.CROSS_NODE})

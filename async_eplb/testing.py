@@ -1,16 +1,16 @@
 """What users' tests and ours share: worlds of processes, a transport's conformance, stages of a set duration."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import anyio
 import torch
 
 from async_eplb.device import Device, device_for
-from async_eplb.errors import BrokenTransport, BusyTransport
+from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.launch import World, WorldRank, run_world
 from async_eplb.transport.base import Exchange, Message, MessageGroup, Transport
-from async_eplb.workers import ThreadWorkers, Workers
+from async_eplb.workers import Doorbell, LoopDoorbell, ThreadWorkers, Workers
 
 __all__ = ["ScheduledWorkers", "World", "WorldRank", "check_transport", "run_world"]
 
@@ -36,6 +36,10 @@ class ScheduledWorkers:
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(self._durations_s.get(kind, 0.0))
             return result
+
+    def doorbell(self) -> Doorbell:
+        """Return a doorbell inside the event loop."""
+        return LoopDoorbell()
 
 
 async def check_transport(
@@ -73,14 +77,39 @@ async def check_transport(
             for message, content in zip(group.recvs, contents, strict=True):
                 where = f"exchange {number}, from rank {message.peer} to {transport.rank}, tag {message.tag}"
                 assert torch.equal(message.data.cpu(), content), f"{where}: bytes differ"  # noqa: S101
-        rows = await control.gather([transport.rank, number])
+    voter = _CountingVoter(transport.rank, num_exchanges)
+    await control.run(voter)
+    for number, rows in enumerate(voter.rounds):
         assert rows == [[rank, number] for rank in range(transport.num_ranks)], rows  # noqa: S101
+    assert len(voter.rounds) == num_exchanges, f"{len(voter.rounds)} control rounds were held"  # noqa: S101
     await transport.aclose()
     try:
         transport.launch(Exchange(0, ()))
     except BrokenTransport:
         return
     raise AssertionError("a closed transport took an exchange")
+
+
+class _CountingVoter:
+    """Gives its rank and the number of the round, a set number of times."""
+
+    def __init__(self, rank: int, num_rounds: int) -> None:
+        self._rank = rank
+        self._num_rounds = num_rounds
+        self.rounds: list[list[list[int]]] = []
+
+    def pause_s(self) -> float:
+        return 0.0
+
+    def ballot(self) -> list[int]:
+        return [self._rank, len(self.rounds)]
+
+    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
+        self.rounds.append([list(row) for row in rows])
+        return len(self.rounds) < self._num_rounds
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        raise error
 
 
 def _exchange(transport: Transport, device: Device, seed: int) -> tuple[Exchange, list[list[torch.Tensor]]]:

@@ -1,30 +1,25 @@
-"""The façade: move live expert weights to a new placement."""
+"""The façade: move live expert weights to a new placement, alone or while the model serves."""
 
-import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Self
 
-from anyio import CancelScope, create_memory_object_stream, get_cancelled_exc_class
+from anyio import CancelScope, create_memory_object_stream, get_cancelled_exc_class, move_on_after
+from anyio import Event as LoopEvent
+from anyio.lowlevel import checkpoint
 
-from async_eplb.agreement import Agreement
+from async_eplb.accounting import UpdaterStatistics, UpdateSummary
+from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
+from async_eplb.agreement import Agreement, Mode
 from async_eplb.device import Device, device_for
-from async_eplb.errors import (
-    BusyUpdater,
-    ClosedUpdater,
-    InvalidOptions,
-    InvalidPlacement,
-    LayerCountMismatch,
-    MissingWeights,
-    RankMismatch,
-    SlotCountMismatch,
-    UnplacedExpert,
-)
+from async_eplb.driver import Driver
+from async_eplb.errors import BusyUpdater, ClosedUpdater, HandleAwaited
 from async_eplb.events import (
     Event,
+    FenceWaited,
     LayerCommitted,
     Logger,
     UpdateFailed,
@@ -36,38 +31,51 @@ from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions
 from async_eplb.pipeline import LayerPipeline, UpdateRun
 from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import SlotSource
 from async_eplb.stages import LayerStages
 from async_eplb.staging import StagingPool
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
 from async_eplb.verify import Verifier, Verify
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import ThreadWorkers, Workers
+from async_eplb.workers import Doorbell, News, ThreadWorkers, Workers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateSummary:
-    """What an update did, seen from one rank. Times are in milliseconds, of all layers together.
+class UpdateHandle:
+    """An update that runs while the model serves. Made by :meth:`ExpertUpdater.begin`."""
 
-    :param overlap: time of the stages over the duration: 1 if one ran after another, 3 if all ran all the time
-    :param nbytes_by_source: bytes written to live weights, by where they came from
-    """
+    def __init__(self, run: UpdateRun, summarize: Callable[[UpdateRun], UpdateSummary]) -> None:
+        self._run = run
+        self._summarize = summarize
+        self._awaited = False
 
-    generation: int
-    layers: tuple[int, ...]
-    num_unchanged_layers: int
-    duration_ms: float
-    plan_ms: float
-    transfer_ms: float
-    wait_ms: float
-    commit_ms: float
-    overlap: float
-    nbytes_by_source: dict[SlotSource, int]
-    sent_nbytes_within_node: int
-    sent_nbytes_across_nodes: int
-    received_nbytes_within_node: int
-    received_nbytes_across_nodes: int
+    def __repr__(self) -> str:
+        state = "done" if self.done else "running"
+        return f"<UpdateHandle {state}: {len(self._run.committed)} of {len(self._run.rows)} layers committed>"
+
+    @property
+    def done(self) -> bool:
+        """Whether the update has ended, one way or another."""
+        return self._run.finished.is_set()
+
+    def cancel(self) -> None:
+        """End the update at the same layer on every rank, after what may be under way."""
+        self._run.cancel()
+
+    async def wait(self) -> UpdateSummary:
+        """Return when all layers are committed on every rank. Cancelling this does not cancel the update.
+
+        :raises HandleAwaited: if it has been awaited before
+        :raises EplbError: if the update ended early; ``committed_layers`` says which layers are new
+        """
+        if self._awaited:
+            raise HandleAwaited(f"{self!r} has been awaited already")
+        self._awaited = True
+        try:
+            await self._run.finished.wait()
+        except get_cancelled_exc_class():
+            self._awaited = False
+            raise
+        return self._summarize(self._run)
 
 
 class ExpertUpdater:
@@ -81,6 +89,8 @@ class ExpertUpdater:
     :param topology: shape of the EP group
     :param rank: this process in the EP group
     :param transport: an unused transport of that group; the updater opens and closes it
+    :param on_commit: called with a layer right after its commit is enqueued, in the same thread and stream; for
+        state derived from weights, such as fused scales. It must not wait for the device
     :param logger: structlog logger for events; the application's without it
     :param workers: where blocking work runs; threads without it
     :param device: streams and events; the device of the weights without it
@@ -96,22 +106,24 @@ class ExpertUpdater:
         rank: int,
         transport: Transport,
         options: UpdateOptions | None = None,
+        on_commit: Callable[[int], None] | None = None,
         logger: Logger | None = None,
         workers: Workers | None = None,
         device: Device | None = None,
     ) -> None:
         self.options = options or UpdateOptions()
-        _require_ranks(topology, rank, transport)
+        require_ranks(topology, rank, transport)
         placement.require_fit(topology)
-        _require_slots(weights, placement, topology)
+        require_slots(weights, placement, topology)
         self.topology = topology
         self.rank = rank
         self._placement = placement
         self._device = device or device_for(weights.device)
         self._workers = workers or ThreadWorkers()
         self._logger = logger or default_logger()
+        self._on_layer = on_commit or (lambda _layer: None)
         self._verifier = Verifier(Verify(self.options.verify), weights, rank)
-        _require_groups(self._verifier.weights, self.options)
+        require_groups(self._verifier.weights, self.options)
         self._transport = transport
         self.expert_map = ExpertMap(
             placement,
@@ -122,31 +134,67 @@ class ExpertUpdater:
             seed=self.options.dispatch_seed,
         )
         self._pool = StagingPool(self.options.staging_depth, self._device)
-        self._stack = AsyncExitStack()
+        self._news = News()
+        self._driver = Driver(
+            Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew), ring=self._ring
+        )
+        self._doorbell: Doorbell | None = None
+        self._pipeline: LayerPipeline | None = None
         self._control: ControlGroup | None = None
-        self._pipeline = LayerPipeline()
-        self._closed_because = "it was not entered yet"
+        self._rounds_ended = LoopEvent()
+        self._stack = AsyncExitStack()
         self._run: UpdateRun | None = None
-        self._generation = 0
+        self._closed_because = "it was not entered yet"
+        self._standing_for = ""
+        self._stepping = False
+        self._num_finished = 0
+        self._num_failed = 0
+        self._num_layers_committed = 0
+        self._num_fence_waits = 0
+        self._fence_wait_ms = 0.0
+        self._longest_step_ms = 0.0
 
     def __repr__(self) -> str:
-        state = f"closed: {self._closed_because}" if self._closed_because else "updating" if self._run else "idle"
-        return f"<ExpertUpdater rank {self.rank} of {self.topology.num_ranks}, generation {self._generation}, {state}>"
+        state = f"closed: {self._closed}" if self._closed else "updating" if self._run else "idle"
+        return f"<ExpertUpdater rank {self.rank} of {self.topology.num_ranks}, {state}>"
 
     @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
-        return self._placement
+        if self._run is None:
+            return self._placement
+        return self._placement.with_layers(self._run.target, tuple(self._run.committed))
+
+    def statistics(self) -> UpdaterStatistics:
+        """Return what this updater has done so far."""
+        return UpdaterStatistics(
+            generation=self._driver.generation,
+            updating=self._run is not None,
+            num_updates_finished=self._num_finished,
+            num_updates_failed=self._num_failed,
+            num_layers_committed=self._num_layers_committed,
+            step=self._driver.step,
+            lead=self._driver.lead,
+            num_rounds=self._driver.num_rounds,
+            num_fence_waits=self._num_fence_waits,
+            fence_wait_ms=self._fence_wait_ms,
+            longest_step_ms=self._longest_step_ms,
+        )
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            self._doorbell = self._workers.doorbell()
+            stack.callback(self._doorbell.close)
+            self._pipeline = LayerPipeline(self._driver, self._news, self._doorbell, self._workers)
             await stack.enter_async_context(self._pipeline)
             stack.push_async_callback(self._close_transport)
             self._control = await self._transport.open(
                 self._device, self._workers, control_timeout_s=self.options.control_timeout_s
             )
+            self._driver.connect(self._control.wake, ordered_launch=self._transport.needs_ordered_launch)
+            self._pipeline.start(self._hold_rounds)
             self._closed_because = ""
-            stack.push_async_callback(self._end_running_update)
+            stack.push_async_callback(self._leave)
             self._stack = stack.pop_all()
         return self
 
@@ -167,7 +215,7 @@ class ExpertUpdater:
         :raises EplbError: see :mod:`async_eplb.errors`; what was refused has changed nothing, and what ended
             early says which layers were committed
         """
-        run = self._begin(new_placement, layers, lambda _: None, lambda: None)
+        run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
         await self._join(run)
         return self._summary(run)
 
@@ -179,7 +227,7 @@ class ExpertUpdater:
         Leaving the loop early cancels the update (close the iterator, as with ``contextlib.aclosing``).
         """
         sender, receiver = create_memory_object_stream[LayerCommitted](math.inf)
-        run = self._begin(new_placement, layers, sender.send_nowait, sender.close)
+        run = self._begin(Mode.EXCLUSIVE, new_placement, layers, sender.send_nowait, sender.close)
         with receiver:
             try:
                 async for committed in receiver:
@@ -190,21 +238,157 @@ class ExpertUpdater:
                 await self._join(run)
         self._summary(run)
 
+    def begin(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateHandle:
+        """Begin to move the weights while the model serves; return at once.
+
+        All ranks call this with equal arguments, each when it comes to it. Layers are committed inside
+        :meth:`step`, on every rank at the same boundary.
+
+        :raises EplbError: as :meth:`update`, for what is refused
+        """
+        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers), self._summary)
+
+    async def step(self, number: int | None = None) -> None:
+        """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
+
+        Layers that are due here are committed now, on the current stream of this thread, which must be the one
+        that the model's work is launched from. Waits for nothing in a normal run; while an update runs, it gives
+        other tasks of the event loop one turn. If it is cancelled, the boundary has not been passed.
+
+        :param number: the engine's global number of the pass, if it has one: 1 more each time, equal on all ranks
+        :raises StepMismatch: if ``number`` is not the next one; the boundary has not been passed
+        :raises RankInDoubt: if this boundary's fence was lost with a rank
+        :raises BusyUpdater: inside :meth:`idle` or :meth:`paused`, or while another task is in ``step()``
+        :raises Exception: what ``on_commit`` raised
+        """
+        if self._run is not None:
+            await checkpoint()
+        with self._one_step() as start:
+            if not self._try_step(number):
+                await self._news.until(self._driver.may_pass)
+                self._count_wait(start)
+                while not self._try_step(number):
+                    await self._news.until(self._driver.may_pass)
+
+    def step_sync(self, number: int | None = None) -> None:
+        """Do what :meth:`step` does on any thread, with a plain wait."""
+        with self._one_step() as start:
+            if not self._try_step(number):
+                self._driver.wait_for_result()
+                self._count_wait(start)
+                while not self._try_step(number):
+                    self._driver.wait_for_result()
+
+    @asynccontextmanager
+    async def idle(self) -> AsyncIterator[None]:
+        """Inside, this rank has no traffic and makes no steps: layers that are due at its next boundary are committed.
+
+        So an update ends although nobody steps, once all ranks stand before the same boundary.
+
+        :raises BusyUpdater: if this rank stands already
+        """
+        async with self._standing("idle"):
+            yield
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Inside, nothing reads or writes live weights: for a refit, sleep mode, or the capture of a CUDA graph.
+
+        All ranks enter together and make no steps. A running update is finished first.
+
+        :raises BusyUpdater: if this rank stands already
+        """
+        async with self._standing("paused"):
+            if self._run is not None:
+                await self._run.finished.wait()
+            yield
+
+    @asynccontextmanager
+    async def _standing(self, reason: str) -> AsyncIterator[None]:
+        if self._pipeline is None or self._closed:
+            raise ClosedUpdater(f"{self!r} cannot be {reason}")
+        if self._standing_for or self._stepping:
+            raise BusyUpdater(f"{self!r} is {self._standing_for or 'inside step()'} already")
+        self._standing_for = reason
+        try:
+            await self._pipeline.stand(standing=True)
+            yield
+        finally:
+            await self._pipeline.stand(standing=False)
+            self._standing_for = ""
+
+    @contextmanager
+    def _one_step(self) -> Iterator[float]:
+        """Admit one step at a time, and measure it."""
+        if self._standing_for or self._stepping:
+            raise BusyUpdater(
+                f"step() {'while the updater is ' + self._standing_for if self._standing_for else 'twice at once'}; "
+                "one task steps, outside idle() and paused()"
+            )
+        self._stepping = True
+        start = time.perf_counter()
+        try:
+            yield start
+        finally:
+            self._stepping = False
+            self._longest_step_ms = max(self._longest_step_ms, (time.perf_counter() - start) * 1e3)
+
+    def _try_step(self, number: int | None) -> bool:
+        """Pass the next boundary and do what is due there, unless a fence stands before it."""
+        passed, decision = self._driver.try_pass(number)
+        if decision is not None and self._run is not None:
+            error = self._run.execute(decision, step=self._driver.step)
+            self._ring()
+            if error is not None:
+                raise error
+        return passed
+
+    def _count_wait(self, start: float) -> None:
+        wait_ms = (time.perf_counter() - start) * 1e3
+        self._driver.waited()
+        self._num_fence_waits += 1
+        self._fence_wait_ms += wait_ms
+        event = FenceWaited(
+            generation=self._driver.generation,
+            rank=self.rank,
+            step=self._driver.step + 1,
+            duration_ms=wait_ms,
+            lead=self._driver.lead,
+        )
+        emit(self._logger, event)
+
+    @property
+    def _closed(self) -> str:
+        """Why no update can begin; empty if one can."""
+        driver = self._driver
+        gone = f"a rank was lost: {driver.lost}" if driver.lost else f"ranks {list(driver.left)} have left"
+        return self._closed_because or (gone if driver.lost or driver.left else "")
+
     def _begin(
         self,
+        mode: Mode,
         new_placement: ExpertPlacement,
         layers: Iterable[int] | None,
-        on_commit: Callable[[LayerCommitted], None],
-        on_finish: Callable[[], None],
+        on_commit: Callable[[LayerCommitted], None] = lambda _: None,
+        on_finish: Callable[[], None] = lambda: None,
     ) -> UpdateRun:
-        if self._closed_because or self._control is None:
+        if self._closed or self._pipeline is None:
             raise ClosedUpdater(f"{self!r} cannot update")
         if self._run is not None:
             raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
-        rows = self._validated_rows(new_placement, layers)
-        generation = self._generation + 1
+        if self._standing_for == "paused":
+            raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
+        weights = self._verifier.weights
+        rows = changed_rows(
+            self._placement,
+            new_placement,
+            layers,
+            weights=weights,
+            topology=self.topology,
+            expert_map=self.expert_map,
+        )
         stages = LayerStages(
-            generation=generation,
+            generation=self._driver.generation + 1,
             rank=self.rank,
             old=self._placement,
             new=new_placement,
@@ -217,43 +401,58 @@ class ExpertUpdater:
             logger=self._logger,
             options=self.options,
         )
-        agreement = Agreement(
-            generation=generation,
-            digest=self._digest(new_placement, rows),
-            total=len(rows),
-            window=self.options.staging_depth,
-        )
+
+        def count(committed: LayerCommitted) -> None:
+            self._num_layers_committed += 1
+            on_commit(committed)
 
         def finish(run: UpdateRun) -> None:
-            self._finish(run, new_placement)
+            self._finish(run)
             on_finish()
 
         run = UpdateRun(
             stages=stages,
+            target=new_placement,
             rows=rows,
-            agreement=agreement,
-            control=self._control,
+            mode=mode,
+            digest=update_digest(
+                self._placement,
+                new_placement,
+                rows,
+                mode=mode,
+                weights=weights,
+                topology=self.topology,
+                options=self.options,
+            ),
+            driver=self._driver,
+            news=self._news,
             pool=self._pool,
-            on_commit=on_commit,
+            workers=self._workers,
+            begin_timeout_s=self.options.control_timeout_s,
+            on_layer=self._on_layer,
+            on_commit=count,
             on_finish=finish,
         )
         self._run = run
-        self._generation = generation
-        self._pipeline.start(run)
+        self._pipeline.start_update(run)
         return run
 
-    def _finish(self, run: UpdateRun, new_placement: ExpertPlacement) -> None:
+    def _finish(self, run: UpdateRun) -> None:
         """Take over what an update has committed, and say how it ended."""
+        self._placement = self.placement
         self._run = None
-        self._placement = self._placement.with_layers(new_placement, tuple(run.committed))
         if run.broke:
-            self._closed_because = f"an update failed with {type(run.error).__name__}"
+            self._closed_because = self._closed_because or f"an update failed with {type(run.error).__name__}"
+        if run.error is None:
+            self._num_finished += 1
+        else:
+            self._num_failed += 1
         emit(self._logger, self._ending(run))
 
     def _ending(self, run: UpdateRun) -> Event:
         if run.error is not None:
             return UpdateFailed(
-                generation=self._generation,
+                generation=run.generation,
                 rank=self.rank,
                 duration_ms=run.duration_ms,
                 error=type(run.error).__name__,
@@ -262,7 +461,7 @@ class ExpertUpdater:
             )
         tally = run.stages.tally
         return UpdateFinished(
-            generation=self._generation,
+            generation=run.generation,
             rank=self.rank,
             num_layers=len(run.rows),
             duration_ms=run.duration_ms,
@@ -275,7 +474,7 @@ class ExpertUpdater:
             raise run.error
         tally = run.stages.tally
         return UpdateSummary(
-            generation=run.agreement.generation,
+            generation=run.generation,
             layers=run.rows,
             num_unchanged_layers=self._placement.num_layers - len(run.rows),
             duration_ms=run.duration_ms,
@@ -295,104 +494,33 @@ class ExpertUpdater:
                 await run.finished.wait()
             raise
 
-    async def _end_running_update(self) -> None:
-        if self._run is not None:
-            self._run.cancel()
-            with CancelScope(shield=True):
-                await self._run.finished.wait()
+    def _ring(self) -> None:
+        if self._doorbell is not None:
+            self._doorbell.ring()
+
+    async def _hold_rounds(self) -> None:
+        if self._control is not None:
+            await self._control.run(self._driver)
+        self._rounds_ended.set()
+
+    async def _leave(self) -> None:
+        """End a running update, which no step follows any more, and the control rounds."""
+        with CancelScope(shield=True):
+            run = self._run
+            if run is not None and self._pipeline is not None:
+                run.cancel()
+                await self._pipeline.stand(standing=True, for_good=True)
+                with move_on_after(self.options.control_timeout_s):
+                    await run.finished.wait()
+                if not run.finished.is_set():
+                    self._driver.fail(alone=True)
+                    await run.finished.wait()
+            self._driver.leave()
+            await self._rounds_ended.wait()
 
     async def _close_transport(self) -> None:
-        self._control = None
         with CancelScope(shield=True):
             await self._transport.aclose()
 
-    def _validated_rows(self, new: ExpertPlacement, layers: Iterable[int] | None) -> tuple[int, ...]:
-        """Return the layers that an update changes, after all checks that need no other rank."""
-        old = self._placement
-        if new.num_layers != old.num_layers:
-            raise LayerCountMismatch(
-                f"the new placement has {new.num_layers} layers, the current one {old.num_layers}",
-                expected=old.num_layers,
-                actual=new.num_layers,
-            )
-        if new.num_logical_experts != old.num_logical_experts:
-            raise InvalidPlacement(
-                f"the new placement is for {new.num_logical_experts} logical experts, the current one for "
-                f"{old.num_logical_experts}",
-            )
-        new.require_fit(self.topology)
-        changed = new.changed_layers(old)
-        if layers is not None:
-            chosen = frozenset(layers)
-            beyond = sorted(chosen - frozenset(range(old.num_layers)))
-            if beyond:
-                raise MissingWeights(
-                    f"layers {beyond} are not rows of the placement, which has {old.num_layers}",
-                    layer=beyond[0],
-                )
-            changed = tuple(row for row in changed if row in chosen)
-        for row in changed if layers is None else sorted(chosen):
-            if row not in self._verifier.weights.rows:
-                raise MissingWeights(
-                    f"layer {row} is to be updated, but the updater was given no weights for it", layer=row
-                )
-        for row, missing in new.unplaced().items():
-            if row in changed:
-                raise UnplacedExpert(
-                    f"layer {row}: logical experts {list(missing)} have no replica in the new placement",
-                    layer=row,
-                    logical_experts=missing,
-                )
-        self.expert_map.require_room(new)
-        return changed
 
-    def _digest(self, new: ExpertPlacement, rows: tuple[int, ...]) -> int:
-        """Condense what must be equal on all ranks into 63 bits."""
-        wire = (self.options.verify, self.options.staging_depth, self.options.operations_per_group)
-        content = hashlib.blake2b(digest_size=8)
-        for part in (self._placement.digest(), new.digest(), self._verifier.weights.digest()):
-            content.update(part)
-        content.update(repr((self.topology, rows, wire)).encode())
-        return int.from_bytes(content.digest()) >> 1
-
-
-def _require_ranks(topology: EPTopology, rank: int, transport: Transport) -> None:
-    for what, expected, actual in (
-        ("ranks", topology.num_ranks, transport.num_ranks),
-        ("rank", rank, transport.rank),
-    ):
-        if expected != actual:
-            raise RankMismatch(
-                f"{what} is {expected} for the updater and {actual} for its transport's group; "
-                "the number of ranks cannot change while an updater lives",
-                expected=expected,
-                actual=actual,
-            )
-
-
-def _require_slots(weights: ExpertWeights, placement: ExpertPlacement, topology: EPTopology) -> None:
-    if weights.num_local_physical_experts != topology.num_local_physical_experts:
-        raise SlotCountMismatch(
-            f"the weights' first dimension is {weights.num_local_physical_experts}, but each rank has "
-            f"{topology.num_local_physical_experts} local physical experts",
-            tensor="all",
-            expected=topology.num_local_physical_experts,
-            actual=weights.num_local_physical_experts,
-        )
-    beyond = [row for row in weights.rows if not 0 <= row < placement.num_layers]
-    if beyond:
-        raise InvalidPlacement(
-            f"there are weights for rows {beyond}, but the placement has rows 0 to {placement.num_layers - 1}"
-        )
-
-
-def _require_groups(weights: ExpertWeights, options: UpdateOptions) -> None:
-    widest = max(len(weights.slot_nbytes(row)) for row in weights.rows)
-    if options.operations_per_group < widest:
-        raise InvalidOptions(
-            f"operations_per_group is {options.operations_per_group}; an expert alone is {widest} tensors",
-            option="operations_per_group",
-        )
-
-
-__all__ = ["ExpertUpdater", "LayerCommitted", "UpdateOptions", "UpdateSummary"]
+__all__ = ["ExpertUpdater", "LayerCommitted", "UpdateHandle", "UpdateOptions", "UpdateSummary", "UpdaterStatistics"]

@@ -1,11 +1,28 @@
-"""Where blocking work runs: the one seam between the event loop and threads."""
+"""The one seam between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
 
+import socket
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, Event, notify_closing, to_thread, wait_readable
 
 T = TypeVar("T")
+
+
+class Doorbell(Protocol):
+    """Wakes the event loop. Rings that nobody waits for yet are kept, as one."""
+
+    def ring(self) -> None:
+        """Wake who waits, from any thread and without waiting for the loop."""
+        ...
+
+    async def wait(self) -> None:
+        """Return after the next ring."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the doorbell holds. It may still be rung, for nobody."""
+        ...
 
 
 class Workers(Protocol):
@@ -16,6 +33,10 @@ class Workers(Protocol):
 
         :param kind: name of the work; of each kind, one function runs at a time
         """
+        ...
+
+    def doorbell(self) -> Doorbell:
+        """Return a doorbell of the running event loop."""
         ...
 
 
@@ -29,3 +50,70 @@ class ThreadWorkers:
         """Run ``function`` in the thread of its kind."""
         limiter = self._limiters.setdefault(kind, CapacityLimiter(1))
         return await to_thread.run_sync(function, limiter=limiter)
+
+    def doorbell(self) -> Doorbell:
+        """Return a doorbell for other threads."""
+        return SocketDoorbell()
+
+
+class SocketDoorbell:
+    """A pair of sockets: a ring never waits for the loop, which may be blocked."""
+
+    def __init__(self) -> None:
+        self._button, self._bell = socket.socketpair()
+        for end in (self._button, self._bell):
+            end.settimeout(0)
+
+    def ring(self) -> None:
+        """Write a byte; if the pipe is full, it rings already."""
+        try:
+            self._button.send(b"\0")
+        except (BlockingIOError, OSError):
+            return
+
+    async def wait(self) -> None:
+        """Wait for a byte, and take all there are."""
+        await wait_readable(self._bell)
+        self._bell.recv(4096)
+
+    def close(self) -> None:
+        """Close both sockets."""
+        notify_closing(self._bell)
+        self._bell.close()
+        self._button.close()
+
+
+class LoopDoorbell:
+    """A doorbell inside one event loop, where no other thread rings."""
+
+    def __init__(self) -> None:
+        self._event = Event()
+
+    def ring(self) -> None:
+        """Wake who waits."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait for a ring."""
+        await self._event.wait()
+        self._event = Event()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class News:
+    """Lets tasks of one event loop wait until something holds."""
+
+    def __init__(self) -> None:
+        self._event = Event()
+
+    def notify(self) -> None:
+        """Let every waiting task look again."""
+        self._event.set()
+        self._event = Event()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Return once ``holds`` does. It is looked at now and after each :meth:`notify`."""
+        while not holds():
+            await self._event.wait()

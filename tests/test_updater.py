@@ -195,17 +195,16 @@ async def test_placements_that_do_not_fit_are_refused(case: int) -> None:
 
 async def test_a_layer_without_weights_is_refused() -> None:
     """The error names the layer."""
+    alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
     old, new = (ExpertPlacement.from_mapping([[0, 1, 2, 3], row]) for row in ([0, 1, 2, 3], [3, 2, 1, 0]))
-    async with memory_world(old, SMALL) as ranks:
-        updater = ExpertUpdater(
-            ExpertWeights(float_weights()), old, SMALL, rank=0, transport=MemoryTransport.world(2)[0]
-        )
-        async with updater:
-            with pytest.raises(MissingWeights) as caught:
-                await updater.update(new)
-            assert caught.value.layer == 1
+    (transport,) = MemoryTransport.world(1)
+    weights = ExpertWeights(float_weights(num_slots=4))
+    async with ExpertUpdater(weights, old, alone, rank=0, transport=transport) as updater:
+        with pytest.raises(MissingWeights) as caught:
+            await updater.update(new)
+        assert caught.value.layer == 1
         with pytest.raises(MissingWeights, match="not rows"):
-            await ranks[0].updater.update(new, layers=[5])
+            await updater.update(new, layers=[5])
 
 
 async def test_ranks_that_disagree_change_nothing() -> None:
@@ -243,15 +242,16 @@ async def test_a_second_update_while_one_runs_is_refused() -> None:
 async def test_use_outside_its_lifetime_is_refused() -> None:
     """Before it is entered and after it is left, an updater says that it is closed."""
     old, new = two_placements(SMALL, num_layers=1, num_experts=4)
-    transport = MemoryTransport.world(2)[0]
-    updater = ExpertUpdater(ExpertWeights(TINY.weights(old, SMALL, 0)), old, SMALL, rank=0, transport=transport)
+    (transport,) = MemoryTransport.world(1)
+    alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
+    updater = ExpertUpdater(ExpertWeights(TINY.weights(old, alone, 0)), old, alone, rank=0, transport=transport)
     with pytest.raises(ClosedUpdater):
         await updater.update(new)
     async with updater:
         pass
     with pytest.raises(ClosedUpdater):
         await updater.update(new)
-    again = ExpertUpdater(ExpertWeights(TINY.weights(old, SMALL, 0)), old, SMALL, rank=0, transport=transport)
+    again = ExpertUpdater(ExpertWeights(TINY.weights(old, alone, 0)), old, alone, rank=0, transport=transport)
     with pytest.raises(BusyTransport):
         await again.__aenter__()
 

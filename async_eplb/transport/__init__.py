@@ -7,6 +7,7 @@ from async_eplb.transport.base import (
     MessageGroup,
     PendingExchange,
     Transport,
+    Voter,
 )
 from async_eplb.transport.memory import Fault, FaultKind, MemorySchedule, MemoryTransport
 from async_eplb.transport.torch_dist import TorchDistTransport
@@ -23,4 +24,5 @@ __all__ = [
     "PendingExchange",
     "TorchDistTransport",
     "Transport",
+    "Voter",
 ]

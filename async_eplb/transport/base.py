@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from async_eplb.device import Device
+from async_eplb.errors import BrokenControlGroup
 from async_eplb.workers import Workers
 
 
@@ -65,14 +66,39 @@ class PendingExchange(Protocol):
         ...
 
 
+class Voter(Protocol):
+    """One rank's voice in control rounds. Called from the thread that holds them, which it never blocks."""
+
+    def pause_s(self) -> float:
+        """Return how long this rank may put off its next round, in seconds; 0 to join it now."""
+        ...
+
+    def ballot(self) -> Sequence[int]:
+        """Return 64-bit integers for the round that is now joined."""
+        ...
+
+    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Take in what all ranks gave, in rank order; return whether another round follows."""
+        ...
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        """Take in that a rank did not answer. No round follows."""
+        ...
+
+
 class ControlGroup(Protocol):
-    """Small messages between all ranks of an EP group, apart from the data."""
+    """Rounds of small messages between all ranks of an EP group, apart from the data."""
 
-    async def gather(self, row: Sequence[int]) -> list[list[int]]:
-        """Give 64-bit integers, return those of all ranks, in rank order. Blocks until all have given theirs.
+    async def run(self, voter: Voter) -> None:
+        """Hold rounds until the voter says that none follows, or a rank does not answer.
 
-        :raises BrokenControlGroup: if a rank does not
+        The voter is called without the help of the event loop, which may be blocked in a forward pass that waits
+        for a peer.
         """
+        ...
+
+    def wake(self) -> None:
+        """End the voter's pause, from any thread."""
         ...
 
 

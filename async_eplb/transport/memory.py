@@ -12,7 +12,7 @@ from torch import Tensor
 
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
+from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange, Voter
 from async_eplb.workers import Workers
 
 
@@ -45,6 +45,7 @@ class MemorySchedule:
     :param exchange_s: seconds that an exchange takes at least
     :param message_jitter_s: each message takes up to this many seconds more, at random
     :param control_s: seconds that a control round takes
+    :param ordered_launch: what transports say of ``needs_ordered_launch``
     :param faults: what happens to messages
     """
 
@@ -52,6 +53,7 @@ class MemorySchedule:
     exchange_s: float = 0.0
     message_jitter_s: float = 0.0
     control_s: float = 0.0
+    ordered_launch: bool = False
     faults: tuple[Fault, ...] = ()
 
 
@@ -79,6 +81,7 @@ class _World:
         self.complete: dict[int, Event] = {}
         self.waits: list[tuple[CancelScope, frozenset[int]]] = []
         self.gone: set[int] = set()
+        self.groups: dict[int, _MemoryControlGroup] = {}
 
     @contextmanager
     def interruptible(self, ranks: frozenset[int]) -> Iterator[None]:
@@ -122,9 +125,8 @@ class MemoryTransport:
     early is found out.
     """
 
-    needs_ordered_launch = False
-
     def __init__(self, world: _World, rank: int) -> None:
+        self.needs_ordered_launch = world.schedule.ordered_launch
         self._world = world
         self._rank = rank
         self._opened = False
@@ -229,13 +231,32 @@ class _MemoryControlGroup:
         self._rank = rank
         self._timeout_s = timeout_s
         self._round = 0
+        self._news = Event()
+        world.groups[rank] = self
 
-    async def gather(self, row: Sequence[int]) -> list[list[int]]:
+    async def run(self, voter: Voter) -> None:
+        try:
+            while True:
+                with anyio.move_on_after(voter.pause_s()):
+                    await self._news.wait()
+                if not voter.receive(await self._gather(voter.ballot())):
+                    return
+        except BrokenControlGroup as error:
+            voter.lose(error)
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def _gather(self, row: Sequence[int]) -> list[list[int]]:
         world, number = self._world, self._round
         self._round += 1
         rows = world.rounds.setdefault(number, {})
         complete = world.complete.setdefault(number, Event())
         rows[self._rank] = list(row)
+        for rank, group in world.groups.items():
+            if rank not in rows:
+                group.wake()
+        self._news = Event()
         if len(rows) == world.num_ranks:
             del world.rounds[number], world.complete[number]
             complete.set()

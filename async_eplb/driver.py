@@ -1,0 +1,245 @@
+"""The agreement between threads: control rounds vote with it, the serving thread passes boundaries under its lock.
+
+Nobody waits for a peer, launches or copies while holding the lock. The control thread never calls into an event
+loop: it rings a doorbell, and the loop looks.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from async_eplb.agreement import Agreement, Ballot, Decision, Mode, Verdict
+from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
+
+ACTIVE_PAUSE_S = 0.1
+"""How long a rank without news puts off a round while an update runs."""
+IDLE_PAUSE_S = 0.25
+"""The same while none runs."""
+
+
+class Driver:
+    """One rank's part in control rounds, for the life of an updater.
+
+    :param ring: wakes the event loop that runs updates, from any thread
+    """
+
+    def __init__(self, agreement: Agreement, ring: Callable[[], None]) -> None:
+        self._agreement = agreement
+        self._ring = ring
+        self._lock = threading.Condition()
+        self._wake: Callable[[], None] = lambda: None
+        self._numbered = False
+        self.num_rounds = 0
+        self.lost: BrokenControlGroup | None = None
+        """Why there are no more rounds, if a rank did not answer."""
+        self.in_doubt = False
+        """Whether the round that was lost carried this rank's fence: a peer may have committed there."""
+        self.left: tuple[int, ...] = ()
+        """Ranks that have closed, after which there are no more rounds."""
+        self.error: EplbError | None = None
+        """What this rank found wrong in the ballots of the running update."""
+        self.failed_by: tuple[int, ...] = ()
+        self.cancelled_by: tuple[int, ...] = ()
+        self.waiting_for: tuple[int, ...] = ()
+
+    def connect(self, wake: Callable[[], None], *, ordered_launch: bool) -> None:
+        """Say how to end a pause of the control rounds, and whether launches are agreed on too."""
+        self._wake = wake
+        self._agreement.ordered_launch = ordered_launch
+
+    # --- Control rounds: called in their thread. ---
+
+    def pause_s(self) -> float:
+        """Return how long the next round may be put off."""
+        with self._lock:
+            if self._agreement.is_eager():
+                return 0.0
+            return ACTIVE_PAUSE_S if self._agreement.running else IDLE_PAUSE_S
+
+    def ballot(self) -> tuple[int, ...]:
+        """Return this rank's ballot; its fence holds from here on."""
+        with self._lock:
+            return self._agreement.ballot().to_row()
+
+    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Take in a round; return whether another follows."""
+        with self._lock:
+            try:
+                verdict = self._agreement.receive([Ballot.from_row(row) for row in rows])
+            except EplbError as error:
+                self.error = error
+                self._agreement.over = True
+                verdict = Verdict(over=True)
+            self.num_rounds += 1
+            self.failed_by = self.failed_by or verdict.failed
+            self.cancelled_by = self.cancelled_by or verdict.cancelled
+            self.waiting_for = verdict.waiting_for
+            self.left = verdict.left
+            running = self._agreement.running
+            self._lock.notify_all()
+        if running or self.left:
+            self._ring()
+        return not self.left
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        """Take in that a rank did not answer."""
+        with self._lock:
+            self.lost = error
+            self.in_doubt = self._agreement.fence > 0
+            self._agreement.over = True
+            self._lock.notify_all()
+        self._ring()
+
+    # --- The update: called in the event loop. ---
+
+    def begin(self, mode: Mode, *, digest: int, total: int, window: int, failed: bool) -> None:
+        """Begin an update; ``failed`` if this rank could not prepare for it."""
+        with self._lock:
+            self.error = None
+            self.failed_by = self.cancelled_by = self.waiting_for = ()
+            self._agreement.begin(mode, digest=digest, total=total, window=window)
+            if failed:
+                self._agreement.fail()
+            if self.lost or self.left:
+                self._agreement.over = True
+        self._wake()
+
+    def end(self, *, broken: bool) -> None:
+        """End the update here."""
+        with self._lock:
+            self._agreement.end(broken=broken)
+
+    def advance(self, *, staged: int = 0, launchable: int = 0, committed: int = 0) -> None:
+        """Count layers."""
+        with self._lock:
+            self._agreement.staged += staged
+            self._agreement.launchable += launchable
+            self._agreement.committed += committed
+        self._wake()
+
+    def cancel(self) -> None:
+        """Ask all ranks to end the update at the same layer."""
+        with self._lock:
+            self._agreement.cancel()
+        self._wake()
+
+    def fail(self, *, alone: bool = False) -> None:
+        """Tell all ranks that this one cannot go on; ``alone``: do not wait until they have heard it."""
+        with self._lock:
+            self._agreement.fail()
+            if alone:
+                self._agreement.over = True
+        self._wake()
+        self._ring()
+
+    def leave(self) -> None:
+        """Make the next round the last."""
+        with self._lock:
+            self._agreement.leave()
+        self._wake()
+
+    def stand(self, *, standing: bool) -> None:
+        """Say whether this rank makes no steps at present."""
+        with self._lock:
+            self._agreement.standing = standing
+        self._ring()
+
+    def due_while_standing(self, *, for_good: bool) -> Decision | None:
+        """Return what is due before the next boundary, or ``for_good`` at any boundary to come."""
+        with self._lock:
+            if not self._agreement.standing:
+                return None
+            return self._agreement.drain() if for_good else self._agreement.stand()
+
+    @property
+    def generation(self) -> int:
+        """Updates begun."""
+        return self._agreement.generation
+
+    @property
+    def begun(self) -> bool:
+        """Whether all ranks have begun the update with equal inputs."""
+        return self._agreement.begun
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to agree on."""
+        return self._agreement.over
+
+    @property
+    def limit(self) -> int:
+        """Layers of the update, fewer after a cancellation."""
+        return self._agreement.limit
+
+    @property
+    def agreed(self) -> int:
+        """Layers that are staged everywhere."""
+        return self._agreement.agreed
+
+    @property
+    def launched(self) -> int:
+        """Layers whose launch is agreed."""
+        return self._agreement.launched
+
+    # --- Step boundaries: called in the serving thread. ---
+
+    @property
+    def step(self) -> int:
+        """Boundaries passed."""
+        return self._agreement.step
+
+    @property
+    def lead(self) -> int:
+        """Boundaries from the last one passed to a new fence."""
+        return self._agreement.lead
+
+    def may_pass(self) -> bool:
+        """Whether the next boundary can be passed, or never will be."""
+        return self._agreement.may_pass() or self.lost is not None
+
+    def try_pass(self, number: int | None) -> tuple[bool, Decision | None]:
+        """Pass the next boundary unless a fence stands there; return whether it was passed, and what is due.
+
+        :param number: of the boundary, as the engine counts
+        :raises StepMismatch: if ``number`` is not that of the next boundary
+        :raises RankInDoubt: if the fence will never be resolved
+        """
+        with self._lock:
+            agreement = self._agreement
+            if number is not None:
+                self._require_next(number)
+            if not agreement.may_pass():
+                if self.lost is not None:
+                    raise RankInDoubt(
+                        f"boundary {agreement.fence} cannot be passed: the control round that decides whether layers "
+                        f"are committed there was lost, and a peer may have committed them ({self.lost})",
+                        step=agreement.step,
+                        boundary=agreement.fence,
+                    ) from self.lost
+                return False, None
+            return True, agreement.pass_boundary()
+
+    def waited(self) -> None:
+        """Say that a step had to wait at its fence."""
+        with self._lock:
+            self._agreement.waited()
+
+    def wait_for_result(self) -> None:
+        """Block the calling thread until the next boundary may be passed or never will be.
+
+        This ends: a control round has a deadline of its own.
+        """
+        with self._lock:
+            self._lock.wait_for(self.may_pass)
+
+    def _require_next(self, number: int) -> None:
+        agreement = self._agreement
+        untouched = agreement.step == agreement.fence == agreement.last_boundary == 0
+        if not self._numbered and untouched:
+            agreement.step = number - 1
+        self._numbered = True
+        if number != agreement.step + 1:
+            raise StepMismatch(
+                f"step({number}) after {agreement.step} boundaries: every rank passes every boundary, in order, and an "
+                "engine that numbers them begins before the first update",
+                steps=(agreement.step, number),
+            )
