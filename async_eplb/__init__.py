@@ -6,9 +6,10 @@ from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, SlotSource, plan_layer
+from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
 from async_eplb.transport import MemoryTransport, TorchDistTransport, Transport
-from async_eplb.updater import ExpertUpdater, UpdateSummary
+from async_eplb.updater import ExpertUpdater, UpdateHandle, UpdaterStatistics, UpdateSummary
 from async_eplb.weights import ExpertWeights
 
 __version__ = "0.1.0"
@@ -24,9 +25,12 @@ __all__ = [
     "LayerPlan",
     "MemoryTransport",
     "SlotSource",
+    "SyncUpdater",
     "TorchDistTransport",
     "Transport",
+    "UpdateHandle",
     "UpdateOptions",
     "UpdateSummary",
+    "UpdaterStatistics",
     "plan_layer",
 ]

@@ -1,6 +1,6 @@
 """Worlds inside one process, for tests."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,33 @@ class MemoryRank:
         assert all(buffer.state is BufferState.FREE for buffer in updater._pool.buffers)
 
 
+def memory_ranks(
+    placement: ExpertPlacement,
+    topology: EPTopology,
+    *,
+    schedule: MemorySchedule | None = None,
+    options: UpdateOptions | None = None,
+    workers: Callable[[], Workers] = ScheduledWorkers,
+    on_commit: Sequence[Callable[[int], None]] = (),
+) -> list[MemoryRank]:
+    """Make an updater for each rank, not entered yet."""
+    ranks = []
+    for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
+        tensors = TINY.weights(placement, topology, rank)
+        updater = ExpertUpdater(
+            ExpertWeights(tensors),
+            placement,
+            topology,
+            rank=rank,
+            transport=transport,
+            options=options,
+            workers=workers(),
+            on_commit=on_commit[rank] if on_commit else None,
+        )
+        ranks.append(MemoryRank(updater, tensors))
+    return ranks
+
+
 @asynccontextmanager
 async def memory_world(
     placement: ExpertPlacement,
@@ -43,22 +70,13 @@ async def memory_world(
     schedule: MemorySchedule | None = None,
     options: UpdateOptions | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
+    on_commit: Sequence[Callable[[int], None]] = (),
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank."""
+    ranks = memory_ranks(placement, topology, schedule=schedule, options=options, workers=workers, on_commit=on_commit)
     async with AsyncExitStack() as stack:
-        ranks = []
-        for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
-            tensors = TINY.weights(placement, topology, rank)
-            updater = ExpertUpdater(
-                ExpertWeights(tensors),
-                placement,
-                topology,
-                rank=rank,
-                transport=transport,
-                options=options,
-                workers=workers(),
-            )
-            ranks.append(MemoryRank(await stack.enter_async_context(updater), tensors))
+        for rank in ranks:
+            await stack.enter_async_context(rank.updater)
         yield ranks
 
 

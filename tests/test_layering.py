@@ -27,6 +27,7 @@ LAYERS = [
     "stages",
     "pipeline",
     "updater",
+    "sync",
     "launch",
     "sample_model",
     "cli",

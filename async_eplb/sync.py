@@ -1,0 +1,109 @@
+"""The updater for engines without an event loop: a loop of its own in another thread, steps on the caller's."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from async_eplb.accounting import UpdaterStatistics, UpdateSummary
+from async_eplb.placement import ExpertPlacement
+from async_eplb.updater import ExpertUpdater, UpdateHandle
+
+T = TypeVar("T")
+
+
+class SyncUpdateHandle:
+    """An :class:`UpdateHandle` for threads without an event loop."""
+
+    def __init__(self, handle: UpdateHandle, portal: BlockingPortal) -> None:
+        self._handle = handle
+        self._portal = portal
+
+    @property
+    def done(self) -> bool:
+        """Whether the update has ended, one way or another."""
+        return self._handle.done
+
+    def cancel(self) -> None:
+        """Do what :meth:`UpdateHandle.cancel` does."""
+        self._portal.call(self._handle.cancel)
+
+    def wait(self) -> UpdateSummary:
+        """Block until :meth:`UpdateHandle.wait` returns. Another thread, or :meth:`SyncUpdater.idle`, must step."""
+        return self._portal.call(self._handle.wait)
+
+
+class SyncUpdater:
+    """An :class:`ExpertUpdater` in a context manager of its own event loop, which runs in a thread.
+
+    ``with SyncUpdater(weights, placement, topology, rank=r, transport=t) as updater: updater.step()``. Steps run on
+    the calling thread, as the model's work does; everything else runs in the loop's.
+
+    :param arguments: those of :class:`ExpertUpdater`
+    :param backend: event loop, as anyio calls it
+    """
+
+    def __init__(self, *arguments: Any, backend: str = "asyncio", **options: Any) -> None:  # noqa: ANN401
+        self.updater = ExpertUpdater(*arguments, **options)
+        self._backend = backend
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(self._backend))
+            stack.enter_context(self._portal.wrap_async_context_manager(self.updater))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The placement that the live weights have, as far as committed."""
+        return self.updater.placement
+
+    def statistics(self) -> UpdaterStatistics:
+        """Return what this updater has done so far."""
+        return self.updater.statistics()
+
+    def step(self, number: int | None = None) -> None:
+        """Pass a step boundary on the calling thread; see :meth:`ExpertUpdater.step`."""
+        self.updater.step_sync(number)
+
+    def update(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateSummary:
+        """Block until :meth:`ExpertUpdater.update` returns."""
+
+        async def update() -> UpdateSummary:
+            return await self.updater.update(new_placement, layers=layers)
+
+        return self._call(update)
+
+    def begin(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> SyncUpdateHandle:
+        """Begin an update and go on stepping; see :meth:`ExpertUpdater.begin`."""
+
+        async def begin() -> UpdateHandle:
+            return self.updater.begin(new_placement, layers=layers)
+
+        return SyncUpdateHandle(self._call(begin), self._open_portal())
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Make no steps inside; see :meth:`ExpertUpdater.idle`."""
+        return self._open_portal().wrap_async_context_manager(self.updater.idle())
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Let nothing touch live weights inside; see :meth:`ExpertUpdater.paused`."""
+        return self._open_portal().wrap_async_context_manager(self.updater.paused())
+
+    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+        return self._open_portal().call(function)
+
+    def _open_portal(self) -> BlockingPortal:
+        if self._portal is None:
+            raise RuntimeError("enter the SyncUpdater first")
+        return self._portal
