@@ -95,7 +95,7 @@ class LayerStages:
     ) -> None:
         self.tally = Tally()
         self._generation = generation
-        self._rank = rank
+        self.rank = rank
         self._old = old
         self._new = new
         self._topology = topology
@@ -136,7 +136,7 @@ class LayerStages:
             self._logger,
             UpdateStarted(
                 generation=self._generation,
-                rank=self._rank,
+                rank=self.rank,
                 num_layers=len(rows),
                 num_unchanged_layers=self._old.num_layers - len(rows),
                 staging_nbytes=pool.nbytes,
@@ -147,7 +147,7 @@ class LayerStages:
                 self._logger,
                 UpdateInputsLogged(
                     generation=self._generation,
-                    rank=self._rank,
+                    rank=self.rank,
                     num_ranks=self._topology.num_ranks,
                     num_nodes=self._topology.num_nodes,
                     num_ranks_per_node=self._topology.num_ranks_per_node,
@@ -171,7 +171,7 @@ class LayerStages:
             self._logger,
             LayerPlanned(
                 generation=self._generation,
-                rank=self._rank,
+                rank=self.rank,
                 layer=row,
                 duration_ms=duration_ms,
                 num_same_gpu=counts[SlotSource.SAME_GPU],
@@ -235,7 +235,7 @@ class LayerStages:
         event = transfer_event(
             layer.planned.plan,
             self._topology,
-            self._rank,
+            self.rank,
             layer=layer.planned.row,
             generation=self._generation,
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
@@ -278,7 +278,7 @@ class LayerStages:
         moved = [source for source in layer.planned.plan.slot_sources if source in _MOVING]
         committed = LayerCommitted(
             generation=self._generation,
-            rank=self._rank,
+            rank=self.rank,
             layer=layer.planned.row,
             step=layer.step,
             duration_ms=watch.ms(),
@@ -296,7 +296,7 @@ class LayerStages:
 
     def _staged_slots(self, rows: Sequence[int]) -> list[int]:
         old, new = (p.physical_to_logical_map[list(rows)] for p in (self._old, self._new))
-        return [int(count) for count in staged_slot_counts(old, new, self._topology, self._rank)]
+        return [int(count) for count in staged_slot_counts(old, new, self._topology, self.rank)]
 
     def _plan(self, row: int) -> PlannedLayer:
         old, new = self._old.physical_to_logical_map[row], self._new.physical_to_logical_map[row]
@@ -305,7 +305,7 @@ class LayerStages:
         groups = matching_groups(transfers, limit)
         return PlannedLayer(
             row=row,
-            plan=plan_layer(old, new, self._topology, self._rank),
+            plan=plan_layer(old, new, self._topology, self.rank),
             maps=self._expert_map.layer_maps(self._new, row),
             group_of={
                 (t.logical_expert, t.src_rank, t.dst_rank): group for t, group in zip(transfers, groups, strict=True)
@@ -323,17 +323,17 @@ class LayerStages:
                 yield Message(peer, expert * len(parts) + index, data)
 
         for send in planned.plan.sends:
-            group = planned.group_of[send.logical_expert, self._rank, send.dst_rank]
+            group = planned.group_of[send.logical_expert, self.rank, send.dst_rank]
             parts = tuple(view[send.src_slot] for view in live)
             sends[group] += tagged(send.logical_expert, send.dst_rank, parts)
         for recv in sorted(planned.plan.recvs, key=lambda recv: recv.logical_expert):
-            group = planned.group_of[recv.logical_expert, recv.src_rank, self._rank]
+            group = planned.group_of[recv.logical_expert, recv.src_rank, self.rank]
             recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot))
         groups = (MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
         return Exchange(planned.row, tuple(groups))
 
     def _mark(self, planned: PlannedLayer) -> None:
-        experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self._rank)]
+        experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]
         moving = {send.src_slot for send in planned.plan.sends}
         moving |= {copy.src_slot for copy in planned.plan.local_copies}
         self._verifier.mark(planned.row, experts, sorted(moving))
@@ -352,14 +352,14 @@ class LayerStages:
             self._verifier.check(planned.row, self._experts(planned), content, "live")
 
     def _experts(self, planned: PlannedLayer) -> dict[int, int]:
-        local = self._new.physical_to_logical_map[planned.row, self._topology.slots_of(self._rank)]
+        local = self._new.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]
         return dict(enumerate(local.tolist()))
 
     def _decisions(self, planned: PlannedLayer) -> LayerDecided:
         plan = planned.plan
         return LayerDecided(
             generation=self._generation,
-            rank=self._rank,
+            rank=self.rank,
             layer=planned.row,
             slot_sources=[source.value for source in plan.slot_sources],
             local_copies=[asdict(copy) for copy in plan.local_copies],

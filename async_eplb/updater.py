@@ -1,9 +1,8 @@
 """The façade: move live expert weights to a new placement, alone or while the model serves."""
 
 import math
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
@@ -13,69 +12,30 @@ from anyio.lowlevel import checkpoint
 
 from async_eplb.accounting import UpdaterStatistics, UpdateSummary
 from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
-from async_eplb.agreement import Agreement, Mode
+from async_eplb.agreement import Agreement, Decision, Mode
 from async_eplb.device import Device, device_for
 from async_eplb.driver import Driver
-from async_eplb.errors import BusyUpdater, ClosedUpdater, HandleAwaited
+from async_eplb.errors import BusyUpdater, ClosedUpdater
 from async_eplb.events import (
-    Event,
-    FenceWaited,
     LayerCommitted,
     Logger,
-    UpdateFailed,
-    UpdateFinished,
     default_logger,
     emit,
 )
 from async_eplb.expert_map import ExpertMap
+from async_eplb.handle import UpdateHandle
 from async_eplb.options import UpdateOptions
-from async_eplb.pipeline import LayerPipeline, UpdateRun
+from async_eplb.pipeline import LayerPipeline
 from async_eplb.placement import ExpertPlacement
 from async_eplb.stages import LayerStages
 from async_eplb.staging import StagingPool
+from async_eplb.stepping import Stepper
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, News, ThreadWorkers, Workers
-
-
-class UpdateHandle:
-    """An update that runs while the model serves. Made by :meth:`ExpertUpdater.begin`."""
-
-    def __init__(self, run: UpdateRun, summarize: Callable[[UpdateRun], UpdateSummary]) -> None:
-        self._run = run
-        self._summarize = summarize
-        self._awaited = False
-
-    def __repr__(self) -> str:
-        state = "done" if self.done else "running"
-        return f"<UpdateHandle {state}: {len(self._run.committed)} of {len(self._run.rows)} layers committed>"
-
-    @property
-    def done(self) -> bool:
-        """Whether the update has ended, one way or another."""
-        return self._run.finished.is_set()
-
-    def cancel(self) -> None:
-        """End the update at the same layer on every rank, after what may be under way."""
-        self._run.cancel()
-
-    async def wait(self) -> UpdateSummary:
-        """Return when all layers are committed on every rank. Cancelling this does not cancel the update.
-
-        :raises HandleAwaited: if it has been awaited before
-        :raises EplbError: if the update ended early; ``committed_layers`` says which layers are new
-        """
-        if self._awaited:
-            raise HandleAwaited(f"{self!r} has been awaited already")
-        self._awaited = True
-        try:
-            await self._run.finished.wait()
-        except get_cancelled_exc_class():
-            self._awaited = False
-            raise
-        return self._summarize(self._run)
 
 
 class ExpertUpdater:
@@ -138,6 +98,7 @@ class ExpertUpdater:
         self._driver = Driver(
             Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew), ring=self._ring
         )
+        self._stepper = Stepper(self._driver, self._news, self._logger, rank, self._execute_at_step)
         self._doorbell: Doorbell | None = None
         self._pipeline: LayerPipeline | None = None
         self._control: ControlGroup | None = None
@@ -145,14 +106,9 @@ class ExpertUpdater:
         self._stack = AsyncExitStack()
         self._run: UpdateRun | None = None
         self._closed_because = "it was not entered yet"
-        self._standing_for = ""
-        self._stepping = False
         self._num_finished = 0
         self._num_failed = 0
         self._num_layers_committed = 0
-        self._num_fence_waits = 0
-        self._fence_wait_ms = 0.0
-        self._longest_step_ms = 0.0
 
     def __repr__(self) -> str:
         state = f"closed: {self._closed}" if self._closed else "updating" if self._run else "idle"
@@ -176,9 +132,9 @@ class ExpertUpdater:
             step=self._driver.step,
             lead=self._driver.lead,
             num_rounds=self._driver.num_rounds,
-            num_fence_waits=self._num_fence_waits,
-            fence_wait_ms=self._fence_wait_ms,
-            longest_step_ms=self._longest_step_ms,
+            num_fence_waits=self._stepper.num_waits,
+            fence_wait_ms=self._stepper.wait_ms,
+            longest_step_ms=self._stepper.longest_ms,
         )
 
     async def __aenter__(self) -> Self:
@@ -217,7 +173,7 @@ class ExpertUpdater:
         """
         run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
         await self._join(run)
-        return self._summary(run)
+        return run.summary()
 
     async def stream(
         self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None
@@ -236,7 +192,7 @@ class ExpertUpdater:
                 if not run.finished.is_set():
                     run.cancel()
                 await self._join(run)
-        self._summary(run)
+        run.summary()
 
     def begin(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateHandle:
         """Begin to move the weights while the model serves; return at once.
@@ -246,7 +202,7 @@ class ExpertUpdater:
 
         :raises EplbError: as :meth:`update`, for what is refused
         """
-        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers), self._summary)
+        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers))
 
     async def step(self, number: int | None = None) -> None:
         """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
@@ -263,21 +219,11 @@ class ExpertUpdater:
         """
         if self._run is not None:
             await checkpoint()
-        with self._one_step() as start:
-            if not self._try_step(number):
-                await self._news.until(self._driver.may_pass)
-                self._count_wait(start)
-                while not self._try_step(number):
-                    await self._news.until(self._driver.may_pass)
+        await self._stepper.step(number)
 
     def step_sync(self, number: int | None = None) -> None:
         """Do what :meth:`step` does on any thread, with a plain wait."""
-        with self._one_step() as start:
-            if not self._try_step(number):
-                self._driver.wait_for_result()
-                self._count_wait(start)
-                while not self._try_step(number):
-                    self._driver.wait_for_result()
+        self._stepper.step_sync(number)
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
@@ -303,60 +249,6 @@ class ExpertUpdater:
                 await self._run.finished.wait()
             yield
 
-    @asynccontextmanager
-    async def _standing(self, reason: str) -> AsyncIterator[None]:
-        if self._pipeline is None or self._closed:
-            raise ClosedUpdater(f"{self!r} cannot be {reason}")
-        if self._standing_for or self._stepping:
-            raise BusyUpdater(f"{self!r} is {self._standing_for or 'inside step()'} already")
-        self._standing_for = reason
-        try:
-            await self._pipeline.stand(standing=True)
-            yield
-        finally:
-            await self._pipeline.stand(standing=False)
-            self._standing_for = ""
-
-    @contextmanager
-    def _one_step(self) -> Iterator[float]:
-        """Admit one step at a time, and measure it."""
-        if self._standing_for or self._stepping:
-            raise BusyUpdater(
-                f"step() {'while the updater is ' + self._standing_for if self._standing_for else 'twice at once'}; "
-                "one task steps, outside idle() and paused()"
-            )
-        self._stepping = True
-        start = time.perf_counter()
-        try:
-            yield start
-        finally:
-            self._stepping = False
-            self._longest_step_ms = max(self._longest_step_ms, (time.perf_counter() - start) * 1e3)
-
-    def _try_step(self, number: int | None) -> bool:
-        """Pass the next boundary and do what is due there, unless a fence stands before it."""
-        passed, decision = self._driver.try_pass(number)
-        if decision is not None and self._run is not None:
-            error = self._run.execute(decision, step=self._driver.step)
-            self._ring()
-            if error is not None:
-                raise error
-        return passed
-
-    def _count_wait(self, start: float) -> None:
-        wait_ms = (time.perf_counter() - start) * 1e3
-        self._driver.waited()
-        self._num_fence_waits += 1
-        self._fence_wait_ms += wait_ms
-        event = FenceWaited(
-            generation=self._driver.generation,
-            rank=self.rank,
-            step=self._driver.step + 1,
-            duration_ms=wait_ms,
-            lead=self._driver.lead,
-        )
-        emit(self._logger, event)
-
     @property
     def _closed(self) -> str:
         """Why no update can begin; empty if one can."""
@@ -376,7 +268,7 @@ class ExpertUpdater:
             raise ClosedUpdater(f"{self!r} cannot update")
         if self._run is not None:
             raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
-        if self._standing_for == "paused":
+        if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         weights = self._verifier.weights
         rows = changed_rows(
@@ -447,41 +339,7 @@ class ExpertUpdater:
             self._num_finished += 1
         else:
             self._num_failed += 1
-        emit(self._logger, self._ending(run))
-
-    def _ending(self, run: UpdateRun) -> Event:
-        if run.error is not None:
-            return UpdateFailed(
-                generation=run.generation,
-                rank=self.rank,
-                duration_ms=run.duration_ms,
-                error=type(run.error).__name__,
-                error_message=str(run.error),
-                committed_layers=run.committed,
-            )
-        tally = run.stages.tally
-        return UpdateFinished(
-            generation=run.generation,
-            rank=self.rank,
-            num_layers=len(run.rows),
-            duration_ms=run.duration_ms,
-            overlap=tally.overlap(run.duration_ms),
-            **tally.numbers(),
-        )
-
-    def _summary(self, run: UpdateRun) -> UpdateSummary:
-        if run.error is not None:
-            raise run.error
-        tally = run.stages.tally
-        return UpdateSummary(
-            generation=run.generation,
-            layers=run.rows,
-            num_unchanged_layers=self._placement.num_layers - len(run.rows),
-            duration_ms=run.duration_ms,
-            overlap=tally.overlap(run.duration_ms),
-            nbytes_by_source=dict(tally.nbytes_by_source),
-            **tally.numbers(),
-        )
+        emit(self._logger, run.ending())
 
     @staticmethod
     async def _join(run: UpdateRun) -> None:
@@ -493,6 +351,24 @@ class ExpertUpdater:
             with CancelScope(shield=True):
                 await run.finished.wait()
             raise
+
+    @asynccontextmanager
+    async def _standing(self, reason: str) -> AsyncIterator[None]:
+        if self._pipeline is None or self._closed:
+            raise ClosedUpdater(f"{self!r} cannot be {reason}")
+        with self._stepper.standing(reason):
+            try:
+                await self._pipeline.stand(standing=True)
+                yield
+            finally:
+                await self._pipeline.stand(standing=False)
+
+    def _execute_at_step(self, decision: Decision) -> Exception | None:
+        if self._run is None:
+            return None
+        error = self._run.execute(decision, step=self._driver.step)
+        self._ring()
+        return error
 
     def _ring(self) -> None:
         if self._doorbell is not None:

@@ -1,0 +1,331 @@
+"""One update on its way: layers stream through plan, transfer and commit at once.
+
+::
+
+    plan      N+1 ──(0 slots)──┐
+    transfer               N ──┤ staging pool: backpressure
+    agree                  N ──┤ control rounds, while N+1 is being transferred
+    commit               N-1 ──┘ at an agreed step boundary; in the exclusive mode at once
+
+An update runs in a task of its own, shielded: its caller may be cancelled at any time, but a posted exchange has
+another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank.
+"""
+
+from collections.abc import Awaitable, Callable
+from itertools import count
+
+from anyio import BrokenResourceError, CancelScope, Event, create_memory_object_stream, create_task_group, move_on_after
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from async_eplb.accounting import Stopwatch, UpdateSummary
+from async_eplb.agreement import Decision, Mode
+from async_eplb.driver import Driver
+from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
+from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
+from async_eplb.placement import ExpertPlacement
+from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
+from async_eplb.staging import BufferState, StagingPool
+from async_eplb.workers import News, Workers
+
+
+class UpdateRun:
+    """One update on its way through the stages.
+
+    :param target: the new placement
+    :param rows: layers that change, in update order
+    :param begin_timeout_s: how long the other ranks may take to begin it
+    :param on_layer: called for each layer when its commit is enqueued, in the thread that did so
+    :param on_commit: called for each layer when its commit has finished on the device
+    :param on_finish: called at the end, whatever it is
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: LayerStages,
+        target: ExpertPlacement,
+        rows: tuple[int, ...],
+        mode: Mode,
+        digest: int,
+        driver: Driver,
+        news: News,
+        pool: StagingPool,
+        workers: Workers,
+        begin_timeout_s: float,
+        on_layer: Callable[[int], None],
+        on_commit: Callable[[LayerCommitted], None],
+        on_finish: Callable[["UpdateRun"], None],
+    ) -> None:
+        self.stages = stages
+        self.target = target
+        self.rows = rows
+        self.mode = mode
+        self.generation = driver.generation + 1
+        self.committed: list[int] = []
+        """Layers that are new here, in update order."""
+        self.error: Exception | None = None
+        self.finished = Event()
+        self.duration_ms = 0.0
+        self._digest = digest
+        self._driver = driver
+        self._news = news
+        self._pool = pool
+        self._workers = workers
+        self._begin_timeout_s = begin_timeout_s
+        self._on_layer = on_layer
+        self._on_commit = on_commit
+        self._on_finish = on_finish
+        self._prepared = False
+        self._cancel_early = False
+        self._launchable: list[LayerInFlight] = []
+        self._num_launched = 0
+        self._staged: list[LayerInFlight] = []
+        self._num_finished = 0
+        self._copy_failed = False
+
+    @property
+    def broke(self) -> bool:
+        """Whether the update failed in a way after which this rank and its peers cannot go on together."""
+        if self.error is None or isinstance(self.error, UpdateCancelled):
+            return False
+        lost = isinstance(self.error, BrokenControlGroup | GenerationMismatch | UpdateNotBegun)
+        return self._driver.begun or lost
+
+    def cancel(self) -> None:
+        """Ask all ranks to end the update after the layers that may already be under way."""
+        self._cancel_early = True
+        if self._prepared:
+            self._driver.cancel()
+
+    def execute(self, decision: Decision, *, step: int) -> Exception | None:
+        """Do what was agreed: commit layers, then launch transfers. Does not block, and is never called twice at once.
+
+        :param step: the boundary; 0 in the exclusive mode
+        :returns: what went wrong with a commit, which the serving thread must know; the update has then failed
+        """
+        failure: Exception | None = None
+        while len(self.committed) < decision.committed and not self._copy_failed:
+            layer = self._staged[len(self.committed)]
+            try:
+                self.stages.copy(layer, step=step)
+            except Exception as error:  # noqa: BLE001 - returned, and told to the other ranks
+                self._copy_failed = True
+                failure = failure or error
+                break
+            self.committed.append(layer.planned.row)
+            try:
+                self._on_layer(layer.planned.row)
+            except Exception as error:  # noqa: BLE001 - likewise; what was agreed is committed all the same
+                failure = failure or error
+        if failure is not None:
+            self._fail(failure)
+        try:
+            while self._num_launched < decision.launched and self.error is None:
+                self.stages.launch(self._launchable[self._num_launched])
+                self._num_launched += 1
+        except Exception as error:  # noqa: BLE001 - the update fails, serving does not
+            self._fail(error)
+        return failure
+
+    async def run(self) -> None:
+        """Run the update to its end; the outcome is in :attr:`error` and :attr:`committed`."""
+        watch = Stopwatch()
+        with CancelScope(shield=True):
+            await self._begin()
+            planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
+            with planned_in, planned_out:
+                async with create_task_group() as tasks:
+                    tasks.start_soon(self._guard, lambda: self._plan(planned_in))
+                    tasks.start_soon(self._guard, lambda: self._transfer(planned_out))
+                    tasks.start_soon(self._guard, self._commit)
+                    await self._guard(self._until_begun)
+                    await self._news.until(lambda: self._driver.over)
+                    self._heed()
+                    await self._news.until(self._drained)
+                    tasks.cancel_scope.cancel()
+        self.duration_ms = watch.ms()
+        self._conclude()
+        try:
+            self._on_finish(self)
+        except Exception as error:  # noqa: BLE001 - raised to the caller, whose logger it probably was
+            self.error = self.error or error
+        finally:
+            self.finished.set()
+
+    async def _begin(self) -> None:
+        """Make staging large enough, and say that this rank has begun."""
+        try:
+            await self.stages.prepare(self._pool, self.rows)
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
+            self.error = error
+        self._driver.begin(
+            self.mode,
+            digest=self._digest,
+            total=len(self.rows),
+            window=len(self._pool.buffers),
+            failed=self.error is not None,
+        )
+        self._prepared = True
+        if self._cancel_early:
+            self._driver.cancel()
+
+    async def _until_begun(self) -> None:
+        with move_on_after(self._begin_timeout_s) as limit:
+            await self._news.until(lambda: self._driver.begun or self._driver.over)
+        if limit.cancelled_caught and not self._driver.begun:
+            missing = self._driver.waiting_for
+            self._fail(
+                UpdateNotBegun(
+                    f"ranks {list(missing)} did not begin update {self.generation} within {self._begin_timeout_s} s",
+                    generation=self.generation,
+                    ranks=missing,
+                    timeout_s=self._begin_timeout_s,
+                ),
+                alone=True,
+            )
+        if self._driver.begun and self.error is None:
+            self.stages.log_start(self._pool, self.rows)
+
+    async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await stage()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            self._fail(error)
+
+    def _fail(self, error: Exception, *, alone: bool = False) -> None:
+        if self.error is None:
+            self.error = error
+        if self._driver.begun:
+            self.stages.abort()
+        self._driver.fail(alone=alone)
+
+    async def _plan(self, planned: MemoryObjectSendStream[PlannedLayer]) -> None:
+        with planned:
+            for index, row in enumerate(self.rows):
+                if index >= self._driver.limit or self.error is not None:
+                    return
+                layer = await self.stages.plan(row)
+                try:
+                    await planned.send(layer)
+                except BrokenResourceError:
+                    return
+
+    async def _transfer(self, planned: MemoryObjectReceiveStream[PlannedLayer]) -> None:
+        driver = self._driver
+        await self._news.until(lambda: driver.begun)
+        with planned:
+            async for planned_layer in planned:
+                index = len(self._staged)
+                buffer = await self._pool.acquire()
+                if index >= driver.limit or driver.over:
+                    return
+                layer = await self.stages.load(planned_layer, buffer)
+                if self.stages.ordered_launch and self.mode is Mode.SERVING:
+                    self._launchable.append(layer)
+                    driver.advance(launchable=1)
+                    await self._until_launched_or_dropped(layer, index)
+                    if layer.pending is None:
+                        return
+                else:
+                    await self.stages.launch_from_background(layer)
+                await self.stages.receive(layer)
+                self._staged.append(layer)
+                driver.advance(staged=1)
+
+    async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:
+        await self._news.until(lambda: layer.pending is not None or index >= self._driver.limit)
+
+    async def _commit(self) -> None:
+        """Follow each layer from its agreed commit until the device has finished it, also after a failure."""
+        for index in count():
+            if self.mode is Mode.EXCLUSIVE:
+                await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
+                watch = Stopwatch()
+                decision = Decision(boundary=0, committed=index + 1, launched=0)
+                await self._workers.run("commit", lambda decision=decision: self.execute(decision, step=0))  # type: ignore[misc]
+            else:
+                await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
+                watch = Stopwatch()
+            if len(self.committed) <= index:
+                return
+            layer = self._staged[index]
+            try:
+                committed = await self.stages.finish(layer, watch)
+                self._on_commit(committed)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+                self._fail(error)
+            self._pool.release(layer.buffer)
+            self._num_finished += 1
+            self._driver.advance(committed=1)
+
+    def _drained(self) -> bool:
+        """Whether all that was agreed is done here, or never will be because a copy failed."""
+        return self._num_finished >= self._driver.agreed or self._copy_failed
+
+    def _heed(self) -> None:
+        """Take over what ended the update."""
+        driver = self._driver
+        if self.error is None:
+            self.error = driver.error or driver.lost
+        if self.error is None and driver.failed_by:
+            self.error = UpdateAborted(
+                f"ranks {list(driver.failed_by)} failed; see their errors", ranks=driver.failed_by
+            )
+        if self.error is None and driver.left:
+            self.error = UpdateAborted(f"ranks {list(driver.left)} have left", ranks=driver.left)
+        if self.error is not None and driver.begun:
+            self.stages.abort()
+
+    def _conclude(self) -> None:
+        for buffer in self._pool.buffers:
+            if buffer.state is not BufferState.FREE and not self._driver.in_doubt:
+                self._pool.release(buffer)
+        if self.error is None and self._driver.limit < len(self.rows):
+            ranks = self._driver.cancelled_by
+            self.error = UpdateCancelled(
+                f"ranks {list(ranks)} cancelled the update after {len(self.committed)} of {len(self.rows)} layers",
+                ranks=ranks,
+            )
+        if self.error is not None:
+            self.error.add_note(f"layers committed before: {self.committed}; all others are as they were")
+            self.error.__dict__["committed_layers"] = tuple(self.committed)
+        self._driver.end(broken=self.broke)
+
+    def summary(self) -> UpdateSummary:
+        """Return what the update did.
+
+        :raises Exception: what ended it early
+        """
+        if self.error is not None:
+            raise self.error
+        tally = self.stages.tally
+        return UpdateSummary(
+            generation=self.generation,
+            layers=self.rows,
+            num_unchanged_layers=self.target.num_layers - len(self.rows),
+            duration_ms=self.duration_ms,
+            overlap=tally.overlap(self.duration_ms),
+            nbytes_by_source=dict(tally.nbytes_by_source),
+            **tally.numbers(),
+        )
+
+    def ending(self) -> UpdateFinished | UpdateFailed:
+        """Return what the log says of the end of the update."""
+        if self.error is not None:
+            return UpdateFailed(
+                generation=self.generation,
+                rank=self.stages.rank,
+                duration_ms=self.duration_ms,
+                error=type(self.error).__name__,
+                error_message=str(self.error),
+                committed_layers=self.committed,
+            )
+        tally = self.stages.tally
+        return UpdateFinished(
+            generation=self.generation,
+            rank=self.stages.rank,
+            num_layers=len(self.rows),
+            duration_ms=self.duration_ms,
+            overlap=tally.overlap(self.duration_ms),
+            **tally.numbers(),
+        )
