@@ -1,6 +1,6 @@
 """Worlds inside one process, for tests."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from anyio import create_task_group
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb.events import Logger
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.staging import BufferState
 from async_eplb.testing import ScheduledWorkers
@@ -43,6 +44,7 @@ async def memory_world(
     schedule: MemorySchedule | None = None,
     options: UpdateOptions | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
+    loggers: Sequence[Logger] | None = None,
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank."""
     async with AsyncExitStack() as stack:
@@ -57,6 +59,7 @@ async def memory_world(
                 transport=transport,
                 options=options,
                 workers=workers(),
+                logger=loggers[rank] if loggers else None,
             )
             ranks.append(MemoryRank(await stack.enter_async_context(updater), tensors))
         yield ranks
