@@ -36,6 +36,33 @@ class MemoryRank:
         assert all(buffer.state is BufferState.FREE for buffer in updater._pool.buffers)
 
 
+def memory_ranks(
+    placement: ExpertPlacement,
+    topology: EPTopology,
+    *,
+    schedule: MemorySchedule | None = None,
+    options: UpdateOptions | None = None,
+    workers: Callable[[], Workers] = ScheduledWorkers,
+    loggers: Sequence[Logger] | None = None,
+) -> list[MemoryRank]:
+    """Make an updater for each rank; none is entered yet."""
+    ranks = []
+    for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
+        tensors = TINY.weights(placement, topology, rank)
+        updater = ExpertUpdater(
+            ExpertWeights(tensors),
+            placement,
+            topology,
+            rank=rank,
+            transport=transport,
+            options=options,
+            workers=workers(),
+            logger=loggers[rank] if loggers else None,
+        )
+        ranks.append(MemoryRank(updater, tensors))
+    return ranks
+
+
 @asynccontextmanager
 async def memory_world(
     placement: ExpertPlacement,
@@ -47,21 +74,10 @@ async def memory_world(
     loggers: Sequence[Logger] | None = None,
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank."""
+    ranks = memory_ranks(placement, topology, schedule=schedule, options=options, workers=workers, loggers=loggers)
     async with AsyncExitStack() as stack:
-        ranks = []
-        for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
-            tensors = TINY.weights(placement, topology, rank)
-            updater = ExpertUpdater(
-                ExpertWeights(tensors),
-                placement,
-                topology,
-                rank=rank,
-                transport=transport,
-                options=options,
-                workers=workers(),
-                logger=loggers[rank] if loggers else None,
-            )
-            ranks.append(MemoryRank(await stack.enter_async_context(updater), tensors))
+        for rank in ranks:
+            await stack.enter_async_context(rank.updater)
         yield ranks
 
 
@@ -95,3 +111,14 @@ def two_placements(
 def float_weights(num_slots: int = 2, rows: int = 1) -> dict[int, list[Tensor]]:
     """Return small weights of one tensor a row."""
     return {row: [torch.zeros(num_slots, 4)] for row in range(rows)}
+
+
+def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement) -> int:
+    """All ranks have committed the same first layers; return how many."""
+    placements = {rank.updater.placement for rank in ranks}
+    assert len(placements) == 1
+    for rank in ranks:
+        rank.assert_consistent()
+    changed = placements.pop().changed_layers(old)
+    assert changed == tuple(range(len(changed)))
+    return len(changed)
