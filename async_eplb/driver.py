@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from async_eplb.agreement import Agreement, Ballot, Decision, Mode, Verdict
 from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
 
-ACTIVE_PAUSE_S = 0.1
+ACTIVE_PAUSE_S = 0.125
 """How long a rank without news puts off a round while an update runs."""
 IDLE_PAUSE_S = 0.25
 """The same while none runs."""

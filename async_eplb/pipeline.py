@@ -31,6 +31,7 @@ class LayerPipeline:
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
         self._run: UpdateRun | None = None
+        self._listening = CancelScope(shield=True)
         self._standing_work = Lock()
         self._for_good = False
 
@@ -43,16 +44,20 @@ class LayerPipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
-        if self._tasks is not None:
-            self._tasks.cancel_scope.cancel()
         self._tasks = None
+        self._listening.cancel()
         await self._stack.aclose()
 
     def start(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a function in the background, until it ends."""
+        """Run a function in the background until it ends, whatever becomes of the caller."""
         if self._tasks is None:
             raise RuntimeError("the pipeline is not open")
-        self._tasks.start_soon(function)
+
+        async def shielded() -> None:
+            with CancelScope(shield=True):
+                await function()
+
+        self._tasks.start_soon(shielded)
 
     def start_update(self, run: UpdateRun) -> None:
         """Run an update in the background; what becomes of it is told by the run."""
@@ -68,10 +73,11 @@ class LayerPipeline:
                 return
 
     async def _listen(self) -> None:
-        while True:
-            await self._doorbell.wait()
-            self._news.notify()
-            await self._do_due_work_while_standing()
+        with self._listening:
+            while True:
+                await self._doorbell.wait()
+                self._news.notify()
+                await self._do_due_work_while_standing()
 
     async def _do_due_work_while_standing(self) -> None:
         async with self._standing_work:

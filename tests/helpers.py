@@ -10,6 +10,7 @@ from anyio import create_task_group
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb.events import Logger
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.staging import BufferState
 from async_eplb.testing import ScheduledWorkers
@@ -42,9 +43,10 @@ def memory_ranks(
     schedule: MemorySchedule | None = None,
     options: UpdateOptions | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
+    loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
 ) -> list[MemoryRank]:
-    """Make an updater for each rank, not entered yet."""
+    """Make an updater for each rank; none is entered yet."""
     ranks = []
     for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
         tensors = TINY.weights(placement, topology, rank)
@@ -56,6 +58,7 @@ def memory_ranks(
             transport=transport,
             options=options,
             workers=workers(),
+            logger=loggers[rank] if loggers else None,
             on_commit=on_commit[rank] if on_commit else None,
         )
         ranks.append(MemoryRank(updater, tensors))
@@ -70,10 +73,19 @@ async def memory_world(
     schedule: MemorySchedule | None = None,
     options: UpdateOptions | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
+    loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank."""
-    ranks = memory_ranks(placement, topology, schedule=schedule, options=options, workers=workers, on_commit=on_commit)
+    ranks = memory_ranks(
+        placement,
+        topology,
+        schedule=schedule,
+        options=options,
+        workers=workers,
+        loggers=loggers,
+        on_commit=on_commit,
+    )
     async with AsyncExitStack() as stack:
         for rank in ranks:
             await stack.enter_async_context(rank.updater)
@@ -110,3 +122,14 @@ def two_placements(
 def float_weights(num_slots: int = 2, rows: int = 1) -> dict[int, list[Tensor]]:
     """Return small weights of one tensor a row."""
     return {row: [torch.zeros(num_slots, 4)] for row in range(rows)}
+
+
+def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement) -> int:
+    """All ranks have committed the same first layers; return how many."""
+    placements = {rank.updater.placement for rank in ranks}
+    assert len(placements) == 1
+    for rank in ranks:
+        rank.assert_consistent()
+    changed = placements.pop().changed_layers(old)
+    assert changed == tuple(range(len(changed)))
+    return len(changed)

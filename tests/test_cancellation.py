@@ -1,14 +1,16 @@
 """Cancelling an update at every point of it leaves all ranks at the same layer."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
-from helpers import MemoryRank, memory_world, together, two_placements
+from helpers import assert_same_layer, memory_world, together, two_placements
 
-from async_eplb import EPTopology, ExpertPlacement
+from async_eplb import EPTopology
 from async_eplb.errors import UpdateCancelled
 from async_eplb.transport import MemorySchedule
 
@@ -36,15 +38,22 @@ async def cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> 
     return done
 
 
-def assert_same_layer(ranks: list[MemoryRank], old: ExpertPlacement) -> int:
-    """All ranks have committed the same first layers; return how many."""
-    placements = {rank.updater.placement for rank in ranks}
-    assert len(placements) == 1
-    for rank in ranks:
-        rank.assert_consistent()
-    changed = placements.pop().changed_layers(old)
-    assert changed == tuple(range(len(changed)))
-    return len(changed)
+async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[object]], *, times: int) -> bool:
+    """Do the same with asyncio's own cancellation, as servers that know no anyio do.
+
+    The first turn begins the call: a task that is cancelled before that has never called anything.
+    """
+    task = asyncio.ensure_future(call())
+    for _ in range(1 + ticks):
+        await asyncio.sleep(0)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
 
 
 async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]]) -> list[int]:
@@ -78,6 +87,15 @@ async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object
 async def test_cancelling_at_every_point() -> None:
     """Whenever it comes: same layer everywhere, buffers free, updater usable."""
     committed = await cancel_everywhere(cancelled_after)
+    assert len(committed) > 50
+    assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelling_natively_at_every_point(times: int) -> None:
+    """A plain ``task.cancel()`` is no different; a second one ends the wait, not the update."""
+    committed = await cancel_everywhere(partial(natively_cancelled_after, times=times))
     assert len(committed) > 50
     assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
 

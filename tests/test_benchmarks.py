@@ -1,0 +1,23 @@
+"""The benchmarks run and write down what they measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Both depths and their ratio, with each stage as the slowest, and the machine."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "2", "--stage-ms", "1", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "pipeline", *small], check=True)
+    document = json.loads(file.read_text())
+    assert document["benchmark"] == "pipeline"
+    assert document["machine"]["cores"] >= 1
+    figures = document["figures"]
+    for stage in ("plan", "transfer", "commit"):
+        overlapped, alone = (figures[f"{stage}_slowest_depth_{depth}_ms"] for depth in (2, 1))
+        assert figures[f"{stage}_slowest_depth_1_over_depth_2"] == alone / overlapped
+        assert figures[f"{stage}_slowest_depth_2_over_slowest_stage"] == overlapped / 2
