@@ -60,6 +60,7 @@ class Ballot:
     :param status: OK, CANCEL, FAILED or LEAVING
     :param step: boundaries that this rank has passed
     :param standing: 1 if it makes no steps at present
+    :param demanded: rebalances that this rank has demanded or knows that another has
     """
 
     generation: int
@@ -71,6 +72,7 @@ class Ballot:
     status: Status
     step: int = 0
     standing: int = 0
+    demanded: int = 0
 
     @classmethod
     def size(cls) -> int:
@@ -87,8 +89,9 @@ class Ballot:
 
         :raises ValueError: if it is no ballot
         """
-        generation, digest, staged, launchable, committed, fence, status, step, standing = (int(n) for n in row)
-        return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing)
+        generation, digest, staged, launchable, committed, fence, status, *rest = (int(n) for n in row)
+        step, standing, demanded = rest
+        return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing, demanded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +157,11 @@ class Agreement:
         self.fence = 0
         self.last_boundary = 0
         self.standing = False
+        self.demanded = 0
         self.running = False
         self.status = Status.OK
         self._calm = 0
+        self._demand_shown = 0
         self._reset(Mode.EXCLUSIVE, 0, 0, 0)
 
     def _reset(self, mode: Mode, digest: int, total: int, window: int) -> None:
@@ -227,6 +232,7 @@ class Agreement:
             status=self._pending_status(),
             step=self.step,
             standing=int(self.standing),
+            demanded=self.demanded,
         )
 
     def is_eager(self) -> bool:
@@ -235,7 +241,7 @@ class Agreement:
         A rank that holds the minimum back pauses until it has moved; the others join at once and wait for it. So
         each round completes as soon as the slowest rank has something to say.
         """
-        if self.status is Status.LEAVING or self._fence_wanted:
+        if self.status is Status.LEAVING or self._fence_wanted or self.demanded > self._demand_shown:
             return True
         return self.running and (
             not self.begun
@@ -255,6 +261,8 @@ class Agreement:
         fences = [ballot.fence for ballot in ballots]
         self.fence = 0
         self._fence_wanted = False
+        self._demand_shown = min(ballot.demanded for ballot in ballots)
+        self.demanded = max(self.demanded, *(ballot.demanded for ballot in ballots))
         left = _ranks(ballots, Status.LEAVING)
         if left:
             self.over = self.over or self.running

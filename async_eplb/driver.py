@@ -4,6 +4,7 @@ Nobody waits for a peer, launches or copies while holding the lock. The control 
 loop: it rings a doorbell, and the loop looks.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -28,6 +29,7 @@ class Driver:
         self._lock = threading.Condition()
         self._wake: Callable[[], None] = lambda: None
         self._numbered = False
+        self._alarm = math.inf
         self.num_rounds = 0
         self.lost: BrokenControlGroup | None = None
         """Why there are no more rounds, if a rank did not answer."""
@@ -63,6 +65,7 @@ class Driver:
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
         """Take in a round; return whether another follows."""
         with self._lock:
+            known = self._agreement.demanded
             try:
                 verdict = self._agreement.receive([Ballot.from_row(row) for row in rows])
             except EplbError as error:
@@ -74,9 +77,9 @@ class Driver:
             self.cancelled_by = self.cancelled_by or verdict.cancelled
             self.waiting_for = verdict.waiting_for
             self.left = verdict.left
-            running = self._agreement.running
+            worth_it = self._agreement.running or bool(self.left) or self._agreement.demanded > known
             self._lock.notify_all()
-        if running or self.left:
+        if worth_it:
             self._ring()
         return not self.left
 
@@ -150,6 +153,23 @@ class Driver:
                 return None
             return self._agreement.drain() if for_good else self._agreement.stand()
 
+    def demand(self, number: int) -> None:
+        """Ask all ranks for their rebalance of this number, counted from 1."""
+        with self._lock:
+            self._agreement.demanded = max(self._agreement.demanded, number)
+        self._wake()
+        self._ring()
+
+    @property
+    def demanded(self) -> int:
+        """Rebalances that some rank has demanded."""
+        return self._agreement.demanded
+
+    @property
+    def standing(self) -> bool:
+        """Whether this rank makes no steps at present."""
+        return self._agreement.standing
+
     @property
     def generation(self) -> int:
         """Updates begun."""
@@ -216,7 +236,21 @@ class Driver:
                         boundary=agreement.fence,
                     ) from self.lost
                 return False, None
-            return True, agreement.pass_boundary()
+            decision = agreement.pass_boundary()
+            alarm = agreement.step >= self._alarm
+            if alarm:
+                self._alarm = math.inf
+        if alarm:
+            self._ring()
+        return True, decision
+
+    def ring_at(self, step: int) -> None:
+        """Ring the loop when this boundary is passed; who asked for a later one then asks anew."""
+        with self._lock:
+            passed = self._agreement.step >= step
+            self._alarm = self._alarm if passed else min(self._alarm, step)
+        if passed:
+            self._ring()
 
     def waited(self) -> None:
         """Say that a step had to wait at its fence."""

@@ -49,6 +49,8 @@ class PlannedLayer:
     group_of: dict[tuple[int, int, int], int]
     """(logical expert, source rank, destination rank) → number of the group it is posted in"""
     num_groups: int
+    peak_nbytes: int
+    """Bytes that the busiest rank sends or receives, equal on all ranks"""
 
 
 @dataclass(slots=True, eq=False)
@@ -303,6 +305,8 @@ class LayerStages:
         transfers = layer_transfers(old, new, self._topology)
         limit = max(1, self._options.operations_per_group // len(self._weights.slot_nbytes(row)))
         groups = matching_groups(transfers, limit)
+        ends = (*Counter(t.src_rank for t in transfers).values(), *Counter(t.dst_rank for t in transfers).values())
+        busiest = max(ends, default=0)
         return PlannedLayer(
             row=row,
             plan=plan_layer(old, new, self._topology, self.rank),
@@ -311,6 +315,7 @@ class LayerStages:
                 (t.logical_expert, t.src_rank, t.dst_rank): group for t, group in zip(transfers, groups, strict=True)
             },
             num_groups=max(groups, default=-1) + 1,
+            peak_nbytes=busiest * sum(self._weights.slot_nbytes(row)),
         )
 
     def _exchange(self, planned: PlannedLayer, buffer: StagingBuffer) -> Exchange:

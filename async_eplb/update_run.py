@@ -34,6 +34,7 @@ class UpdateRun:
     :param target: the new placement
     :param rows: layers that change, in update order
     :param begin_timeout_s: how long the other ranks may take to begin it
+    :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most
     :param on_layer: called for each layer when its commit is enqueued, in the thread that did so
     :param on_commit: called for each layer when its commit has finished on the device
     :param on_finish: called at the end, whatever it is
@@ -52,6 +53,7 @@ class UpdateRun:
         pool: StagingPool,
         workers: Workers,
         begin_timeout_s: float,
+        max_nbytes_per_step: int | None,
         on_layer: Callable[[int], None],
         on_commit: Callable[[LayerCommitted], None],
         on_finish: Callable[["UpdateRun"], None],
@@ -72,6 +74,8 @@ class UpdateRun:
         self._pool = pool
         self._workers = workers
         self._begin_timeout_s = begin_timeout_s
+        self._max_nbytes_per_step = max_nbytes_per_step
+        self._paced_until = 0
         self._on_layer = on_layer
         self._on_commit = on_commit
         self._on_finish = on_finish
@@ -217,6 +221,7 @@ class UpdateRun:
             async for planned_layer in planned:
                 index = len(self._staged)
                 buffer = await self._pool.acquire()
+                await self._keep_pace(planned_layer)
                 if index >= driver.limit or driver.over:
                     return
                 layer = await self.stages.load(planned_layer, buffer)
@@ -231,6 +236,16 @@ class UpdateRun:
                 await self.stages.receive(layer)
                 self._staged.append(layer)
                 driver.advance(staged=1)
+
+    async def _keep_pace(self, layer: PlannedLayer) -> None:
+        """Wait for as many steps as the layers before may take; all ranks count the same bytes."""
+        if self._max_nbytes_per_step is None:
+            return
+        driver = self._driver
+        while driver.step < self._paced_until and not (driver.standing or driver.over):
+            driver.ring_at(self._paced_until)
+            await self._news.until_notified()
+        self._paced_until = driver.step + -(-layer.peak_nbytes // self._max_nbytes_per_step)
 
     async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:
         await self._news.until(lambda: layer.pending is not None or index >= self._driver.limit)

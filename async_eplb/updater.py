@@ -15,7 +15,7 @@ from async_eplb.admission import changed_rows, require_groups, require_ranks, re
 from async_eplb.agreement import Agreement, Decision, Mode
 from async_eplb.device import Device, device_for
 from async_eplb.driver import Driver
-from async_eplb.errors import BusyUpdater, ClosedUpdater
+from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions
 from async_eplb.events import (
     LayerCommitted,
     Logger,
@@ -194,15 +194,23 @@ class ExpertUpdater:
                 await self._join(run)
         run.summary()
 
-    def begin(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateHandle:
+    def begin(
+        self,
+        new_placement: ExpertPlacement,
+        *,
+        layers: Iterable[int] | None = None,
+        max_nbytes_per_step: int | None = None,
+    ) -> UpdateHandle:
         """Begin to move the weights while the model serves; return at once.
 
         All ranks call this with equal arguments, each when it comes to it. Layers are committed inside
         :meth:`step`, on every rank at the same boundary.
 
+        :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most, on average;
+            not heeded while this rank makes no steps
         :raises EplbError: as :meth:`update`, for what is refused
         """
-        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers))
+        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step))
 
     async def step(self, number: int | None = None) -> None:
         """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
@@ -224,6 +232,25 @@ class ExpertUpdater:
     def step_sync(self, number: int | None = None) -> None:
         """Do what :meth:`step` does on any thread, with a plain wait."""
         self._stepper.step_sync(number)
+
+    async def until_step(self, number: int) -> None:
+        """Return when this rank has passed boundary ``number``, counted as :meth:`step` does."""
+        while self._driver.step < number:
+            self._driver.ring_at(number)
+            await self._news.until_notified()
+
+    def demand_rebalance(self, number: int) -> None:
+        """Ask all ranks to make their rebalance ``number``, counted from 1; a control round tells them."""
+        self._driver.demand(number)
+
+    async def until_rebalance_demanded(self, number: int) -> None:
+        """Return when some rank has demanded rebalance ``number``.
+
+        :raises ClosedUpdater: if that cannot happen any more
+        """
+        await self._news.until(lambda: self._driver.demanded >= number or bool(self._closed))
+        if self._driver.demanded < number:
+            raise ClosedUpdater(f"{self!r}: no rebalance follows")
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
@@ -263,7 +290,13 @@ class ExpertUpdater:
         layers: Iterable[int] | None,
         on_commit: Callable[[LayerCommitted], None] = lambda _: None,
         on_finish: Callable[[], None] = lambda: None,
+        *,
+        max_nbytes_per_step: int | None = None,
     ) -> UpdateRun:
+        if max_nbytes_per_step is not None and max_nbytes_per_step < 1:
+            raise InvalidOptions(
+                f"max_nbytes_per_step is {max_nbytes_per_step}; it must be at least 1", option="max_nbytes_per_step"
+            )
         if self._closed or self._pipeline is None:
             raise ClosedUpdater(f"{self!r} cannot update")
         if self._run is not None:
@@ -321,6 +354,7 @@ class ExpertUpdater:
             pool=self._pool,
             workers=self._workers,
             begin_timeout_s=self.options.control_timeout_s,
+            max_nbytes_per_step=max_nbytes_per_step,
             on_layer=self._on_layer,
             on_commit=count,
             on_finish=finish,

@@ -116,4 +116,8 @@ class News:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return once ``holds`` does. It is looked at now and after each :meth:`notify`."""
         while not holds():
-            await self._event.wait()
+            await self.until_notified()
+
+    async def until_notified(self) -> None:
+        """Return after the next :meth:`notify`."""
+        await self._event.wait()
