@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from async_eplb.agreement import Agreement, Ballot, Decision, Mode, Verdict
 from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
+from async_eplb.workers import News
 
 ACTIVE_PAUSE_S = 0.125
 """How long a rank without news puts off a round while an update runs."""
@@ -277,3 +278,10 @@ class Driver:
                 "engine that numbers them begins before the first update",
                 steps=(agreement.step, number),
             )
+
+
+async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:
+    """Return when boundary ``number`` has been passed, or ``unless`` holds after any news."""
+    while driver.step < number and not unless():
+        driver.ring_at(number)
+        await news.until_notified()

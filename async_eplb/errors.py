@@ -150,7 +150,21 @@ class HandleAwaited(EplbError, RuntimeError):
     """An update's handle is awaited once."""
 
 
+class BusyRebalancer(EplbError, RuntimeError):
+    """A rebalancer runs once at a time."""
+
+
+class ClosedRebalancer(EplbError, RuntimeError):
+    """A rebalancer does not run, or was cancelled before it did what was demanded."""
+
+
 # --- What went wrong while weights moved. ---
+
+
+class RebalanceFailed(EplbError):
+    """A demanded rebalance failed; the cause says why, and the rebalancer's task has raised it too."""
+
+    number: int
 
 
 class UpdateNotBegun(EplbError):

@@ -164,6 +164,20 @@ class FenceWaited(Event):
     lead: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceFinished(Event):
+    """A rebalance is over; if ``moved``, all its layers are committed on every rank."""
+
+    name: ClassVar[str] = "eplb.rebalance.finished"
+
+    number: int
+    duration_ms: float
+    moved: bool
+    num_layers: int
+    balancedness_before: float
+    balancedness_after: float
+
+
 EVENTS: tuple[type[Event], ...] = (
     UpdateStarted,
     UpdateInputsLogged,
@@ -174,6 +188,7 @@ EVENTS: tuple[type[Event], ...] = (
     UpdateFinished,
     UpdateFailed,
     FenceWaited,
+    RebalanceFinished,
 )
 
 

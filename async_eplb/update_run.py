@@ -19,7 +19,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from async_eplb.accounting import Stopwatch, UpdateSummary
 from async_eplb.agreement import Decision, Mode
-from async_eplb.driver import Driver
+from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
 from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
 from async_eplb.placement import ExpertPlacement
@@ -242,9 +242,7 @@ class UpdateRun:
         if self._max_nbytes_per_step is None:
             return
         driver = self._driver
-        while driver.step < self._paced_until and not (driver.standing or driver.over):
-            driver.ring_at(self._paced_until)
-            await self._news.until_notified()
+        await until_step(driver, self._news, self._paced_until, unless=lambda: driver.standing or driver.over)
         self._paced_until = driver.step + -(-layer.peak_nbytes // self._max_nbytes_per_step)
 
     async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:

@@ -14,7 +14,7 @@ from async_eplb.accounting import UpdaterStatistics, UpdateSummary
 from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
 from async_eplb.agreement import Agreement, Decision, Mode
 from async_eplb.device import Device, device_for
-from async_eplb.driver import Driver
+from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions
 from async_eplb.events import (
     LayerCommitted,
@@ -234,22 +234,29 @@ class ExpertUpdater:
         self._stepper.step_sync(number)
 
     async def until_step(self, number: int) -> None:
-        """Return when this rank has passed boundary ``number``, counted as :meth:`step` does."""
-        while self._driver.step < number:
-            self._driver.ring_at(number)
-            await self._news.until_notified()
+        """Return when this rank has passed boundary ``number``, counted as :meth:`step` does, or makes no steps."""
+        await until_step(self._driver, self._news, number, unless=lambda: self._driver.standing)
 
     def demand_rebalance(self, number: int) -> None:
         """Ask all ranks to make their rebalance ``number``, counted from 1; a control round tells them."""
         self._driver.demand(number)
 
-    async def until_rebalance_demanded(self, number: int) -> None:
-        """Return when some rank has demanded rebalance ``number``.
+    async def until_rebalance(self, number: int, *, due_step: int | None) -> None:
+        """Return when some rank has demanded rebalance ``number``; demand it when boundary ``due_step`` is passed.
 
-        :raises ClosedUpdater: if that cannot happen any more
+        :raises ClosedUpdater: if no rebalance follows
         """
-        await self._news.until(lambda: self._driver.demanded >= number or bool(self._closed))
-        if self._driver.demanded < number:
+        driver = self._driver
+
+        def demanded() -> bool:
+            return driver.demanded >= number or bool(self._closed)
+
+        if due_step is None:
+            await self._news.until(demanded)
+        else:
+            await until_step(driver, self._news, due_step, unless=demanded)
+            self.demand_rebalance(number)
+        if self._closed:
             raise ClosedUpdater(f"{self!r}: no rebalance follows")
 
     @asynccontextmanager
