@@ -231,8 +231,7 @@ class Rebalancer:
             self._num_moved += 1
             self._received_nbytes += decision.received_nbytes
         before, after = (
-            sum(values) / len(values)
-            for values in (decision.balancedness_before, decision.balancedness_after)
+            sum(values) / len(values) for values in (decision.balancedness_before, decision.balancedness_after)
         )
         self._balancedness = after if decision.pays else before
         finished = RebalanceFinished(
@@ -263,8 +262,8 @@ class Rebalancer:
         ranks = tuple(rank for rank, digest in enumerate(digests) if digest != common)
         if ranks:
             raise PlacementDisagreement(
-                f"ranks {list(ranks)} chose another placement than the others from the same load: {self._policy!r} must "
-                "be deterministic and equal on all ranks; nothing was moved",
+                f"ranks {list(ranks)} chose another placement than the others from the same load: {self._policy!r} "
+                "must be deterministic and equal on all ranks; nothing was moved",
                 digests=digests,
                 ranks=ranks,
             )

@@ -1,12 +1,13 @@
 """Worlds inside one process, for tests."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from anyio import create_task_group
+from anyio import Event, create_task_group
+from anyio.abc import TaskStatus
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
@@ -76,7 +77,7 @@ async def memory_world(
     loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
 ) -> AsyncIterator[list[MemoryRank]]:
-    """Open an updater for each rank."""
+    """Open an updater for each rank; all leave at once, as processes do."""
     ranks = memory_ranks(
         placement,
         topology,
@@ -86,10 +87,20 @@ async def memory_world(
         loggers=loggers,
         on_commit=on_commit,
     )
-    async with AsyncExitStack() as stack:
+    stop = Event()
+
+    async def live(rank: MemoryRank, *, task_status: TaskStatus[None]) -> None:
+        async with rank.updater:
+            task_status.started()
+            await stop.wait()
+
+    async with create_task_group() as tasks:
         for rank in ranks:
-            await stack.enter_async_context(rank.updater)
-        yield ranks
+            await tasks.start(live, rank)
+        try:
+            yield ranks
+        finally:
+            stop.set()
 
 
 async def together(calls: list[Callable[[], Awaitable[object]]]) -> list[object]:

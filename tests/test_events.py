@@ -14,6 +14,7 @@ import trio
 import trio.testing
 from helpers import memory_world, together
 from structlog.testing import LogCapture
+from test_rebalancer import REBALANCE_EVALUATED, REBALANCE_FINISHED
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions, events
 from async_eplb.events import EVENTS, Event
@@ -249,8 +250,9 @@ def test_an_update_that_ends_early_is_logged_completely() -> None:
 
 
 def test_every_event_is_compared_here() -> None:
-    """A new event is listed in EVENTS and gets its dictionary above."""
-    compared = {entry["event"] for entry in (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE)}
+    """A new event is listed in EVENTS and gets its dictionary above, or with the rebalancer's tests."""
+    here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE)
+    compared = {entry["event"] for entry in (*here, REBALANCE_EVALUATED, REBALANCE_FINISHED)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))
     assert set(EVENTS) == set(classes) - {Event}

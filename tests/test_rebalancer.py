@@ -1,0 +1,303 @@
+"""The background task, in a world in memory whose ranks serve."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import ANY
+
+import anyio
+import numpy as np
+import pytest
+import structlog
+import torch
+from anyio import create_task_group
+from helpers import MemoryRank, memory_world, together
+from structlog.testing import LogCapture
+
+from async_eplb import EPTopology, ExpertPlacement
+from async_eplb.errors import (
+    BusyRebalancer,
+    ClosedRebalancer,
+    InvalidOptions,
+    InvalidPolicyOutput,
+    PlacementDisagreement,
+    RebalanceFailed,
+)
+from async_eplb.load import ExpertLoad, LoadWindow
+from async_eplb.load_group import MemoryLoadGroup
+from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms
+from async_eplb.rebalancer import RebalanceOptions, Rebalancer
+
+TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
+NUM_LAYERS, NUM_EXPERTS = 4, 6
+OLD = ExpertPlacement.trivial(NUM_LAYERS, 9, NUM_EXPERTS)
+TERMS = RebalanceTerms(expert_nbytes=100, link_bytes_per_s=1e9, layer_step_s=1e-3, horizon_steps=1000)
+
+pytestmark = pytest.mark.anyio
+
+
+REBALANCE_EVALUATED: dict[str, Any] = {
+    "event": "eplb.rebalance.evaluated",
+    "log_level": "info",
+    "generation": 0,
+    "rank": 0,
+    "policy": "Global()",
+    "pays": True,
+    "reason": "pays",
+    "num_layers": 4,
+    "num_changed_layers": 4,
+    "mean_balancedness_before": pytest.approx(4 / 9),
+    "mean_balancedness_after": ANY,
+    "min_balancedness_before": pytest.approx(4 / 9),
+    "min_balancedness_after": ANY,
+    "num_receives": ANY,
+    "num_slots": 36,
+    "received_nbytes": ANY,
+    "transfer_ms": ANY,
+    "saved_ms_per_step": ANY,
+    "horizon_steps": 1000,
+}
+REBALANCE_FINISHED: dict[str, Any] = {
+    "event": "eplb.rebalance.finished",
+    "log_level": "info",
+    "generation": 1,
+    "rank": 0,
+    "number": 1,
+    "duration_ms": ANY,
+    "moved": True,
+    "num_layers": 4,
+    "balancedness_before": pytest.approx(4 / 9),
+    "balancedness_after": ANY,
+}
+
+
+class Server:
+    """One rank: it steps, records tokens for a hot expert, and has a rebalancer."""
+
+    def __init__(self, rank: MemoryRank, group: MemoryLoadGroup, policy: PlacementPolicy, **options: Any) -> None:
+        self.updater = rank.updater
+        self.rank = rank
+        self.window = LoadWindow(NUM_LAYERS, NUM_EXPERTS, window_steps=8)
+        self.log = LogCapture()
+        self.rebalancer = Rebalancer(
+            rank.updater,
+            self.window,
+            policy,
+            group=group,
+            terms=TERMS,
+            options=RebalanceOptions(**options),
+            logger=structlog.wrap_logger(None, processors=[self.log]),
+        )
+        self.hot = 4
+
+    async def serve(self) -> None:
+        """Make forward passes until cancelled."""
+        while True:
+            await self.updater.step()
+            for layer in range(NUM_LAYERS):
+                self.window.record(layer, torch.tensor([0, 1, 2, 3, 4, 5] + [self.hot] * 6))
+            self.window.advance()
+            await anyio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def servers(*policies: PlacementPolicy, **options: Any) -> AsyncIterator[list[Server]]:
+    """Open ranks that serve; rebalancers are not started."""
+    group = MemoryLoadGroup(3)
+    async with memory_world(OLD, TOPOLOGY) as ranks:
+        chosen = policies or (Global(),) * 3
+        world = [Server(rank, group, policy, **options) for rank, policy in zip(ranks, chosen, strict=True)]
+        async with create_task_group() as tasks:
+            for server in world:
+                tasks.start_soon(server.serve)
+            yield world
+            tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def rebalancing(world: list[Server]) -> AsyncIterator[None]:
+    """Run all rebalancers inside."""
+    async with create_task_group() as tasks:
+        for server in world:
+            await tasks.start(server.rebalancer.run)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("run_policy_in", ["thread", "process"])
+@pytest.mark.parametrize("demanding", [[1], [0, 1, 2]], ids=["by one rank", "by all ranks"])
+async def test_a_demand_rebalances_all_ranks(run_policy_in: str, demanding: list[int]) -> None:
+    """Every rank moves to the same better placement, while it serves."""
+    async with servers(every_steps=None, run_policy_in=run_policy_in) as world, rebalancing(world):
+        await anyio.sleep(0.01)
+        outcomes: list[Any] = await together([world[rank].rebalancer.rebalance_now for rank in demanding])
+        for outcome in outcomes:
+            assert outcome.number == 1
+            assert outcome.decision.reason is Reason.PAYS
+            assert outcome.summary.layers == tuple(range(NUM_LAYERS))
+            assert min(outcome.decision.balancedness_after) > max(outcome.decision.balancedness_before)
+        while any(server.rebalancer.statistics().num_moved < 1 for server in world):
+            await anyio.lowlevel.checkpoint()
+        assert len({server.updater.placement for server in world}) == 1
+        for server in world:
+            server.rank.assert_consistent()
+
+
+async def test_a_rebalance_is_logged_completely() -> None:
+    """What was weighed, and what came of it."""
+    async with servers(every_steps=None) as world, rebalancing(world):
+        await anyio.sleep(0.01)
+        outcome = await world[0].rebalancer.rebalance_now()
+        evaluated, finished = world[0].log.entries
+        assert (evaluated, finished) == (REBALANCE_EVALUATED, REBALANCE_FINISHED)
+        decision = outcome.decision
+        assert evaluated["received_nbytes"] == 100 * evaluated["num_receives"] == decision.received_nbytes > 0
+        assert evaluated["mean_balancedness_after"] == finished["balancedness_after"] > 0.8
+        assert evaluated["saved_ms_per_step"] == decision.saved_s_per_step * 1e3 > 0
+
+
+async def test_rebalances_come_every_so_many_steps() -> None:
+    """When the hot expert changes, the placement follows by itself."""
+    async with servers(every_steps=30) as world, rebalancing(world):
+        rebalancer = world[0].rebalancer
+        for num_moves, hot in enumerate((4, 1), start=1):
+            for server in world:
+                server.hot = hot
+            while rebalancer.statistics().num_moved < num_moves:
+                await anyio.lowlevel.checkpoint()
+        while world[0].updater.placement.replica_counts()[:, 1].min() < 3:
+            await anyio.lowlevel.checkpoint()
+        assert rebalancer.statistics().num_rebalances >= 2
+
+
+async def test_what_is_balanced_stays() -> None:
+    """The second look moves nothing and says why."""
+    async with servers(every_steps=None) as world, rebalancing(world):
+        await anyio.sleep(0.01)
+        first = await world[0].rebalancer.rebalance_now()
+        second = await world[0].rebalancer.rebalance_now()
+        assert first.summary is not None
+        assert second.summary is None
+        assert second.decision.reason in (Reason.BALANCED, Reason.NO_GAIN)
+        assert world[0].rebalancer.statistics().num_moved == 1
+
+
+async def test_a_cool_down_keeps_rebalances_apart() -> None:
+    """A demand right after a rebalance waits for so many steps."""
+    async with servers(every_steps=None, cool_down_steps=50) as world, rebalancing(world):
+        await world[0].rebalancer.rebalance_now()
+        before = world[0].updater.statistics().step
+        await world[0].rebalancer.rebalance_now()
+        assert world[0].updater.statistics().step >= before + 50
+
+
+async def test_pacing_spreads_an_update_over_steps() -> None:
+    """With so many bytes for each step, the update takes at least that many steps."""
+
+    async def steps_of_an_update(**options: Any) -> tuple[int, int]:
+        async with servers(every_steps=None, **options) as world, rebalancing(world):
+            await anyio.sleep(0.01)
+            before = world[0].updater.statistics().step
+            outcome = await world[0].rebalancer.rebalance_now()
+            assert outcome.summary is not None
+            summary = outcome.summary
+            received = summary.received_nbytes_within_node
+            return world[0].updater.statistics().step - before, received
+
+    _, received = await steps_of_an_update()
+    steps, _ = await steps_of_an_update(max_nbytes_per_step=4)
+    assert steps >= received / 4 * (NUM_LAYERS - 1) / NUM_LAYERS
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A policy that leaves experts out."""
+
+    def __call__(self, _load: ExpertLoad, current: ExpertPlacement, _topology: EPTopology) -> ExpertPlacement:
+        return ExpertPlacement.from_mapping(np.zeros_like(current.physical_to_logical_map), NUM_EXPERTS)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A policy that always wants the same."""
+
+    placement: ExpertPlacement
+
+    def __call__(self, _load: ExpertLoad, _current: ExpertPlacement, _topology: EPTopology) -> ExpertPlacement:
+        return self.placement
+
+
+async def failures_of(world: list[Server]) -> list[list[Exception]]:
+    """Demand a rebalance on rank 0; return what each rebalancer raised."""
+    failures: list[list[Exception]] = [[] for _ in world]
+
+    async def run(index: int, *, task_status: Any) -> None:
+        try:
+            await world[index].rebalancer.run(task_status=task_status)
+        except Exception as error:  # noqa: BLE001 - an outcome like any other
+            failures[index].append(error)
+
+    async with create_task_group() as tasks:
+        for index in range(len(world)):
+            await tasks.start(run, index)
+        with pytest.raises(RebalanceFailed) as caught:
+            await world[0].rebalancer.rebalance_now()
+        assert caught.value.number == 1
+    return failures
+
+
+async def test_an_invalid_policy_is_raised_on_every_rank() -> None:
+    """It reaches the owner of the task group and who demanded it; nothing was moved."""
+    async with servers(Broken(), Broken(), Broken(), every_steps=None) as world:
+        for (error,) in await failures_of(world):
+            assert isinstance(error, InvalidPolicyOutput)
+        assert {server.updater.placement for server in world} == {OLD}
+
+
+async def test_ranks_that_choose_differently_are_named() -> None:
+    """A policy that is not the same everywhere is found out before a byte moves."""
+    better = ExpertPlacement.from_mapping([[4, 0, 1, 4, 2, 3, 4, 5, 4]] * NUM_LAYERS, NUM_EXPERTS)
+    odd = ExpertPlacement.from_mapping([[4, 0, 1, 4, 3, 2, 4, 5, 4]] * NUM_LAYERS, NUM_EXPERTS)
+    async with servers(Fixed(better), Fixed(odd), Fixed(better), every_steps=None) as world:
+        for (error,) in await failures_of(world):
+            assert isinstance(error, PlacementDisagreement)
+            assert error.ranks == (1,)
+        assert {server.updater.placement for server in world} == {OLD}
+
+
+async def test_use_outside_its_run_is_refused() -> None:
+    """A demand needs a running task, and there is one."""
+    async with servers(every_steps=None) as world:
+        rebalancer = world[0].rebalancer
+        with pytest.raises(ClosedRebalancer):
+            await rebalancer.rebalance_now()
+        async with rebalancing(world):
+            with pytest.raises(BusyRebalancer):
+                await rebalancer.run()
+        assert not rebalancer.statistics().running
+
+
+async def test_a_demand_that_is_not_met_any_more_is_told() -> None:
+    """When the task is cancelled, who waits for a rebalance hears of it."""
+    async with servers(every_steps=None, cool_down_steps=10**9) as world:
+        outcomes: list[object] = []
+
+        async def demand() -> None:
+            outcomes.extend(await together([world[0].rebalancer.rebalance_now]))
+
+        async with create_task_group() as tasks, rebalancing(world):
+            await world[0].rebalancer.rebalance_now()
+            tasks.start_soon(demand)
+            while not world[0].rebalancer._done:
+                await anyio.lowlevel.checkpoint()
+        assert isinstance(outcomes[0], ClosedRebalancer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"every_steps": 0}, {"cool_down_steps": -1}, {"max_nbytes_per_step": 0}, {"run_policy_in": "loop"}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    """The error names the option."""
+    with pytest.raises(InvalidOptions, match=next(iter(options))):
+        RebalanceOptions(**options)
