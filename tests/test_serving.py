@@ -20,7 +20,6 @@ from async_eplb import (
     ExpertWeights,
     TorchDistTransport,
     UpdateOptions,
-    UpdateSummary,
 )
 from async_eplb.sample_model import random_placement
 from async_eplb.testing import WorldRank, run_world
@@ -51,7 +50,7 @@ class Scenario:
     :param delay_seed: of what each rank sleeps before each pass; no sleep without it
     """
 
-    num_slots: int = 6
+    slots_per_expert: float = 1.5
     placement_seed: int | None = None
     dispatch: DispatchAlgorithm = "static"
     updates: Literal["off", "blocking"] = "off"
@@ -109,7 +108,7 @@ def serve(world: WorldRank, scenario: Scenario) -> Outcome:
 async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
     engine_config = EngineConfig(max_batch=4, max_pass_tokens=40)
     config = ServingConfig(
-        num_local_physical_experts=scenario.num_slots, dispatch=scenario.dispatch, model=MODEL, engine=engine_config
+        slots_per_expert=scenario.slots_per_expert, dispatch=scenario.dispatch, model=MODEL, engine=engine_config
     )
     topology = config.topology(world.num_ranks)
     physical = topology.num_physical_experts
@@ -123,7 +122,6 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
     group = dist.group.WORLD
     assert group is not None
     load = CountedLoad(MODEL.num_layers, MODEL.num_logical_experts)
-    updates: list[UpdateSummary] = []
 
     async def run(expert_map: ExpertMap, boundary: NoUpdates) -> Outcome:
         model = WatchedModel(config, tensors, expert_map, group, load)
@@ -134,7 +132,7 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
             engine.submit(request)
         engine.stop()
         await engine.run()
-        return Outcome(model.answers, engine.number, len(updates))
+        return Outcome(model.answers, engine.number, len(boundary.updates))
 
     if scenario.updates == "off":
         return await run(ExpertMap(placement, topology, rank=world.rank), NoUpdates())
@@ -147,7 +145,7 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
         options=UpdateOptions(verify="checksum"),
     )
     async with updater:
-        boundary = BlockingUpdates(updater, draw, every=3, on_update=updates.append)
+        boundary = BlockingUpdates(updater, group, draw, every=3)
         return await run(updater.expert_map, boundary)
 
 
@@ -173,10 +171,10 @@ def reference() -> dict[int, Answer]:
     [
         pytest.param(4, Scenario(), id="again"),
         pytest.param(4, Scenario(placement_seed=1), id="another placement"),
-        pytest.param(4, Scenario(num_slots=8, placement_seed=2, dispatch="round_robin"), id="replicas in turn"),
+        pytest.param(4, Scenario(slots_per_expert=2, placement_seed=2, dispatch="round_robin"), id="replicas in turn"),
         pytest.param(4, Scenario(placement_seed=3, shift=1, stride=3, delay_seed=0), id="other batches"),
-        pytest.param(1, Scenario(num_slots=16), id="one rank"),
-        pytest.param(8, Scenario(num_slots=3, placement_seed=4), id="eight ranks"),
+        pytest.param(1, Scenario(slots_per_expert=1), id="one rank"),
+        pytest.param(8, Scenario(placement_seed=4), id="eight ranks"),
         pytest.param(4, Scenario(updates="blocking"), id="blocking updates"),
         pytest.param(4, Scenario(updates="blocking", dispatch="round_robin", delay_seed=1), id="blocking and delayed"),
     ],

@@ -1,5 +1,6 @@
 """What a server is made of: sizes of the model, limits of the engine."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,20 +69,25 @@ class EngineConfig:
 class ServingConfig:
     """What all ranks of a server have in common.
 
-    :param num_local_physical_experts: slots of each rank, in each layer
+    :param slots_per_expert: slots of all ranks together, in each layer, over the number of experts; at least 1
     :param dispatch: ``"static"``: a rank sends an expert's tokens to one replica, as the dispatch map says;
         ``"round_robin"``: to each replica in turn
     """
 
     num_nodes: int = 1
-    num_local_physical_experts: int = 6
+    slots_per_expert: float = 1.5
     dispatch: DispatchAlgorithm = "static"
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        if self.slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert is {self.slots_per_expert}; every expert needs a slot")
+
     def topology(self, num_ranks: int) -> EPTopology:
         """Return the shape of the EP group."""
-        return EPTopology(num_ranks, self.num_nodes, self.num_local_physical_experts)
+        slots = math.ceil(self.slots_per_expert * self.model.num_logical_experts / num_ranks)
+        return EPTopology(num_ranks, self.num_nodes, slots)
 
     def first_placement(self, num_ranks: int) -> ExpertPlacement:
         """Return the placement to begin with."""

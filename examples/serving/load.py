@@ -27,10 +27,14 @@ class LoadRecorder(Protocol):
 
 
 class CountedLoad:
-    """Counts logical experts since the last :meth:`take`, all phases together."""
+    """Counts logical experts of this rank's last passes, all phases together.
 
-    def __init__(self, num_layers: int, num_logical_experts: int) -> None:
-        self._counts = torch.zeros(num_layers, num_logical_experts, dtype=torch.int64)
+    :param window_passes: passes that count
+    """
+
+    def __init__(self, num_layers: int, num_logical_experts: int, *, window_passes: int = 40) -> None:
+        self._counts = torch.zeros(window_passes, num_layers, num_logical_experts, dtype=torch.int64)
+        self._number = 0
 
     def record(
         self, layer: int, experts: Tensor, *, phase: str, physical: bool = False, valid: Tensor | None = None
@@ -38,13 +42,14 @@ class CountedLoad:
         """Count the experts of rows that are valid."""
         del phase, physical
         counted = (experts if valid is None else experts[valid]).flatten().cpu()
-        self._counts[layer] += torch.bincount(counted, minlength=self._counts.shape[1])
+        current = self._counts[self._number % len(self._counts), layer]
+        current += torch.bincount(counted, minlength=len(current))
 
     def advance(self) -> None:
-        """Close the pass, which is nothing to do here."""
+        """Close the pass; the oldest is forgotten."""
+        self._number += 1
+        self._counts[self._number % len(self._counts)] = 0
 
-    def take(self) -> Tensor:
-        """Return the counts, int64 ``[layers, logical]``, and begin anew."""
-        counts = self._counts.clone()
-        self._counts.zero_()
-        return counts
+    def total(self) -> Tensor:
+        """Return the counts of the window, int64 ``[layers, logical]``."""
+        return self._counts.sum(0)

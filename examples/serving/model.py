@@ -42,9 +42,10 @@ class MoEModel:
         self._dense = dense_weights(config.model, experts[0][0].device)
         self._expert_weights = experts
         self._map = expert_map
-        self._exchange = TokenExchange(group, config.num_local_physical_experts)
+        self._exchange = TokenExchange(group, len(experts[0][0]))
         self._load = load
         self._dispatch = config.dispatch
+        self._num_passes = 0
         self.received_rows = [0] * config.model.num_layers
         """Rows that this rank's experts computed in the last pass, by layer."""
 
@@ -60,6 +61,7 @@ class MoEModel:
         for layer in range(self.config.num_layers):
             rows = rows + self._attention(layer, rows, batch)
             rows = rows + self._experts(layer, rows, batch, capacity)
+        self._num_passes += 1
         self._load.advance()
         for span in batch.spans:
             span.sequence.num_cached += span.end - span.start
@@ -115,7 +117,8 @@ class MoEModel:
         """Choose a replica for each logical expert of each row, ``[rows, top_k]``."""
         if self._dispatch == "static":
             return self._map.logical_to_dispatch_physical_map[layer][chosen]
-        turn = torch.arange(len(chosen), device=chosen.device)[:, None] % self._map.logical_replica_count[layer][chosen]
+        row = torch.arange(len(chosen), device=chosen.device)[:, None] + self._num_passes
+        turn = row % self._map.logical_replica_count[layer][chosen]
         return self._map.logical_to_all_physical_map[layer][chosen, turn]
 
     def _compute(self, layer: int, rows: Tensor, slots: Tensor) -> Tensor:

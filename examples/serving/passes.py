@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Notice(NamedTuple):
     """What a rank tells the others before a pass.
@@ -73,16 +75,18 @@ class PassLog:
     def __init__(self, length: int = 4096) -> None:
         self.records: deque[PassRecord] = deque(maxlen=length)
 
-    def balancedness(self, num_passes: int) -> float:
-        """Return mean over max of the ranks' expert rows, averaged over layers, in the last passes; 1 without any."""
-        recent = list(self.records)[-num_passes:]
-        if not recent:
-            return 1.0
-        num_layers = len(recent[0].rank_rows[0])
-        shares = []
-        for layer in range(num_layers):
-            totals = [
-                sum(record.rank_rows[rank][layer] for record in recent) for rank in range(len(recent[0].rank_rows))
-            ]
-            shares.append(sum(totals) / len(totals) / max(totals) if max(totals) else 1.0)
-        return sum(shares) / num_layers
+    def history(self, chunk: int = 10) -> list[tuple[float, float]]:
+        """Return when each chunk of passes began, and the ranks' balance in it (see :func:`balancedness`)."""
+        records = list(self.records)
+        chunks = [records[start : start + chunk] for start in range(0, len(records) - chunk + 1, chunk)]
+        return [(part[0].begun_s, balancedness([record.rank_rows for record in part])) for part in chunks]
+
+
+def balancedness(rank_rows: Sequence[Sequence[Sequence[int]]]) -> float:
+    """Return mean over max of the ranks' rows, averaged over layers; 1 where there are none.
+
+    :param rank_rows: rows by pass, rank and layer
+    """
+    by_layer = np.sum(np.asarray(rank_rows), axis=0).T
+    shares = [1.0 if not rows.any() else float(rows.mean() / rows.max()) for rows in by_layer]
+    return sum(shares) / len(shares)
