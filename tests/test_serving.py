@@ -1,6 +1,7 @@
 """The example server's answers: the same bits under any placement, in any batch, and while experts move."""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from async_eplb import (
     ExpertMap,
@@ -48,6 +50,7 @@ class Scenario:
     :param shift: ranks by which requests are dealt out differently
     :param stride: passes between two requests' admission
     :param delay_seed: of what each rank sleeps before each pass; no sleep without it
+    :param backend: ``"nccl"``: on GPUs, which several ranks may share
     """
 
     slots_per_expert: float = 1.5
@@ -57,6 +60,7 @@ class Scenario:
     shift: int = 0
     stride: int = 1
     delay_seed: int | None = None
+    backend: Literal["gloo", "nccl"] = "gloo"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class WatchedModel(MoEModel):
             time.sleep(self.delays.exponential(0.003))
         logits = super().forward(batch, capacity)
         for span, row in zip(batch.spans, logits, strict=True):
-            digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).hexdigest()
+            digest = hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=8).hexdigest()
             self.answers.setdefault(span.sequence.request.number, []).append((int(row.argmax()), digest))
         return logits
 
@@ -118,13 +122,16 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
         return random_placement(rng, MODEL.num_layers, physical, MODEL.num_logical_experts)
 
     placement = config.first_placement(world.num_ranks) if scenario.placement_seed is None else draw()
-    tensors = local_experts(MODEL, placement, topology, world.rank)
     group = dist.group.WORLD
     assert group is not None
+    device, model_group = torch.device("cpu"), group
+    if scenario.backend == "nccl":
+        device, model_group = join_gpus(world)
+    tensors = local_experts(MODEL, placement, topology, world.rank, device)
     load = CountedLoad(MODEL.num_layers, MODEL.num_logical_experts)
 
     async def run(expert_map: ExpertMap, boundary: NoUpdates) -> Outcome:
-        model = WatchedModel(config, tensors, expert_map, group, load)
+        model = WatchedModel(config, tensors, expert_map, model_group, load)
         if scenario.delay_seed is not None:
             model.delays = np.random.default_rng([scenario.delay_seed, world.rank])
         engine = Engine(model, boundary, group, engine_config)
@@ -135,7 +142,7 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
         return Outcome(model.answers, engine.number, len(boundary.updates))
 
     if scenario.updates == "off":
-        return await run(ExpertMap(placement, topology, rank=world.rank), NoUpdates())
+        return await run(ExpertMap(placement, topology, rank=world.rank, device=device), NoUpdates())
     updater = ExpertUpdater(
         ExpertWeights(tensors),
         placement,
@@ -147,6 +154,16 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
     async with updater:
         boundary = BlockingUpdates(updater, group, draw, every=3)
         return await run(updater.expert_map, boundary)
+
+
+def join_gpus(world: WorldRank) -> tuple[torch.device, ProcessGroup]:
+    """Take a GPU and join an NCCL group, in which ranks of one GPU count as hosts of their own."""
+    os.environ.update(NCCL_HOSTID=f"rank-{world.rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    group = dist.new_group(backend="nccl")
+    assert group is not None
+    return device, group
 
 
 def answers(num_ranks: int, scenario: Scenario) -> dict[int, Answer]:
@@ -182,6 +199,14 @@ def reference() -> dict[int, Answer]:
 def test_answers_are_the_same_bits(num_ranks: int, scenario: Scenario, reference: dict[int, Answer]) -> None:
     """Tokens and logits of every request are those of the reference."""
     assert answers(num_ranks, scenario) == reference
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_answers_over_nccl_are_the_same_bits() -> None:
+    """The same code over NCCL: other placements, batches and updates give the same bits there too."""
+    on_gpus = answers(2, Scenario(backend="nccl"))
+    assert answers(2, Scenario(backend="nccl", placement_seed=1, shift=1, stride=2)) == on_gpus
+    assert answers(4, Scenario(backend="nccl", updates="blocking", dispatch="round_robin")) == on_gpus
 
 
 def test_answers_depend_on_the_experts(reference: dict[int, Answer]) -> None:

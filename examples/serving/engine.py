@@ -16,6 +16,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 import anyio
+import torch
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -34,6 +35,7 @@ class Model(Protocol):
     """One rank of a model."""
 
     config: ModelConfig
+    device: torch.device
     received_rows: list[int]
 
     def forward(self, batch: Batch, capacity: int) -> Tensor:
@@ -111,7 +113,7 @@ class Engine:
         while True:
             begun_s = time.monotonic()
             self._admit()
-            batch = Batch.of([answer.sequence for answer in self._running])
+            batch = Batch.of([answer.sequence for answer in self._running], self._model.device)
             plan, rank_rows = await self._agree(len(batch.tokens))
             if plan.stop:
                 return
@@ -144,7 +146,8 @@ class Engine:
             if num_rows > self._config.max_pass_tokens or first.request.not_before > self.number + 1:
                 return
             self._waiting.popleft()
-            self._running.append(_Answer(RunningSequence.of(first.request, self._model.config), first.tokens))
+            sequence = RunningSequence.of(first.request, self._model.config, self._model.device)
+            self._running.append(_Answer(sequence, first.tokens))
 
     async def _agree(self, num_rows: int) -> tuple[PassPlan, tuple[tuple[int, ...], ...]]:
         """Hear all ranks' notices; return what follows, and the rows that each rank's experts computed last."""

@@ -39,7 +39,8 @@ class MoEModel:
         load: LoadRecorder,
     ) -> None:
         self.config = config.model
-        self._dense = dense_weights(config.model, experts[0][0].device)
+        self.device = experts[0][0].device
+        self._dense = dense_weights(config.model, self.device)
         self._expert_weights = experts
         self._map = expert_map
         self._exchange = TokenExchange(group, len(experts[0][0]))
