@@ -5,11 +5,14 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -75,19 +78,21 @@ class World:
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["async_eplb.launch", "async_eplb.updater"])
+        resource_tracker.ensure_running()  # with the first process it would undo the signal mask
         call = pickle.dumps((function, args, kwargs))
         with tempfile.TemporaryDirectory(prefix="async-eplb-") as folder:
             processes: list[BaseProcess] = []
             connections: list[Connection] = []
             try:
-                for rank in range(self.num_ranks):
-                    here, there = context.Pipe(duplex=False)
-                    setup = (rank, self.num_ranks, str(Path(folder) / "store"), self.timeout_s)
-                    process = context.Process(target=_process, args=(setup, call, there), name=f"rank-{rank}")
-                    process.start()
-                    there.close()
-                    processes.append(process)
-                    connections.append(here)
+                with _interrupts_held_back():
+                    for rank in range(self.num_ranks):
+                        here, there = context.Pipe(duplex=False)
+                        setup = (rank, self.num_ranks, str(Path(folder) / "store"), self.timeout_s)
+                        process = context.Process(target=_process, args=(setup, call, there), name=f"rank-{rank}")
+                        process.start()
+                        there.close()
+                        processes.append(process)
+                        connections.append(here)
                 results: list[T] = self._collect(processes, connections)
                 for running in processes:
                     running.join(_GRACE_S)
@@ -118,6 +123,28 @@ class World:
                 else:
                     raise WorldError(f"rank {rank} failed:\n{value}", rank=rank)
         return [results[rank] for rank in range(self.num_ranks)]
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect after the body only. Processes started in it never see one: their parent ends them.
+
+    They inherit the mask. The handler is for this process, in which other threads may take the signal.
+    """
+    held: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    handled_here = threading.current_thread() is threading.main_thread() and handler is not None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if handled_here:
+        signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handled_here:
+            signal.signal(signal.SIGINT, handler)
+    if held:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _received(connection: Connection, process: BaseProcess, rank: int) -> tuple[str, object]:

@@ -1,4 +1,4 @@
-"""Real processes over gloo: long runs of updates, an EP group that is not the world, the demo, the README."""
+"""Real processes over gloo: long runs of updates, an EP group that is not the world, the README."""
 
 import re
 import subprocess
@@ -11,7 +11,6 @@ import pytest
 import torch.distributed as dist
 
 from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
-from async_eplb.cli import main
 from async_eplb.errors import WorldError
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank, check_transport, run_world
@@ -85,22 +84,6 @@ def test_a_failing_process_is_reported() -> None:
     with pytest.raises(WorldError, match="one is enough") as caught:
         run_world(fail_on_rank_one, 2)
     assert caught.value.rank == 1
-
-
-def test_the_demo_is_right(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """It exits 0, says so, and writes each rank's log."""
-    assert main(["demo", "--ranks", "2", "--layers", "2", "--log-dir", str(tmp_path)]) == 0
-    assert "Every byte of every slot on every rank is right" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--replicas", "5", "--ranks", "2"], ["--placement", "none.json"], ["--ranks", "4", "--nodes", "3"]]
-)
-def test_the_demo_refuses_what_does_not_fit(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line on standard error and status 2."""
-    assert main(["demo", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("async_eplb: ")
 
 
 def test_the_quick_start_runs_as_printed(tmp_path: Path) -> None:

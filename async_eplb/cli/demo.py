@@ -17,7 +17,7 @@ import torch
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from async_eplb.cli.render import in_bytes, print_table, progress
-from async_eplb.errors import InvalidPlacement, InvalidTopology
+from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
 from async_eplb.launch import World, WorldRank
 from async_eplb.options import UpdateOptions
@@ -37,6 +37,30 @@ _SOURCES = {
     SlotSource.SAME_NODE: "from the same node",
     SlotSource.CROSS_NODE: "from another node",
 }
+
+_SHAPE = ("ranks", "layers", "experts", "replicas")
+"""Options that make a placement of the demo's own; without them it is the published one."""
+
+_DESCRIPTION = """\
+Start one process for each rank, give each its part of a model's expert weights, move these to a
+new placement layer by layer, and compare every byte of every slot with what it must be.
+
+Before the move, physical expert i holds logical expert i modulo their number. The new placement
+is the example that DeepSeek published with its load balancer (2 layers, 12 experts, 16 replicas,
+8 ranks), unless --placement names a file, or one of --ranks, --layers, --experts and --replicas
+asks for a random one.
+
+Exit status: 0 if every byte is right, 1 if one is not, 2 if the options do not fit together.
+"""
+
+_EPILOG = """\
+examples:
+  async_eplb demo                                     the published example
+  async_eplb demo --nodes 4                           the same, as if on 4 nodes
+  async_eplb demo --ranks 8 --experts 64 --layers 20  a random placement of 96 replicas
+  async_eplb demo --placement new.json --ranks 4      your engine's placement
+  async_eplb demo --log-dir logs                      and what each rank logged
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +88,36 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "demo",
         help="move expert weights between real processes and check every byte",
-        description="Start one process for each rank, give them a model's expert weights, move these to a new "
-        "placement, and check every byte of every slot. Without options: the example that DeepSeek published with "
-        "its load balancer, 8 ranks on 2 nodes. Exit status 0 only if every byte is right.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=_positive, help="processes (default: 4)")
-    parser.add_argument("--nodes", type=_positive, help="pretend nodes that the ranks are on (default: 2)")
-    parser.add_argument("--layers", type=_positive, help="MoE layers (default: 8)")
-    parser.add_argument("--experts", type=_positive, help="logical experts of each layer (default: 16)")
-    parser.add_argument("--replicas", type=_positive, help="physical experts of each layer (default: 1.5 per expert)")
+    parser.add_argument(
+        "--ranks", type=_positive, metavar="N", help="processes, one for each GPU of the EP group (default: 4)"
+    )
+    parser.add_argument(
+        "--nodes",
+        type=_positive,
+        metavar="N",
+        help="pretend nodes that the ranks are on (default: 2; 1 if ranks are odd)",
+    )
+    parser.add_argument("--layers", type=_positive, metavar="N", help="MoE layers (default: 8)")
+    parser.add_argument("--experts", type=_positive, metavar="N", help="logical experts of each layer (default: 16)")
+    parser.add_argument(
+        "--replicas", type=_positive, metavar="N", help="physical experts of each layer (default: 1.5 for each expert)"
+    )
     parser.add_argument(
         "--placement",
         metavar="FILE",
-        help="placement to move to: .json or .pt with physical_to_logical_map, as serving engines write it",
+        help="placement to move to: .json or .pt with physical_to_logical_map [layers, physical experts], as serving "
+        "engines write it; layers, experts and replicas are the file's",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and placement (default: 0)")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and placement (default: 0)")
     parser.add_argument(
-        "--backend", choices=("auto", "gloo", "nccl"), default="auto", help="auto: nccl if GPUs suffice"
+        "--backend",
+        choices=("auto", "gloo", "nccl"),
+        default="auto",
+        help="gloo moves CPU memory, nccl GPU memory; auto: nccl if there is a GPU for each rank (default: auto)",
     )
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's events there, as JSON lines")
     parser.set_defaults(run=run)
@@ -90,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the demo and print what it did."""
     job = _job(options)
     if job.log_dir is not None:
-        job.log_dir.mkdir(parents=True, exist_ok=True)
+        _make(job.log_dir)
     num_ranks = job.topology.num_ranks
     num_layers = len(job.new.changed_layers(job.old))
     totals = dict.fromkeys(_STAGES.values(), num_layers * num_ranks)
@@ -163,9 +200,9 @@ def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
 
 def _job(options: argparse.Namespace) -> Job:
     model = SampleModel(seed=options.seed)
-    own = any(value is not None for value in (options.ranks, options.layers, options.experts, options.placement))
-    new = _own_target(options) if own else _published_target()
-    num_ranks = options.ranks or (4 if own else 8)
+    published = options.placement is None and all(getattr(options, name) is None for name in _SHAPE)
+    new = _published_target() if published else _own_target(options)
+    num_ranks = options.ranks or (8 if published else 4)
     num_nodes = options.nodes or (1 if num_ranks % 2 else 2)
     topology = EPTopology.for_physical_experts(new.num_physical_experts, num_ranks=num_ranks, num_nodes=num_nodes)
     if new.unplaced():
@@ -181,13 +218,35 @@ def _published_target() -> ExpertPlacement:
 
 def _own_target(options: argparse.Namespace) -> ExpertPlacement:
     if options.placement is not None:
-        return ExpertPlacement.load(options.placement, options.experts)
+        return _target_of_file(options)
     num_ranks = options.ranks or 4
     num_experts = options.experts or 16
     num_replicas = options.replicas or -(-num_experts * 3 // (2 * num_ranks)) * num_ranks
     if num_replicas < num_experts:
         raise InvalidTopology(f"{num_replicas} replicas are too few: each of the {num_experts} experts needs one")
     return random_placement(np.random.default_rng(options.seed), options.layers or 8, num_replicas, num_experts)
+
+
+def _target_of_file(options: argparse.Namespace) -> ExpertPlacement:
+    placement = ExpertPlacement.load(options.placement)
+    for name, held in (
+        ("layers", placement.num_layers),
+        ("experts", placement.num_logical_experts),
+        ("replicas", placement.num_physical_experts),
+    ):
+        asked = getattr(options, name)
+        if asked not in (None, held):
+            raise InvalidOptions(
+                f"--{name} is {asked}, but the placement has {held} {name}; leave --{name} out", option=name
+            )
+    return placement
+
+
+def _make(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOptions(f"--log-dir {log_dir} cannot be made: {error.strerror}", option="log_dir") from error
 
 
 def _backend(choice: str, num_ranks: int) -> Backend:
@@ -203,7 +262,7 @@ def _title(job: Job) -> str:
     topology = job.topology
     return (
         f"{job.old.num_logical_experts} experts in {topology.num_physical_experts} slots, {topology.num_ranks} ranks "
-        f"on {topology.num_nodes} nodes, {job.backend}"
+        f"on {topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}, {job.backend}"
     )
 
 
@@ -228,7 +287,18 @@ def _rows(job: Job, results: list[RankResult]) -> Iterable[tuple[str, str]]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return _whole(text, at_least=1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, at_least=0)
+
+
+def _whole(text: str, *, at_least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
     return value
