@@ -48,10 +48,10 @@ def test_sends_pair_with_receives_and_give_the_new_placement(case: tuple[list[in
         for s in plan.sends
     }
     for rank, plan in enumerate(plans):
-        live = old[topology.slots_of(rank)]
+        live = dict(enumerate(old[topology.slots_of(rank)]))
         staged = {copy.dst_slot: live[copy.src_slot] for copy in plan.local_copies}
         staged |= {recv.dst_slot: wire[recv.src_rank, rank, recv.logical_expert] for recv in plan.recvs}
-        result = live | staged if isinstance(live, dict) else dict(enumerate(live)) | staged
+        result = live | staged
         result |= {fan_out.dst_slot: staged[fan_out.staged_slot] for fan_out in plan.fan_outs}
         for slot, wanted in enumerate(new[topology.slots_of(rank)]):
             assert wanted == -1 or result[slot] == wanted
