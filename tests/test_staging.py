@@ -23,11 +23,27 @@ ALLOWED = {
 }
 
 
+class RecordedEvent:
+    """Remembers that it was waited for."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self._calls.append("synchronize")
+
+
 class RecordingDevice(CpuDevice):
-    """Remembers what its allocator was asked to do."""
+    """Remembers what its allocator was asked to do, and which events were waited for."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+
+    def record(self) -> "RecordedEvent":
+        return RecordedEvent(self.calls)
 
     def allocate(self, nbytes: int) -> Tensor:
         if nbytes:
@@ -53,15 +69,25 @@ def test_a_buffer_changes_state_by_the_table_only(before: BufferState, after: Bu
 
 
 def test_the_cache_is_emptied_before_staging_is_allocated() -> None:
-    """When the pool is first used or grows; a reservation that fits touches nothing."""
+    """When the pool is first used or grows, after the last copies out of its buffers."""
     device = RecordingDevice()
     pool = StagingPool(2, device)
-    assert device.calls == []
-    pool.reserve(0)
     pool.reserve(1024)
-    pool.reserve(512)
+    waits = ["synchronize"] * 2
+    assert device.calls == [*waits, "empty cache", "allocate 2048"]
     pool.reserve(2048)
-    assert device.calls == ["empty cache", "allocate 2048", "empty cache", "allocate 4096"]
+    assert device.calls[4:] == [*waits, "empty cache", "allocate 4096"]
+
+
+def test_a_reservation_that_fits_costs_nothing() -> None:
+    """A steady run of updates allocates once."""
+    device = RecordingDevice()
+    pool = StagingPool(2, device)
+    pool.reserve(1024)
+    device.calls.clear()
+    for nbytes in (1024, 512, 0):
+        pool.reserve(nbytes)
+    assert device.calls == []
 
 
 def test_slots_are_laid_out_apart_and_aligned() -> None:
