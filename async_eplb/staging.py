@@ -98,7 +98,9 @@ class StagingPool:
         return all(buffer.state is BufferState.FREE for buffer in self.buffers)
 
     def reserve(self, layer_nbytes: int) -> None:
-        """Make each buffer hold at least ``layer_nbytes``. Blocks and allocates; the pool never shrinks.
+        """Make each buffer hold at least ``layer_nbytes``; the pool never shrinks.
+
+        Blocks. Before it allocates, the device's cached memory is given back, so that the peak does not rise by it.
 
         :raises EplbError: if a buffer is in use
         """
@@ -111,6 +113,7 @@ class StagingPool:
             buffer.consumed.synchronize()
         self._memory = self._device.allocate(0)
         self.buffers = ()
+        self._device.empty_cache()
         self._memory = self._device.allocate(layer_nbytes * depth)
         blocks = self._memory.view(depth, layer_nbytes)
         self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(depth))

@@ -21,3 +21,11 @@ def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
         overlapped, alone = (figures[f"{stage}_slowest_depth_{depth}_ms"] for depth in (2, 1))
         assert figures[f"{stage}_slowest_depth_1_over_depth_2"] == alone / overlapped
         assert figures[f"{stage}_slowest_depth_2_over_slowest_stage"] == overlapped / 2
+
+
+def test_without_a_name_the_launcher_lists_what_can_be_measured() -> None:
+    """The name of each benchmark and its first line."""
+    output = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmarks"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "pipeline  How much the stages overlap" in output

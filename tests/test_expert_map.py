@@ -59,6 +59,42 @@ def test_ranks_without_a_near_replica_spread_evenly(seed: int, nodes: int, slots
             assert max(counts) - min(counts) <= 1
 
 
+@given(st.integers(0, 2**31))
+def test_a_published_layer_is_that_of_its_placement(seed: int) -> None:
+    """All four tables of an updated map are those of a map made for the new placement."""
+    rng = np.random.default_rng(seed)
+    old, new = (random_placement(rng, 2, 8, 4) for _ in range(2))
+    updated, made = (ExpertMap(placement, TOPOLOGY, rank=seed % 4, seed=7) for placement in (old, new))
+    for layer in (1, 0):
+        updated.publish(layer, updated.layer_maps(new, layer))
+    tables = [
+        "physical_to_logical_map",
+        "logical_to_all_physical_map",
+        "logical_replica_count",
+        "logical_to_dispatch_physical_map",
+    ]
+    assert [getattr(updated, name).tolist() for name in tables] == [getattr(made, name).tolist() for name in tables]
+
+
+def test_the_even_spread_is_drawn_anew_for_each_layer_and_seed() -> None:
+    """Else the same rank would send all layers' tokens the same way."""
+    topology = EPTopology(num_ranks=8, num_nodes=1, num_local_physical_experts=2)
+    placement = ExpertPlacement.from_mapping([[0, 1, 0, 1, *range(2, 14)]] * 30)
+    one, other = (
+        ExpertMap(placement, topology, rank=7, seed=seed).logical_to_dispatch_physical_map[:, 0].tolist()
+        for seed in (0, 1000)
+    )
+    assert set(one) == set(other) == {0, 2}
+    assert one != other
+
+
+def test_the_default_width_is_what_the_slots_can_hold() -> None:
+    """One expert may have every slot that the others do not need."""
+    published = ExpertMap(ExpertPlacement.trivial(1, 8, 4), TOPOLOGY, rank=0)
+    published.require_room(ExpertPlacement.from_mapping([[0, 1, 2, 3, 3, 3, 3, 3]]))
+    assert published.logical_to_all_physical_map.shape == (1, 4, 5)
+
+
 def test_publishing_keeps_addresses_and_other_layers() -> None:
     """Rows are replaced in place, and the layer's generation rises by one."""
     old, new = (ExpertPlacement.from_mapping([row, row], 8) for row in (list(range(8)), list(range(7, -1, -1))))

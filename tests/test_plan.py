@@ -48,10 +48,10 @@ def test_sends_pair_with_receives_and_give_the_new_placement(case: tuple[list[in
         for s in plan.sends
     }
     for rank, plan in enumerate(plans):
-        live = old[topology.slots_of(rank)]
+        live = dict(enumerate(old[topology.slots_of(rank)]))
         staged = {copy.dst_slot: live[copy.src_slot] for copy in plan.local_copies}
         staged |= {recv.dst_slot: wire[recv.src_rank, rank, recv.logical_expert] for recv in plan.recvs}
-        result = live | staged if isinstance(live, dict) else dict(enumerate(live)) | staged
+        result = live | staged
         result |= {fan_out.dst_slot: staged[fan_out.staged_slot] for fan_out in plan.fan_outs}
         for slot, wanted in enumerate(new[topology.slots_of(rank)]):
             assert wanted == -1 or result[slot] == wanted
@@ -104,7 +104,22 @@ def test_every_source_once() -> None:
     assert plan.local_copies == (LocalCopy(src_slot=2, dst_slot=1),)
     assert plan.recvs == (Recv(6, 1, 2), Recv(7, 2, 4))
     assert plan.fan_outs == (FanOut(staged_slot=2, dst_slot=3),)
+    assert plan.staged_slots == (1, 2, 4)
     assert plan.sends == (Send(1, 1, 1), Send(3, 2, 3), Send(4, 3, 4), Send(5, 3, 5))
+
+
+def test_the_lowest_slot_that_holds_an_expert_is_its_source() -> None:
+    """For copies on the same rank and for sends."""
+    topology = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
+    plan = plan_layer([5, 0, 0, 1, 2, 3], [0, 0, 0, 0, 5, 5], topology, 0)
+    assert plan.local_copies == (LocalCopy(src_slot=1, dst_slot=0),)
+    assert plan.sends == (Send(0, 1, src_slot=1), Send(5, 1, src_slot=0))
+
+
+def test_a_slot_that_stays_empty_is_empty() -> None:
+    """Not unchanged: there is nothing in it that could be."""
+    plan = plan_layer([0, -1], [0, -1], EPTopology(1, 1, 2), 0)
+    assert plan.slot_sources == (SlotSource.UNCHANGED, SlotSource.EMPTY)
 
 
 def test_destinations_are_chunked_over_sources() -> None:

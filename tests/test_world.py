@@ -1,9 +1,4 @@
-"""Real processes over gloo: long runs of updates, an EP group that is not the world, the README."""
-
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""Real processes over gloo: long runs of updates, an EP group that is not the world."""
 
 import anyio
 import numpy as np
@@ -16,7 +11,6 @@ from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank, check_transport, run_world
 
 MODEL = SampleModel(hidden=32, intermediate=16)
-ROOT = Path(__file__).parent.parent
 
 
 def update_many_times(world: WorldRank, num_nodes: int, num_updates: int) -> int:
@@ -84,12 +78,3 @@ def test_a_failing_process_is_reported() -> None:
     with pytest.raises(WorldError, match="one is enough") as caught:
         run_world(fail_on_rank_one, 2)
     assert caught.value.rank == 1
-
-
-def test_the_quick_start_runs_as_printed(tmp_path: Path) -> None:
-    """The README's code prints what its comment says."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    script = tmp_path / "quick_start.py"
-    script.write_text(code)
-    output = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True).stdout
-    assert output == "[[2, 1], [0, 1]]\n"

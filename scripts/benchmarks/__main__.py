@@ -20,7 +20,7 @@ _FOLDER = Path(__file__).parent
 def main() -> int:
     """Parse the command line and run the benchmark it names."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure one thing; both sides in one run.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    commands = parser.add_subparsers(dest="name", metavar="NAME")
     modules = {}
     for path in sorted(_FOLDER.glob("[!_]*.py")):
         module = importlib.import_module(path.stem)
@@ -31,6 +31,9 @@ def main() -> int:
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the machine there")
         module.add_arguments(command)
     options = parser.parse_args()
+    if options.name is None:
+        parser.print_help()
+        return 0
     figures = modules[options.name].run(options)
     document = {"benchmark": options.name, "machine": machine(), "figures": figures}
     width = max(len(name) for name in figures)
