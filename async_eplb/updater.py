@@ -149,6 +149,7 @@ class ExpertUpdater:
             )
             self._driver.connect(self._control.wake, ordered_launch=self._transport.needs_ordered_launch)
             self._pipeline.start(self._hold_rounds)
+            await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
             self._closed_because = ""
             stack.push_async_callback(self._leave)
             self._stack = stack.pop_all()
