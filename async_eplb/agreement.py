@@ -175,6 +175,7 @@ class Agreement:
         self._seen = _Counts()
         self._ending = False
         self._fence_wanted = False
+        self._stood_before = 0
 
     def __repr__(self) -> str:
         return (
@@ -373,11 +374,18 @@ class Agreement:
         return ()
 
     def _require_same_steps(self, ballots: Sequence[Ballot]) -> None:
+        """Refuse ranks that skipped steps.
+
+        Ranks that all stand have passed the same boundaries, but a ballot may be from before its rank went on. The
+        next one is not: its rank had seen how far the others had come when they gave theirs.
+        """
         if self.mode is Mode.EXCLUSIVE:
             return
         steps = tuple(ballot.step for ballot in ballots)
-        allowed = 0 if all(ballot.standing for ballot in ballots) else self.max_step_skew
-        if max(steps) - min(steps) > allowed:
+        standing = all(ballot.standing for ballot in ballots)
+        fell_behind = standing and min(steps) < self._stood_before
+        self._stood_before = max(steps) if standing else 0
+        if fell_behind or max(steps) - min(steps) > self.max_step_skew:
             raise StepMismatch(
                 f"ranks have passed {list(steps)} step boundaries; every rank must call step() once for every forward "
                 "pass, dummy passes included",
