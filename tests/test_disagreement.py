@@ -1,6 +1,5 @@
 """Ranks that begin the same update with different inputs all hear of it, and nothing has changed."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +8,7 @@ from helpers import together
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
-from async_eplb.agreement import Agreement
-from async_eplb.errors import GenerationMismatch, PlacementDisagreement
+from async_eplb.errors import PlacementDisagreement
 from async_eplb.testing import ScheduledWorkers
 
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=2, num_local_physical_experts=2)
@@ -65,12 +63,3 @@ async def test_inputs_that_differ_are_refused_on_every_rank(inputs: dict[str, An
         assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2
         assert {outcome.ranks for outcome in outcomes} == {(1,)}
         assert (first.placement, second.placement) == (OLD, inputs.get("placement", OLD))
-
-
-def test_different_numbers_of_updates_before_are_an_error() -> None:
-    """Ranks begin every update together; the error lists who has begun how many."""
-    agreement = Agreement(generation=2, digest=0, total=1, window=1)
-    ballot = agreement.ballot()
-    with pytest.raises(GenerationMismatch) as caught:
-        agreement.receive([ballot, replace(ballot, generation=1)])
-    assert caught.value.generations == (2, 1)
