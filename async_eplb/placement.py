@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from async_eplb.documents import describe, read_document
 from async_eplb.errors import ExpertOutOfRange, InvalidPlacement
 from async_eplb.topology import EPTopology
 
@@ -85,12 +86,12 @@ class ExpertPlacement:
             ``physical_to_logical_map`` as ``[layers, physical]``. Tensors are read without unpickling code.
         :raises InvalidPlacement: if it cannot be read, or holds something else
         """
-        document = _read_document(source)
+        document = read_document(source, "a placement", InvalidPlacement)
         if not isinstance(document, Mapping) or MAP_KEY not in document:
             hint = ""
             if isinstance(document, Mapping) and LOAD_KEY in document:
                 hint = f"; {LOAD_KEY!r} is a load, from which a policy computes a placement"
-            raise InvalidPlacement(f"{_name(source)} holds no {MAP_KEY!r}{hint}")
+            raise InvalidPlacement(f"{describe(source)} holds no {MAP_KEY!r}{hint}")
         declared = document.get("num_logical_experts")
         if num_logical_experts is None and isinstance(declared, int):
             num_logical_experts = declared
@@ -175,22 +176,3 @@ class ExpertPlacement:
 
     def __hash__(self) -> int:
         return hash(self.digest())
-
-
-def _name(source: str | Path) -> str:
-    inline = isinstance(source, str) and source.lstrip().startswith("{")
-    return "the inline JSON" if inline else str(source)
-
-
-def _read_document(source: str | Path) -> object:
-    try:
-        if isinstance(source, str) and source.lstrip().startswith("{"):
-            return json.loads(source)
-        path = Path(source)
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if path.suffix == ".pt":
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise InvalidPlacement(f"{_name(source)} cannot be read: {error}") from error
-    raise InvalidPlacement(f"{source}: a placement is a .json file, a .pt file or an inline JSON object")
