@@ -28,10 +28,48 @@ class InvalidTopology(EplbError, ValueError):
     """Ranks, nodes and slots do not fit together."""
 
 
+class TooFewSlots(InvalidTopology):
+    """There are fewer slots than logical experts, so that not every expert can be placed."""
+
+    num_physical_experts: int
+    num_logical_experts: int
+
+
 class InvalidOptions(EplbError, ValueError):
     """An option is out of its range."""
 
     option: str
+
+
+class InvalidGroups(EplbError, ValueError):
+    """Groups of experts are not equally large."""
+
+    num_groups: int
+    num_logical_experts: int
+
+
+class InvalidLoad(EplbError, ValueError):
+    """A load is malformed, or does not fit the placement that it is used with."""
+
+
+class ImpossibleCount(InvalidLoad):
+    """A load holds a number that no count of tokens can be."""
+
+    layer: int
+    logical_expert: int
+
+
+class LoadMismatch(InvalidLoad):
+    """A load and a placement have different layers or experts."""
+
+    expected: tuple[int, int]
+    actual: tuple[int, int]
+
+
+class RecordedBeyondModel(InvalidLoad):
+    """Experts were recorded that the model does not have."""
+
+    num_recorded: int
 
 
 class InvalidPlacement(EplbError, ValueError):
@@ -73,6 +111,12 @@ class TooManyReplicas(InvalidPlacement):
     logical_expert: int
     replicas: int
     limit: int
+
+
+class InvalidPolicyOutput(InvalidPlacement):
+    """A policy returned something that weights cannot be moved to."""
+
+    policy: str
 
 
 class InvalidWeights(EplbError, ValueError):
@@ -165,6 +209,13 @@ class TransferTimeout(BrokenTransport):
     """A layer's exchange did not finish before its deadline."""
 
     layer: int
+    timeout_s: float
+
+
+class BrokenLoadGroup(EplbError):
+    """Loads could not be summed over ranks: a rank is dead, closed, or never took part."""
+
+    rank: int
     timeout_s: float
 
 

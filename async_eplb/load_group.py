@@ -1,0 +1,122 @@
+"""Sums loads over ranks on a gloo group of their own, in a thread of their own: never on the serving path."""
+
+from datetime import timedelta
+from functools import partial
+
+import anyio
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from async_eplb.device import Device, DeviceEvent
+from async_eplb.errors import BrokenLoadGroup
+from async_eplb.workers import Workers
+
+
+class LocalLoadGroup:
+    """One rank alone: copies counts to the host without blocking the caller."""
+
+    num_ranks = 1
+
+    def __init__(self, device: Device, workers: Workers) -> None:
+        self._device = device
+        self._workers = workers
+
+    async def sum(self, counts: Tensor) -> Tensor:
+        """Launch the copy, and wait for it in the load thread."""
+        pinned = counts.device.type != "cpu"
+        host = torch.empty_like(counts, device="cpu", pin_memory=pinned)
+        host.copy_(counts, non_blocking=True)
+        return await self._workers.run("load", partial(self._finish, host, self._device.record()))
+
+    def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
+        copied.synchronize()
+        return host
+
+
+class GlooLoadGroup(LocalLoadGroup):
+    """The processes of a torch.distributed group. It connects in the constructor, which blocks; see :meth:`open`.
+
+    :param store: where ranks find each other; nobody else may use its keys
+    :param timeout_s: how long a sum waits for the slowest rank
+    """
+
+    def __init__(
+        self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers, *, timeout_s: float
+    ) -> None:
+        super().__init__(device, workers)
+        self.num_ranks = num_ranks
+        self._group = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))
+        self._rank = rank
+        self._timeout_s = timeout_s
+
+    @classmethod
+    async def open(
+        cls, device: Device, workers: Workers, group: ProcessGroup | None = None, *, timeout_s: float = 60.0
+    ) -> "GlooLoadGroup":
+        """Connect the processes of a group. All of them open their load groups in the same order.
+
+        :param group: the EP group, of which this process must be a member; the world without it. It is only used to
+            find the other ranks.
+        :raises BrokenLoadGroup: if this process is not in the group, or another does not come
+        """
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, ProcessGroup):
+            raise BrokenLoadGroup("this process is not a member of the group", rank=-1, timeout_s=timeout_s)
+        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        return await workers.run("load", partial(cls._connect, group, rank, num_ranks, device, workers, timeout_s))
+
+    @classmethod
+    def _connect(
+        cls, group: ProcessGroup, rank: int, num_ranks: int, device: Device, workers: Workers, timeout_s: float
+    ) -> "GlooLoadGroup":
+        try:
+            store = group.get_group_store()
+            number = store.add(f"async_eplb/load_groups/{rank}", 1)
+            own = PrefixStore(f"async_eplb/load_group/{number}", store)
+            return cls(own, rank, num_ranks, device, workers, timeout_s=timeout_s)
+        except RuntimeError as error:
+            raise _broken(rank, timeout_s, error) from error
+
+    def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
+        copied.synchronize()
+        try:
+            self._group.allreduce([host]).wait()  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise _broken(self._rank, self._timeout_s, error) from error
+        return host
+
+
+class MemoryLoadGroup:
+    """Ranks inside one event loop, for tests and simulation: all of them are given this one object."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._round = _Round()
+
+    async def sum(self, counts: Tensor) -> Tensor:
+        """Wait for the other ranks, then add up."""
+        current = self._round
+        current.counts.append(counts.cpu().clone())
+        if len(current.counts) == self.num_ranks:
+            self._round = _Round()
+            current.complete.set()
+        await current.complete.wait()
+        return torch.stack(current.counts).sum(dim=0)
+
+
+class _Round:
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []
+        self.complete = anyio.Event()
+
+
+def _broken(rank: int, timeout_s: float, error: RuntimeError) -> BrokenLoadGroup:
+    return BrokenLoadGroup(
+        f"rank {rank}: loads were not summed within {timeout_s} s; a rank is dead, closed, or did not take part "
+        f"({error})",
+        rank=rank,
+        timeout_s=timeout_s,
+    )
