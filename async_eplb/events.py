@@ -150,6 +150,32 @@ class UpdateFailed(Event):
     committed_layers: list[int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceEvaluated(Event):
+    """A candidate placement was weighed: what it would bring, what it would cost, and whether it pays.
+
+    ``num_slots`` are those of the layers that would change; balancedness is the mean over the maximum of ranks' loads.
+    """
+
+    name: ClassVar[str] = "eplb.rebalance.evaluated"
+
+    policy: str
+    pays: bool
+    reason: str
+    num_layers: int
+    num_changed_layers: int
+    mean_balancedness_before: float
+    mean_balancedness_after: float
+    min_balancedness_before: float
+    min_balancedness_after: float
+    num_receives: int
+    num_slots: int
+    received_nbytes: int
+    transfer_ms: float
+    saved_ms_per_step: float
+    horizon_steps: int
+
+
 EVENTS: tuple[type[Event], ...] = (
     UpdateStarted,
     UpdateInputsLogged,
@@ -159,6 +185,7 @@ EVENTS: tuple[type[Event], ...] = (
     LayerCommitted,
     UpdateFinished,
     UpdateFailed,
+    RebalanceEvaluated,
 )
 
 

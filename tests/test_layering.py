@@ -12,6 +12,7 @@ LAYERS = [
     "documents",
     "placement",
     "load",
+    "policy",
     "plan",
     "agreement",
     "workers",

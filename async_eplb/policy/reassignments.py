@@ -1,0 +1,185 @@
+"""Reassignments: a spare slot (empty, or of an expert with more replicas) is given to an expert of the peak rank.
+
+That changes the cost of every rank that holds one of the two experts. Where a rank is changed in two ways at once, the
+bad one alone is counted, so that a move that is said to fit or help does.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from async_eplb.policy.moves import HALF_RECEIVE, LEAST_HELP, NO_SLOT, RECEIVE, Costs, Moves, View, squared
+from async_eplb.policy.objective import BoolArray, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCosts:
+    """Cost of one replica of each expert, empty slots last: now, and with one replica more or fewer in the row.
+
+    All are ``[rows of the search, experts + 1]``.
+    """
+
+    now: Costs
+    with_more: Costs
+    with_fewer: Costs
+
+
+@dataclass(frozen=True, slots=True)
+class SpareSlots:
+    """The spare slots of each row, and what taking their replica away does. ``[n, spare]``, padded.
+
+    :param slot: which slot
+    :param real: False for padding
+    :param expert: that it holds
+    :param rank: that it is on
+    :param on_peak: whether that is the peak rank
+    :param left: cost of its rank without it
+    :param peak: cost of the peak rank without it
+    :param worst: most that another rank, the peak rank apart, is then over the limit; -inf if none changes
+    :param harm: squared excess that is added on these ranks
+    """
+
+    slot: IntArray
+    real: BoolArray
+    expert: IntArray
+    rank: IntArray
+    on_peak: BoolArray
+    left: Costs
+    peak: Costs
+    worst: Costs
+    harm: Costs
+
+    @classmethod
+    def of(cls, view: View, spare: BoolArray, costs: ExpertCosts) -> "SpareSlots":
+        """Evaluate the slots that are ``spare``, ``[n, physical]``, in the order of their experts."""
+        rows, at = np.arange(len(spare))[:, None], view.rows[:, None]
+        empty = costs.now.shape[1] - 1
+        grouped = np.where(spare, view.experts, empty + 1)
+        slot = grouped.astype(np.int32).argsort(axis=1, kind="stable")[:, : spare.sum(axis=1).max(initial=0)]
+        expert = grouped[rows, slot]
+        real = expert <= empty
+        expert = np.minimum(expert, empty)
+        rank = slot // view.num_slots
+        on_peak = rank == view.peak_rank[:, None]
+        rise = costs.with_fewer[at, expert] - costs.now[at, expert]
+        alone = np.where(expert == empty, -1 - np.arange(slot.shape[1]), expert)
+        twins, peers_on_peak, worst, harm = _effects(view, alone, rank, rise)
+        left = view.rank_cost[rows, rank] - view.cost[rows, slot] + twins * rise
+        peak = np.where(on_peak, left, view.peak[:, None] + peers_on_peak * rise)
+        return cls(slot, real, expert, rank, on_peak, left, peak, worst, harm)
+
+    def __getitem__(self, index: IntArray) -> "SpareSlots":
+        return SpareSlots(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def harmless(self) -> "SpareSlots":
+        """Return the slots whose loss takes no other rank over the limit."""
+        keep = self.real & (self.worst <= 0)
+        order = (~keep).argsort(axis=1, kind="stable")[:, : keep.sum(axis=1).max(initial=0)]
+        kept = (np.take_along_axis(getattr(self, field.name), order, axis=1) for field in fields(self))
+        slots = SpareSlots(*kept)
+        slots.real[...] = np.take_along_axis(keep, order, axis=1)
+        return slots
+
+
+def _effects(view: View, expert: IntArray, rank: IntArray, rise: Costs) -> tuple[Costs, Costs, Costs, Costs]:
+    """Sum up what losing a replica does through its peers, the other replicas of its expert.
+
+    :param expert: of each spare slot; equal ones are neighbours ``[n, spare]``
+    :param rise: what each peer then costs more ``[n, spare]``
+    :returns: peers on the slot's own rank, peers on the peak rank if that is another, ``worst`` and ``harm``
+    """
+    shape = expert.shape
+    pairs = []
+    for distance in range(1, shape[1]):
+        same = expert[:, distance:] == expert[:, :-distance]
+        if not same.any():
+            break
+        late, early = slice(distance, None), slice(None, -distance)
+        pairs += [(late, early, same), (early, late, same)]
+    twins, peers_on_peak, harm = np.zeros((3, *shape), dtype=np.float32)
+    worst = np.full(shape, np.float32(-np.inf))
+    for mine, peer, same in pairs:
+        twins[:, mine] += same & (rank[:, mine] == rank[:, peer])
+    on_peak = rank == view.peak_rank[:, None]
+    over = np.take_along_axis(view.over, rank, axis=1)
+    raised = over + rise * (twins + 1)
+    added = (squared(raised) - squared(over)) / (twins + 1) * ~on_peak
+    raised[on_peak] = -np.inf
+    for mine, peer, same in pairs:
+        away = same & (rank[:, mine] != rank[:, peer])
+        peers_on_peak[:, mine] += away & on_peak[:, peer]
+        np.maximum(worst[:, mine], raised[:, peer], out=worst[:, mine], where=away)
+        harm[:, mine] += away * added[:, peer]
+    return twins, peers_on_peak, worst, harm
+
+
+class Reassignments:
+    """All reassignments of spare slots to the experts of the peak rank: ``[n, spare, taken]``.
+
+    :param held: whether a rank held an expert before the search ``[rows of the search, ranks, experts + 1]``
+    """
+
+    def __init__(self, view: View, spares: SpareSlots, costs: ExpertCosts, held: BoolArray) -> None:
+        at = view.rows[:, None]
+        taken = np.take_along_axis(view.experts, view.peak_slots, axis=1)
+        gained = costs.with_more[at, taken]
+        relief = costs.now[at, taken] - gained
+        dropped = (taken[:, :, None] == taken[:, None, :]).sum(axis=2, dtype=np.float32) * relief
+        self._view = view
+        self._spares = spares
+        self._taken = taken
+        self._relief = relief
+        self._peak = spares.peak[:, :, None] - dropped[:, None, :]
+        self._peak += spares.on_peak[:, :, None] * gained[:, None, :]
+        left = np.where(spares.on_peak, np.float32(-np.inf), spares.left)
+        self._rank = left[:, :, None] + gained[:, None, :]
+        unheld = ~held[at[:, :, None], spares.rank[:, :, None], taken[:, None, :]]
+        empty = costs.now.shape[1] - 1
+        paid = ~np.take_along_axis(view.pays, spares.slot, axis=1) & (spares.expert != empty)
+        self._receives = unheld.astype(np.float32) - paid[:, :, None]
+        possible = spares.real[:, :, None] & (taken[:, None, :] != spares.expert[:, :, None])
+        possible &= (taken != empty)[:, None, :]
+        self._possible = possible & (self._receives <= view.budget[:, None, None])
+
+    def fitting(self) -> Moves:
+        """Find the reassignment that fits with the fewest receives; of those, one that leaves most room.
+
+        The spare slots are all harmless.
+        """
+        highest = np.maximum(self._peak, self._rank)
+        fits = self._possible & (highest <= 1)
+        return self._best((np.float32(RECEIVE + 2) - np.float32(RECEIVE) * self._receives - highest) * fits)
+
+    def helping(self) -> Moves:
+        """Find the reassignment that helps most, a receive."""
+        view, spares = self._view, self._spares
+        rows = np.arange(len(spares.slot))[:, None]
+        excess = (view.peak - np.float32(1))[:, None, None]
+        holds = view.experts[:, None, :] == self._taken[:, :, None]
+        replicas = holds.reshape(*self._taken.shape, -1, view.num_slots).sum(axis=3, dtype=np.float32)
+        over = view.over[:, None, :]
+        eased = squared(over) - squared(over - self._relief[:, :, None] * replicas)
+        every_taken = np.arange(self._taken.shape[1])
+        eased[rows, every_taken, view.peak_rank[:, None]] = 0.0
+        counted_twice = eased[rows[:, :, None], every_taken, spares.rank[:, :, None]]
+        before = squared(np.take_along_axis(view.over, spares.rank, axis=1)) * ~spares.on_peak - spares.harm
+        saved = squared(excess) + before[:, :, None] + eased.sum(axis=2)[:, None, :] - counted_twice
+        saved = saved - squared(self._peak - np.float32(1)) - squared(self._rank - np.float32(1))
+        highest = np.maximum(np.maximum(self._peak, self._rank) - np.float32(1), spares.worst[:, :, None])
+        helps = self._possible & (saved > LEAST_HELP) & (highest < excess)
+        return self._best(saved / np.maximum(self._receives, HALF_RECEIVE) * helps)
+
+    def _best(self, value: Costs) -> Moves:
+        """Return the moves of highest value, 0 where there is none."""
+        if value.size == 0:
+            return Moves.none(len(value))
+        rows = np.arange(len(value))
+        spare, taken = np.divmod(value.reshape(len(value), -1).argmax(axis=1), value.shape[2])
+        best = value[rows, spare, taken]
+        return Moves(
+            receives=np.where(best > 0, self._receives[rows, spare, taken], np.float32(np.inf)),
+            value=best,
+            slot=self._spares.slot[rows, spare],
+            other=np.full(len(value), NO_SLOT),
+            expert=self._taken[rows, taken],
+        )
