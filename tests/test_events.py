@@ -15,7 +15,9 @@ from helpers import memory_world, together
 from structlog.testing import LogCapture
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions, events
-from async_eplb.events import EVENTS, Event
+from async_eplb.events import EVENTS, Event, emit
+from async_eplb.load import ExpertLoad
+from async_eplb.policy import Hierarchical, RebalanceTerms, choose
 from async_eplb.testing import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 
@@ -146,6 +148,28 @@ END_OF_A_CANCELLED_UPDATE: dict[str, Any] = {
     "committed_layers": [0],
 }
 
+EVALUATED_REBALANCE: dict[str, Any] = {
+    "event": "eplb.rebalance.evaluated",
+    "log_level": "info",
+    "generation": 3,
+    "rank": 1,
+    "policy": "Hierarchical(num_groups=2)",
+    "pays": True,
+    "reason": "pays",
+    "num_layers": 2,
+    "num_changed_layers": 1,
+    "mean_balancedness_before": 0.75,
+    "mean_balancedness_after": 1.0,
+    "min_balancedness_before": 0.5,
+    "min_balancedness_after": 1.0,
+    "num_receives": 2,
+    "num_slots": 4,
+    "received_nbytes": 2048,
+    "transfer_ms": 500.0,
+    "saved_ms_per_step": 125.0,
+    "horizon_steps": 16,
+}
+
 
 @cache
 def log_of_an_update() -> list[dict[str, Any]]:
@@ -193,6 +217,21 @@ def _log_of_rank_0(
     return [dict(entry) for entry in captures[0].entries]
 
 
+@cache
+def log_of_a_decision() -> list[dict[str, Any]]:
+    """Return what is logged when one of two layers gets twice as balanced for two receives."""
+    old, new = (ExpertPlacement.from_mapping([row, [0, 1, 2, 3]]) for row in ([0, 1, 2, 3], [0, 2, 1, 3]))
+    load = ExpertLoad.from_counts([[4, 4, 0, 0], [1, 1, 1, 1]])
+    terms = RebalanceTerms(expert_nbytes=1024, link_bytes_per_s=2048.0, layer_step_s=0.25, horizon_steps=16)
+    decision = choose(load, old, new, EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2), terms)
+    capture = LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG)
+    )
+    emit(logger, decision.event(generation=3, rank=1, policy=Hierarchical(num_groups=2)))
+    return [dict(entry) for entry in capture.entries]
+
+
 def test_an_update_is_logged_completely() -> None:
     """Names, levels, facts and times of each event, in order."""
     assert log_of_an_update() == UPDATE_OF_ONE_LAYER
@@ -203,9 +242,14 @@ def test_an_update_that_ends_early_is_logged_completely() -> None:
     assert log_of_a_cancelled_update()[-1] == END_OF_A_CANCELLED_UPDATE
 
 
+def test_a_decision_is_logged_completely() -> None:
+    """The estimate that it rests on."""
+    assert log_of_a_decision() == [EVALUATED_REBALANCE]
+
+
 def test_every_event_is_compared_here() -> None:
     """A new event is listed in EVENTS and gets its dictionary above."""
-    compared = {entry["event"] for entry in (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE)}
+    compared = {entry["event"] for entry in (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, EVALUATED_REBALANCE)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))
     assert set(EVENTS) == set(classes) - {Event}
@@ -213,7 +257,7 @@ def test_every_event_is_compared_here() -> None:
 
 def test_every_event_renders_as_one_line_of_json() -> None:
     """Values are JSON's own: the renderer never falls back to a repr."""
-    for entry in (*log_of_an_update(), *log_of_a_cancelled_update()):
+    for entry in (*log_of_an_update(), *log_of_a_cancelled_update(), *log_of_a_decision()):
         line = structlog.processors.JSONRenderer()(None, entry["log_level"], dict(entry))
         assert line == json.dumps(entry)
         assert len(str(line).splitlines()) == 1

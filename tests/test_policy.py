@@ -217,13 +217,29 @@ def test_incremental_keeps_groups_on_their_nodes() -> None:
     """Each node holds the experts it held, as balanced as a replan that keeps them there."""
     before, after = lognormal_drift(2, 0.1)
     current = hierarchical(before, NODES_OF_EIGHT, num_groups=8)
-    new = incremental(after, current, NODES_OF_EIGHT, num_groups=8)
+    new = incremental(after, current, NODES_OF_EIGHT, num_groups=8, regroup_above=math.inf)
     old_groups, groups = ([[sorted({e // 32 for e in n}) for n in row] for row in nodes_of(p)] for p in (current, new))
     assert old_groups == groups
     replan = place_groups(after, np.array(groups).reshape(12, 8), NODES_OF_EIGHT)
     limit = np.maximum(peaks(after, replan, NODES_OF_EIGHT), 1.02 * after.tokens.sum(axis=1) / 32)
     assert (peaks(after, new, NODES_OF_EIGHT) <= limit * (1 + 2e-6)).all()
     assert receives(current, new, NODES_OF_EIGHT).sum(axis=1).mean() <= 0.08 * 288
+
+
+def test_two_groups_swap_nodes_where_that_pays() -> None:
+    """Nodes with 40 and 4 tokens get 22 each; without the option, or enough moves, groups stay."""
+    load = ExpertLoad.from_counts([[10, 10, 10, 10, 1, 1, 1, 1]])
+    current = ExpertPlacement.from_mapping([[0, 1, 1, 2, 3, 0, 4, 5, 4, 6, 7, 5]])
+    new = incremental(load, current, SMALL, num_groups=4)
+    nodes = [{expert // 2 for expert in node} for node in new.physical_to_logical_map.reshape(2, 6).tolist()]
+    assert [len(node) for node in nodes] == [2, 2]
+    assert rank_costs(load, new, SMALL).tolist() == [[11, 11, 11, 11]]
+    for stays in (
+        Incremental(num_groups=4, regroup_above=math.inf, replan_above=math.inf),
+        Incremental(3, num_groups=4),
+    ):
+        kept = stays(load, current, SMALL).physical_to_logical_map
+        assert set(kept[0, :6].tolist()) == {0, 1, 2, 3}
 
 
 def test_incremental_leaves_balanced_layers_alone() -> None:
@@ -308,6 +324,7 @@ CURRENT = ExpertPlacement.trivial(1, 12, 12)
         {"target": 0.9},
         {"target": float("nan")},
         {"replan_above": 0.5},
+        {"regroup_above": 0},
         {"objective": np.cos},
         {"objective": np.sum},
         {"objective": lambda x: -x},

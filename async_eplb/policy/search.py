@@ -26,7 +26,8 @@ ROUNDING = 1e-6
 class Search:
     """The state of a search.
 
-    :param experts: the expert of each slot, int64 ``[rows, ranks, slots]``; the number of experts where empty
+    :param held: the expert of each slot, int64 ``[rows, ranks, slots]``; the number of experts where empty
+    :param start: the experts to start from, alike: those that are not held are received
     :param rate: tokens a step of each expert ``[rows, experts]``
     :param limit: what a rank of the row should cost at most, infinite to leave the row as it is ``[rows]``
     :param objective: from a replica's tokens a step to its cost
@@ -34,10 +35,16 @@ class Search:
     """
 
     def __init__(
-        self, experts: IntArray, rate: FloatArray, limit: FloatArray, objective: Objective, budget: IntArray
+        self,
+        held: IntArray,
+        start: IntArray,
+        rate: FloatArray,
+        limit: FloatArray,
+        objective: Objective,
+        budget: IntArray,
     ) -> None:
-        rows, self._num_ranks, self._num_slots = experts.shape
-        self._experts = experts.reshape(rows, -1).copy()
+        rows, self._num_ranks, self._num_slots = held.shape
+        self._experts = start.reshape(rows, -1).copy()
         self._empty = rate.shape[1]
         self._rate = np.pad(rate, ((0, 0), (0, 1)))
         self._scale = np.divide(1.0, limit, out=np.zeros(rows), where=limit > 0)
@@ -46,10 +53,11 @@ class Search:
         self._layer = np.repeat(np.arange(len(budget)), rows // len(budget))
         every_row = np.arange(rows)[:, None]
         rank = np.arange(self._experts.shape[1]) // self._num_slots
-        self._fresh = np.zeros(self._experts.shape, dtype=bool)
         self._held = np.zeros((rows, self._num_ranks, self._empty + 1), dtype=bool)
-        self._held[every_row, rank, self._experts] = True
+        self._held[every_row, rank, held.reshape(rows, -1)] = True
         self._held[:, :, self._empty] = True
+        self._fresh = ~self._held[every_row, rank, self._experts]
+        np.subtract.at(self._budget, self._layer, self._fresh.sum(axis=1))
         self._replicas = np.zeros(self._rate.shape)
         np.add.at(self._replicas, (every_row, self._experts), 1)
         self._replicas[:, self._empty] = np.inf
