@@ -35,10 +35,10 @@ def incremental(
 ) -> ExpertPlacement:
     """Change the current placement by few moves, so that the peak over the mean of rank costs reaches the target.
 
-    A move is a slot whose expert its rank has to receive. Where the target is out of reach, because an expert is too
-    hot, or a node too loaded for groups to stay on it, the peak comes as low as a full replan gets it, or close to the
-    mean of the most loaded node. No layer's peak gets higher, and layers that need nothing stay as they are. The search
-    is described in :mod:`async_eplb.policy.search`.
+    A move is a slot whose expert its rank has to receive. Where a full replan does not reach the target, because an
+    expert is too hot, or a node too loaded for the groups that stay on it, the aim is what such a replan reaches, or
+    close to the mean of the most loaded node. No layer's peak gets higher, and layers that need nothing stay as they
+    are. The search is our own and described in :mod:`async_eplb.policy.search`; it finds few moves, not the fewest.
 
     With groups, each is on one node, and stays there with three exceptions: two groups swap nodes where that relieves
     the most loaded node enough; a layer is replanned where the search ends far above what that reaches; and so is a

@@ -84,7 +84,7 @@ class Search:
     def _view(self, rows: IntArray) -> View:
         """Return how those of the rows stand that are above their limit."""
         experts = self._experts[rows]
-        cost = np.take_along_axis(self._costs.now[rows], experts, axis=1)
+        cost = self._costs.now[rows[:, None], experts]
         rank_cost = cost.reshape(len(rows), self._num_ranks, self._num_slots).sum(axis=2)
         above = np.flatnonzero(rank_cost.max(axis=1) > 1 + ROUNDING)
         rows, rank_cost, experts = rows[above], rank_cost[above], experts[above]
@@ -113,7 +113,7 @@ class Search:
         if len(dear) == 0:
             return moves
         dear_view = view[dear]
-        spare = np.take_along_axis(self._replicas[dear_view.rows], dear_view.experts, axis=1) > 1
+        spare = self._replicas[dear_view.rows[:, None], dear_view.experts] > 1
         spares = SpareSlots.of(dear_view, spare, self._costs)
         fitting = Reassignments(dear_view, spares.harmless(), self._costs, self._held).fitting()
         moves.replace(dear, fitting, fitting.receives < moves.receives[dear])
