@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.resources import files
+from random import Random
 
 import numpy as np
 import pytest
@@ -190,6 +191,29 @@ def test_incremental_is_never_worse(
     if max_moves is not None:
         assert (receives(current, new, topology).sum(axis=1) <= max_moves).all()
     assert policy(load, current, topology) == new
+
+
+@settings(deadline=None)
+@given(problems(), st.none() | st.integers(0, 20), st.randoms(use_true_random=False))
+def test_incremental_keeps_groups_together(
+    case: tuple[ExpertLoad, EPTopology, int], max_moves: int | None, random: Random
+) -> None:
+    """Whatever the load has become, each group is on one node, no peak rises, and moves stay within their limit."""
+    load, topology, groups = case
+    current = hierarchical(load, topology, num_groups=groups)
+    rows = load.tokens.tolist()
+    for row in rows:
+        random.shuffle(row)
+    drifted = ExpertLoad.from_counts(rows)
+    new = incremental(drifted, current, topology, num_groups=groups, max_moves_per_layer=max_moves, regroup_above=1)
+    require_policy_output(incremental, new, current, topology)
+    if groups % topology.num_nodes == 0:
+        nodes = new.physical_to_logical_map.reshape(load.num_layers * topology.num_nodes, -1)
+        on_node = [{e * groups // load.num_logical_experts for e in node if e >= 0} for node in nodes.tolist()]
+        assert sum(len(node) for node in on_node) == load.num_layers * groups
+    assert (peaks(drifted, new, topology) <= peaks(drifted, current, topology) * (1 + 2e-6)).all()
+    if max_moves is not None:
+        assert (receives(current, new, topology).sum(axis=1) <= max_moves).all()
 
 
 @given(drifts())

@@ -64,6 +64,8 @@ def relieve_nodes(
     places, after = _best_swaps(ordered, topology.num_nodes)
     pays = settled & (np.maximum(before, enough) > above * np.maximum(after, enough))
 
+    if not pays.any():
+        return current, groups
     new_maps, new_groups = maps.copy(), groups.copy()
     for layer in np.flatnonzero(pays):
         one, other = groups[layer, places[layer]]
@@ -71,7 +73,7 @@ def relieve_nodes(
         new_maps[layer] = _swap(maps[layer], load.tokens[layer], *members)
         new_groups[layer, places[layer]] = other, one
     placement = ExpertPlacement.from_mapping(new_maps, current.num_logical_experts)
-    dear = pays & (receives(current, placement, topology).sum(axis=1) > budget) if pays.any() else ~pays & pays
+    dear = receives(current, placement, topology).sum(axis=1) > budget
     new_groups[dear] = groups[dear]
     return placement.with_layers(current, tuple(int(layer) for layer in np.flatnonzero(dear))), new_groups
 

@@ -51,6 +51,7 @@ class Search:
         self._objective = objective
         self._budget = budget.copy()
         self._layer = np.repeat(np.arange(len(budget)), rows // len(budget))
+        self._takes_turns = rows > len(budget) and bool((budget < rows * start[0].size // len(budget)).any())
         every_row = np.arange(rows)[:, None]
         rank = np.arange(self._experts.shape[1]) // self._num_slots
         self._held = np.zeros((rows, self._num_ranks, self._empty + 1), dtype=bool)
@@ -100,7 +101,7 @@ class Search:
 
     def _turn(self, view: View) -> IntArray:
         """Return which rows move in this round: of rows that share a budget that may run out, the worst one."""
-        if len(self._layer) == len(self._budget) or (view.budget >= self._num_ranks * self._num_slots).all():
+        if not self._takes_turns:
             return np.arange(len(view.rows))
         layer = self._layer[view.rows]
         worst_first = np.lexsort((-view.peak, layer))
