@@ -3,6 +3,7 @@
 from async_eplb.errors import EplbError
 from async_eplb.events import LayerCommitted
 from async_eplb.expert_map import ExpertMap
+from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, SlotSource, plan_layer
@@ -17,12 +18,14 @@ __version__ = "0.1.0"
 __all__ = [
     "EPTopology",
     "EplbError",
+    "ExpertLoad",
     "ExpertMap",
     "ExpertPlacement",
     "ExpertUpdater",
     "ExpertWeights",
     "LayerCommitted",
     "LayerPlan",
+    "LoadWindow",
     "MemoryTransport",
     "SlotSource",
     "SyncUpdater",

@@ -7,7 +7,9 @@ ranks holds everywhere.
 How a decision gets its step, while the model serves: a round that shows new layers staged everywhere makes every
 rank put a *fence* in its next ballot, a boundary that it promises not to pass before that round's result is known.
 The result is the largest fence, which no rank can have passed, so the layers are committed there, on all ranks at
-the same boundary. In the exclusive mode nobody serves, and such layers may be committed at once.
+the same boundary. If all ranks stand, that is the boundary before them, and what was decided for later ones comes
+forward to it, so that nothing waits for steps that nobody makes. In the exclusive mode nobody serves, and layers that
+are staged everywhere may be committed at once.
 
 How an update ends early: a rank begins a layer's transfer only when it has a staging buffer, and each of its
 ``window`` buffers holds a layer until an agreed commit frees it; so nothing beyond ``agreed + window`` can be under
@@ -180,6 +182,7 @@ class Agreement:
         self._seen = _Counts()
         self._ending = False
         self._fence_wanted = False
+        self._stood_before = 0
 
     def __repr__(self) -> str:
         return (
@@ -220,8 +223,8 @@ class Agreement:
     def ballot(self) -> Ballot:
         """Return what this rank says in the round that it now joins, and hold to its fence until the result."""
         if self._fence_wanted:
-            ahead = 1 if self.standing else self.lead
-            self.fence = max(self.step + ahead, self.last_boundary)
+            ahead = max(self.step + self.lead, self.last_boundary)
+            self.fence = self.step + 1 if self.standing else ahead
         return Ballot(
             generation=self.generation,
             digest=self.digest,
@@ -246,6 +249,7 @@ class Agreement:
         return self.running and (
             not self.begun
             or self._pending_status() is not Status.OK
+            or bool(self.standing and self.decisions and not self.over)
             or self.staged > self._seen.staged
             or self.committed > self._seen.committed
             or (self.ordered_launch and self.launchable > self._seen.launchable)
@@ -323,13 +327,21 @@ class Agreement:
             self.limit = min(self.limit, self._under_way()) if self.begun else 0
         elif self.mode is Mode.EXCLUSIVE:
             self.agreed, self.launched = self._everywhere()
-        elif all(fences):
+        elif all(fences) and (self._is_more_ready() or max(fences) < self.last_boundary):
             boundary = max(fences)
             self._agree(boundary)
         self.begun = True
-        self._fence_wanted = self.mode is Mode.SERVING and self._everywhere() != (self.agreed, self.launched)
+        self._fence_wanted = self.mode is Mode.SERVING and (self._is_more_ready() or self._is_out_of_reach(ballots))
         self.over = self._seen.committed >= self.limit
         return Verdict(boundary, self.agreed, self.launched, self.over, cancelled=cancelled)
+
+    def _is_more_ready(self) -> bool:
+        """Whether more can be agreed than has been."""
+        return self._everywhere() != (self.agreed, self.launched)
+
+    def _is_out_of_reach(self, ballots: Sequence[Ballot]) -> bool:
+        """Whether all ranks stand, and before an earlier boundary than the last that was decided for."""
+        return all(ballot.standing and ballot.step + 1 < self.last_boundary for ballot in ballots)
 
     def _everywhere(self) -> tuple[int, int]:
         """Return the layers that every rank has staged, and those that every rank can launch."""
@@ -381,11 +393,18 @@ class Agreement:
         return ()
 
     def _require_same_steps(self, ballots: Sequence[Ballot]) -> None:
+        """Refuse ranks that skipped steps.
+
+        Ranks that all stand have passed the same boundaries, but a ballot may be from before its rank went on. The
+        next one is not: its rank had seen how far the others had come when they gave theirs.
+        """
         if self.mode is Mode.EXCLUSIVE:
             return
         steps = tuple(ballot.step for ballot in ballots)
-        allowed = 0 if all(ballot.standing for ballot in ballots) else self.max_step_skew
-        if max(steps) - min(steps) > allowed:
+        standing = all(ballot.standing for ballot in ballots)
+        fell_behind = standing and min(steps) < self._stood_before
+        self._stood_before = max(steps) if standing else 0
+        if fell_behind or max(steps) - min(steps) > self.max_step_skew:
             raise StepMismatch(
                 f"ranks have passed {list(steps)} step boundaries; every rank must call step() once for every forward "
                 "pass, dummy passes included",

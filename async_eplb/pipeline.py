@@ -5,12 +5,14 @@ The only task groups of the package are here and in ``update_run``.
 
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from anyio import CancelScope, Lock, create_task_group
 from anyio.abc import TaskGroup
 
+from async_eplb.device import DeviceEvent
 from async_eplb.driver import Driver
 from async_eplb.update_run import UpdateRun
 from async_eplb.workers import Doorbell, News, Workers
@@ -33,6 +35,7 @@ class LayerPipeline:
         self._run: UpdateRun | None = None
         self._listening = CancelScope(shield=True)
         self._standing_work = Lock()
+        self._stood: DeviceEvent | None = None
         self._for_good = False
 
     async def __aenter__(self) -> Self:
@@ -64,10 +67,19 @@ class LayerPipeline:
         self._run = run
         self.start(run.run)
 
-    async def stand(self, *, standing: bool, for_good: bool = False) -> None:
-        """Begin or end to do what is due while this rank makes no steps; when it ends, nothing is under way."""
+    def stand(self, after: DeviceEvent, *, for_good: bool = False) -> None:
+        """From now on, do what is due although this rank makes no steps.
+
+        :param after: the model's last work
+        :param for_good: no step follows at all
+        """
+        self._stood = after
         self._for_good = for_good
-        self._driver.stand(standing=standing)
+        self._driver.stand(standing=True)
+
+    async def stand_no_more(self) -> None:
+        """Leave what is due to steps again; nothing is under way when this returns."""
+        self._driver.stand(standing=False)
         with CancelScope(shield=True):
             async with self._standing_work:
                 return
@@ -82,9 +94,11 @@ class LayerPipeline:
     async def _do_due_work_while_standing(self) -> None:
         async with self._standing_work:
             decision = self._driver.due_while_standing(for_good=self._for_good)
-            if decision is None or self._run is None:
+            if decision is None or self._run is None or self._stood is None:
                 return
-            run, step = self._run, self._driver.step + 1
+            execute = partial(
+                self._run.execute_beside, decision, step=self._driver.step + 1, after=self._stood
+            )  # errors are told by the run
             with CancelScope(shield=True):
-                await self._workers.run("commit", lambda: run.execute(decision, step=step))  # told by the run
+                await self._workers.run("commit", execute)
             self._news.notify()

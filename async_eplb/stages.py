@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
 from async_eplb.commit import commit_layer
-from async_eplb.device import Device
+from async_eplb.device import Device, DeviceEvent
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
@@ -77,6 +77,7 @@ class LayerStages:
 
     :param old: placement that the live weights have
     :param new: placement that they shall have
+    :param after: work of the caller that comes before live weights are read
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class LayerStages:
         workers: Workers,
         logger: Logger,
         options: UpdateOptions,
+        after: DeviceEvent,
     ) -> None:
         self.tally = Tally()
         self._generation = generation
@@ -109,7 +111,7 @@ class LayerStages:
         self._workers = workers
         self._logger = logger
         self._options = options
-        self._callers_work = device.record()
+        self.callers_work = after
 
     @property
     def ordered_launch(self) -> bool:
@@ -165,7 +167,12 @@ class LayerStages:
     async def plan(self, row: int) -> PlannedLayer:
         """Plan a layer in the planning thread."""
         watch = Stopwatch()
-        planned = await self._workers.run("plan", lambda: self._plan(row))
+
+        def make_plan() -> PlannedLayer:
+            with self._device.transferring():
+                return self._plan(row)
+
+        planned = await self._workers.run("plan", make_plan)
         duration_ms = watch.ms()
         self.tally.plan_ms += duration_ms
         counts = Counter(planned.plan.slot_sources)
@@ -195,7 +202,7 @@ class LayerStages:
 
         def copy_own_slots() -> None:
             with self._device.transferring(), torch.no_grad():
-                self._device.wait(self._callers_work)
+                self._device.wait(self.callers_work)
                 self._device.wait(buffer.consumed)
                 self._mark(planned)
                 live = self._weights.views(planned.row)
@@ -247,20 +254,20 @@ class LayerStages:
         emit(self._logger, event)
         layer.watch = Stopwatch()
 
-    def copy(self, layer: LayerInFlight, *, step: int) -> None:
-        """Enqueue a layer's commit: at a step boundary on the current stream, else (``step`` 0) on the commit stream.
+    @contextmanager
+    def beside(self, after: DeviceEvent) -> Iterator[None]:
+        """Run what is inside on the commit stream, behind ``after``; return when the device has done it."""
+        with self._device.committing():
+            self._device.wait(after)
+            yield
+            self._device.record().synchronize()
 
-        The layer is staged on every rank.
-        """
+    def copy(self, layer: LayerInFlight, *, step: int) -> None:
+        """Enqueue a layer's commit on the current stream; the layer is staged on every rank."""
         start = time.perf_counter()
-        with nullcontext() if step else self._device.committing():
-            if not step:
-                self._device.wait(self._callers_work)
-            planned, buffer = layer.planned, layer.buffer
-            layer.nbytes = commit_layer(
-                planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps
-            )
-            buffer.consumed = self._device.record()
+        planned, buffer = layer.planned, layer.buffer
+        layer.nbytes = commit_layer(planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps)
+        buffer.consumed = self._device.record()
         layer.step = step
         layer.copy_ms = (time.perf_counter() - start) * 1e3
 

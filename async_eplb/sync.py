@@ -78,27 +78,37 @@ class SyncUpdater:
 
     def update(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateSummary:
         """Block until :meth:`ExpertUpdater.update` returns."""
+        after = self.updater.record()
 
         async def update() -> UpdateSummary:
-            return await self.updater.update(new_placement, layers=layers)
+            return await self.updater.update(new_placement, layers=layers, after=after)
 
         return self._call(update)
 
-    def begin(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> SyncUpdateHandle:
+    def begin(
+        self,
+        new_placement: ExpertPlacement,
+        *,
+        layers: Iterable[int] | None = None,
+        max_nbytes_per_step: int | None = None,
+    ) -> SyncUpdateHandle:
         """Begin an update and go on stepping; see :meth:`ExpertUpdater.begin`."""
+        after = self.updater.record()
 
         async def begin() -> UpdateHandle:
-            return self.updater.begin(new_placement, layers=layers)
+            return self.updater.begin(
+                new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after
+            )
 
         return SyncUpdateHandle(self._call(begin), self._open_portal())
 
     def idle(self) -> AbstractContextManager[None]:
         """Make no steps inside; see :meth:`ExpertUpdater.idle`."""
-        return self._open_portal().wrap_async_context_manager(self.updater.idle())
+        return self._open_portal().wrap_async_context_manager(self.updater.idle(after=self.updater.record()))
 
     def paused(self) -> AbstractContextManager[None]:
         """Let nothing touch live weights inside; see :meth:`ExpertUpdater.paused`."""
-        return self._open_portal().wrap_async_context_manager(self.updater.paused())
+        return self._open_portal().wrap_async_context_manager(self.updater.paused(after=self.updater.record()))
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         return self._open_portal().call(function)

@@ -12,6 +12,7 @@ another side. A cancellation becomes a ballot, and the update ends at the same l
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import count
 
 from anyio import BrokenResourceError, CancelScope, Event, create_memory_object_stream, create_task_group, move_on_after
@@ -19,6 +20,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from async_eplb.accounting import Stopwatch, UpdateSummary
 from async_eplb.agreement import Decision, Mode
+from async_eplb.device import DeviceEvent
 from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
 from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
@@ -130,6 +132,11 @@ class UpdateRun:
         except Exception as error:  # noqa: BLE001 - the update fails, serving does not
             self._fail(error)
         return failure
+
+    def execute_beside(self, decision: Decision, *, step: int, after: DeviceEvent) -> None:
+        """Do the same while the model stands still: on the commit stream, until the device has done it."""
+        with self.stages.beside(after):
+            self.execute(decision, step=step)
 
     async def run(self) -> None:
         """Run the update to its end; the outcome is in :attr:`error` and :attr:`committed`."""
@@ -255,7 +262,8 @@ class UpdateRun:
                 await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
                 watch = Stopwatch()
                 decision = Decision(boundary=0, committed=index + 1, launched=0)
-                await self._workers.run("commit", lambda decision=decision: self.execute(decision, step=0))  # type: ignore[misc]
+                execute = partial(self.execute_beside, decision, step=0, after=self.stages.callers_work)
+                await self._workers.run("commit", execute)
             else:
                 await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
                 watch = Stopwatch()

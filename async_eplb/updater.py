@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from async_eplb.accounting import UpdaterStatistics, UpdateSummary
 from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
 from async_eplb.agreement import Agreement, Decision, Mode
-from async_eplb.device import Device, device_for
+from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions
 from async_eplb.events import (
@@ -149,6 +149,7 @@ class ExpertUpdater:
             )
             self._driver.connect(self._control.wake, ordered_launch=self._transport.needs_ordered_launch)
             self._pipeline.start(self._hold_rounds)
+            await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
             self._closed_because = ""
             stack.push_async_callback(self._leave)
             self._stack = stack.pop_all()
@@ -160,7 +161,13 @@ class ExpertUpdater:
         self._closed_because = self._closed_because or "it was left"
         return await self._stack.__aexit__(kind, error, traceback)
 
-    async def update(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateSummary:
+    async def update(
+        self,
+        new_placement: ExpertPlacement,
+        *,
+        layers: Iterable[int] | None = None,
+        after: DeviceEvent | None = None,
+    ) -> UpdateSummary:
         """Move the weights to a new placement; return when all layers are committed on every rank.
 
         All ranks call this with equal arguments, none of them serving meanwhile. If the awaiting task is
@@ -168,10 +175,11 @@ class ExpertUpdater:
         cancellation goes on.
 
         :param layers: rows to update; all without it
+        :param after: as for :meth:`begin`
         :raises EplbError: see :mod:`async_eplb.errors`; what was refused has changed nothing, and what ended
             early says which layers were committed
         """
-        run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
+        run = self._begin(Mode.EXCLUSIVE, new_placement, layers, after=after)
         await self._join(run)
         return run.summary()
 
@@ -200,6 +208,7 @@ class ExpertUpdater:
         *,
         layers: Iterable[int] | None = None,
         max_nbytes_per_step: int | None = None,
+        after: DeviceEvent | None = None,
     ) -> UpdateHandle:
         """Begin to move the weights while the model serves; return at once.
 
@@ -208,9 +217,13 @@ class ExpertUpdater:
 
         :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most, on average;
             not heeded while this rank makes no steps
+        :param after: work on the device that wrote live weights last; without it, what this thread's current stream
+            has now
         :raises EplbError: as :meth:`update`, for what is refused
         """
-        return UpdateHandle(self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step))
+        return UpdateHandle(
+            self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
+        )
 
     async def step(self, number: int | None = None) -> None:
         """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
@@ -232,6 +245,10 @@ class ExpertUpdater:
     def step_sync(self, number: int | None = None) -> None:
         """Do what :meth:`step` does on any thread, with a plain wait."""
         self._stepper.step_sync(number)
+
+    def record(self) -> DeviceEvent:
+        """Return the work that this thread's current stream has now; for callers of another thread's ``after``."""
+        return self._device.record()
 
     async def until_step(self, number: int) -> None:
         """Return when this rank has passed boundary ``number``, counted as :meth:`step` does, or makes no steps."""
@@ -260,25 +277,27 @@ class ExpertUpdater:
             raise ClosedUpdater(f"{self!r}: no rebalance follows")
 
     @asynccontextmanager
-    async def idle(self) -> AsyncIterator[None]:
+    async def idle(self, *, after: DeviceEvent | None = None) -> AsyncIterator[None]:
         """Inside, this rank has no traffic and makes no steps: layers that are due at its next boundary are committed.
 
         So an update ends although nobody steps, once all ranks stand before the same boundary.
 
+        :param after: the model's last work on the device; without it, what this thread's current stream has now
         :raises BusyUpdater: if this rank stands already
         """
-        async with self._standing("idle"):
+        async with self._standing("idle", after):
             yield
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
+    async def paused(self, *, after: DeviceEvent | None = None) -> AsyncIterator[None]:
         """Inside, nothing reads or writes live weights: for a refit, sleep mode, or the capture of a CUDA graph.
 
         All ranks enter together and make no steps. A running update is finished first.
 
+        :param after: as for :meth:`idle`
         :raises BusyUpdater: if this rank stands already
         """
-        async with self._standing("paused"):
+        async with self._standing("paused", after):
             if self._run is not None:
                 await self._run.finished.wait()
             yield
@@ -299,6 +318,7 @@ class ExpertUpdater:
         on_finish: Callable[[], None] = lambda: None,
         *,
         max_nbytes_per_step: int | None = None,
+        after: DeviceEvent | None = None,
     ) -> UpdateRun:
         if max_nbytes_per_step is not None and max_nbytes_per_step < 1:
             raise InvalidOptions(
@@ -332,6 +352,7 @@ class ExpertUpdater:
             workers=self._workers,
             logger=self._logger,
             options=self.options,
+            after=after or self._device.record(),
         )
 
         def count(committed: LayerCommitted) -> None:
@@ -394,15 +415,15 @@ class ExpertUpdater:
             raise
 
     @asynccontextmanager
-    async def _standing(self, reason: str) -> AsyncIterator[None]:
+    async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:
         if self._pipeline is None or self._closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
         with self._stepper.standing(reason):
             try:
-                await self._pipeline.stand(standing=True)
+                self._pipeline.stand(after or self._device.record())
                 yield
             finally:
-                await self._pipeline.stand(standing=False)
+                await self._pipeline.stand_no_more()
 
     def _execute_at_step(self, decision: Decision) -> Exception | None:
         if self._run is None:
@@ -426,7 +447,7 @@ class ExpertUpdater:
             run = self._run
             if run is not None and self._pipeline is not None:
                 run.cancel()
-                await self._pipeline.stand(standing=True, for_good=True)
+                self._pipeline.stand(self._device.record(), for_good=True)
                 with move_on_after(self.options.control_timeout_s):
                     await run.finished.wait()
                 if not run.finished.is_set():

@@ -29,3 +29,16 @@ def test_without_a_name_the_launcher_lists_what_can_be_measured() -> None:
         [sys.executable, ROOT / "scripts" / "benchmarks"], check=True, capture_output=True, text=True
     ).stdout
     assert "pipeline  How much the stages overlap" in output
+
+
+def test_the_policy_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Receives, peaks and times of a full replan and of the incremental policy, with and without groups."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "3", "--seeds", "1", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "policy", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for drift in ("global_drift_10", "global_drift_30", "grouped_drift_10", "grouped_drift_30"):
+        assert figures[f"{drift}_incremental_receives"] < figures[f"{drift}_replan_receives"] <= 1
+        assert 1 <= figures[f"{drift}_incremental_peak"] <= figures[f"{drift}_incremental_worst_peak"]
+        assert figures[f"{drift}_incremental_cpu_ms"] > 0
+    assert figures["global_replan_cpu_ms"] > 0

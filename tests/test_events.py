@@ -14,10 +14,12 @@ import trio
 import trio.testing
 from helpers import memory_world, together
 from structlog.testing import LogCapture
-from test_rebalancer import REBALANCE_EVALUATED, REBALANCE_FINISHED
+from test_rebalancer import REBALANCE_FINISHED
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions, events
-from async_eplb.events import EVENTS, Event
+from async_eplb.events import EVENTS, Event, emit
+from async_eplb.load import ExpertLoad
+from async_eplb.policy import Hierarchical, RebalanceTerms, choose
 from async_eplb.testing import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 
@@ -167,6 +169,28 @@ WAIT_AT_A_FENCE: dict[str, Any] = {
     "lead": 2,
 }
 
+EVALUATED_REBALANCE: dict[str, Any] = {
+    "event": "eplb.rebalance.evaluated",
+    "log_level": "info",
+    "generation": 3,
+    "rank": 1,
+    "policy": "Hierarchical(num_groups=2)",
+    "pays": True,
+    "reason": "pays",
+    "num_layers": 2,
+    "num_changed_layers": 1,
+    "mean_balancedness_before": 0.75,
+    "mean_balancedness_after": 1.0,
+    "min_balancedness_before": 0.5,
+    "min_balancedness_after": 1.0,
+    "num_receives": 2,
+    "num_slots": 4,
+    "received_nbytes": 2048,
+    "transfer_ms": 500.0,
+    "saved_ms_per_step": 125.0,
+    "horizon_steps": 16,
+}
+
 
 @cache
 def log_of_an_update() -> list[dict[str, Any]]:
@@ -239,6 +263,21 @@ def test_a_wait_at_a_fence_is_logged_completely() -> None:
     assert 0 < logged["eplb.layer.committed"]["copy_ms"] < 10_000
 
 
+@cache
+def log_of_a_decision() -> list[dict[str, Any]]:
+    """Return what is logged when one of two layers gets twice as balanced for two receives."""
+    old, new = (ExpertPlacement.from_mapping([row, [0, 1, 2, 3]]) for row in ([0, 1, 2, 3], [0, 2, 1, 3]))
+    load = ExpertLoad.from_counts([[4, 4, 0, 0], [1, 1, 1, 1]])
+    terms = RebalanceTerms(expert_nbytes=1024, link_bytes_per_s=2048.0, layer_step_s=0.25, horizon_steps=16)
+    decision = choose(load, old, new, EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2), terms)
+    capture = LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG)
+    )
+    emit(logger, decision.event(generation=3, rank=1, policy=Hierarchical(num_groups=2)))
+    return [dict(entry) for entry in capture.entries]
+
+
 def test_an_update_is_logged_completely() -> None:
     """Names, levels, facts and times of each event, in order."""
     assert log_of_an_update() == UPDATE_OF_ONE_LAYER
@@ -249,10 +288,15 @@ def test_an_update_that_ends_early_is_logged_completely() -> None:
     assert log_of_a_cancelled_update()[-1] == END_OF_A_CANCELLED_UPDATE
 
 
+def test_a_decision_is_logged_completely() -> None:
+    """The estimate that it rests on."""
+    assert log_of_a_decision() == [EVALUATED_REBALANCE]
+
+
 def test_every_event_is_compared_here() -> None:
     """A new event is listed in EVENTS and gets its dictionary above, or with the rebalancer's tests."""
-    here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE)
-    compared = {entry["event"] for entry in (*here, REBALANCE_EVALUATED, REBALANCE_FINISHED)}
+    here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE, EVALUATED_REBALANCE)
+    compared = {entry["event"] for entry in (*here, REBALANCE_FINISHED)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))
     assert set(EVENTS) == set(classes) - {Event}
@@ -260,7 +304,7 @@ def test_every_event_is_compared_here() -> None:
 
 def test_every_event_renders_as_one_line_of_json() -> None:
     """Values are JSON's own: the renderer never falls back to a repr."""
-    for entry in (*log_of_an_update(), *log_of_a_cancelled_update()):
+    for entry in (*log_of_an_update(), *log_of_a_cancelled_update(), *log_of_a_decision()):
         line = structlog.processors.JSONRenderer()(None, entry["log_level"], dict(entry))
         assert line == json.dumps(entry)
         assert len(str(line).splitlines()) == 1

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anyio
 import numpy as np
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from helpers import together
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from async_eplb.device import CpuDevice
 from async_eplb.errors import BrokenLoadGroup, ImpossibleCount, InvalidLoad, InvalidOptions, RecordedBeyondModel
@@ -195,6 +197,35 @@ def test_recording_keeps_its_buffers() -> None:
         window.record(0, torch.tensor([0]))
         window.advance()
     assert [buffer.data_ptr() for buffer in (window._step, window._ring, window._total)] == addresses
+
+
+class OpNames(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the names of operations that tensors are given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name().split(".")[0]
+        by_mask = name == "aten::index" and any(index.dtype == torch.bool for index in args[1])
+        self.names.add("aten::nonzero" if by_mask else name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_recording_never_waits_for_the_device() -> None:
+    """It reads no value on the host, and selects by no mask, whose count the host would have to know."""
+    expert_map = SimpleNamespace(physical_to_logical_map=torch.tensor([[0, 1, 1, -1]]))
+    window = LoadWindow(1, 2, 2, expert_map=expert_map)
+    with OpNames() as ops:
+        window.record(0, torch.tensor([[0, 3], [1, -1]]), physical=True, valid=torch.tensor([True, False]))
+        window.advance()
+        window.snapshot()
+    assert "aten::scatter_add_" in ops.names
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal"}
+    assert not {f"aten::{name}" for name in waiting} & ops.names
 
 
 @pytest.mark.parametrize(

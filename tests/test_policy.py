@@ -3,6 +3,7 @@
 import json
 import math
 from importlib.resources import files
+from random import Random
 
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def test_incremental_is_never_worse(
     assert policy(load, current, topology) == new
 
 
+@settings(deadline=None)
+@given(problems(), st.none() | st.integers(0, 20), st.randoms(use_true_random=False))
+def test_incremental_keeps_groups_together(
+    case: tuple[ExpertLoad, EPTopology, int], max_moves: int | None, random: Random
+) -> None:
+    """Whatever the load has become, each group is on one node, no peak rises, and moves stay within their limit."""
+    load, topology, groups = case
+    current = hierarchical(load, topology, num_groups=groups)
+    rows = load.tokens.tolist()
+    for row in rows:
+        random.shuffle(row)
+    drifted = ExpertLoad.from_counts(rows)
+    new = incremental(drifted, current, topology, num_groups=groups, max_moves_per_layer=max_moves, regroup_above=1)
+    require_policy_output(incremental, new, current, topology)
+    if groups % topology.num_nodes == 0:
+        nodes = new.physical_to_logical_map.reshape(load.num_layers * topology.num_nodes, -1)
+        on_node = [{e * groups // load.num_logical_experts for e in node if e >= 0} for node in nodes.tolist()]
+        assert sum(len(node) for node in on_node) == load.num_layers * groups
+    assert (peaks(drifted, new, topology) <= peaks(drifted, current, topology) * (1 + 2e-6)).all()
+    if max_moves is not None:
+        assert (receives(current, new, topology).sum(axis=1) <= max_moves).all()
+
+
 @given(drifts())
 def test_receives_are_what_plans_receive(case: tuple[ExpertLoad, ExpertPlacement, EPTopology]) -> None:
     """Rank by rank, as many as the plan of that rank has."""
@@ -217,13 +241,29 @@ def test_incremental_keeps_groups_on_their_nodes() -> None:
     """Each node holds the experts it held, as balanced as a replan that keeps them there."""
     before, after = lognormal_drift(2, 0.1)
     current = hierarchical(before, NODES_OF_EIGHT, num_groups=8)
-    new = incremental(after, current, NODES_OF_EIGHT, num_groups=8)
+    new = incremental(after, current, NODES_OF_EIGHT, num_groups=8, regroup_above=math.inf)
     old_groups, groups = ([[sorted({e // 32 for e in n}) for n in row] for row in nodes_of(p)] for p in (current, new))
     assert old_groups == groups
     replan = place_groups(after, np.array(groups).reshape(12, 8), NODES_OF_EIGHT)
     limit = np.maximum(peaks(after, replan, NODES_OF_EIGHT), 1.02 * after.tokens.sum(axis=1) / 32)
     assert (peaks(after, new, NODES_OF_EIGHT) <= limit * (1 + 2e-6)).all()
     assert receives(current, new, NODES_OF_EIGHT).sum(axis=1).mean() <= 0.08 * 288
+
+
+def test_two_groups_swap_nodes_where_that_pays() -> None:
+    """Nodes with 40 and 4 tokens get 22 each; without the option, or enough moves, groups stay."""
+    load = ExpertLoad.from_counts([[10, 10, 10, 10, 1, 1, 1, 1]])
+    current = ExpertPlacement.from_mapping([[0, 1, 1, 2, 3, 0, 4, 5, 4, 6, 7, 5]])
+    new = incremental(load, current, SMALL, num_groups=4)
+    nodes = [{expert // 2 for expert in node} for node in new.physical_to_logical_map.reshape(2, 6).tolist()]
+    assert [len(node) for node in nodes] == [2, 2]
+    assert rank_costs(load, new, SMALL).tolist() == [[11, 11, 11, 11]]
+    for stays in (
+        Incremental(num_groups=4, regroup_above=math.inf, replan_above=math.inf),
+        Incremental(3, num_groups=4),
+    ):
+        kept = stays(load, current, SMALL).physical_to_logical_map
+        assert set(kept[0, :6].tolist()) == {0, 1, 2, 3}
 
 
 def test_incremental_leaves_balanced_layers_alone() -> None:
@@ -308,6 +348,7 @@ CURRENT = ExpertPlacement.trivial(1, 12, 12)
         {"target": 0.9},
         {"target": float("nan")},
         {"replan_above": 0.5},
+        {"regroup_above": 0},
         {"objective": np.cos},
         {"objective": np.sum},
         {"objective": lambda x: -x},

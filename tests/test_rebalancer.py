@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import ANY
 
@@ -37,27 +37,6 @@ TERMS = RebalanceTerms(expert_nbytes=100, link_bytes_per_s=1e9, layer_step_s=1e-
 pytestmark = pytest.mark.anyio
 
 
-REBALANCE_EVALUATED: dict[str, Any] = {
-    "event": "eplb.rebalance.evaluated",
-    "log_level": "info",
-    "generation": 0,
-    "rank": 0,
-    "policy": "Global()",
-    "pays": True,
-    "reason": "pays",
-    "num_layers": 4,
-    "num_changed_layers": 4,
-    "mean_balancedness_before": pytest.approx(4 / 9),
-    "mean_balancedness_after": ANY,
-    "min_balancedness_before": pytest.approx(4 / 9),
-    "min_balancedness_after": ANY,
-    "num_receives": ANY,
-    "num_slots": 36,
-    "received_nbytes": ANY,
-    "transfer_ms": ANY,
-    "saved_ms_per_step": ANY,
-    "horizon_steps": 1000,
-}
 REBALANCE_FINISHED: dict[str, Any] = {
     "event": "eplb.rebalance.finished",
     "log_level": "info",
@@ -150,11 +129,10 @@ async def test_a_rebalance_is_logged_completely() -> None:
         await anyio.sleep(0.01)
         outcome = await world[0].rebalancer.rebalance_now()
         evaluated, finished = world[0].log.entries
-        assert (evaluated, finished) == (REBALANCE_EVALUATED, REBALANCE_FINISHED)
-        decision = outcome.decision
-        assert evaluated["received_nbytes"] == 100 * evaluated["num_receives"] == decision.received_nbytes > 0
+        expected = outcome.decision.event(generation=0, rank=0, policy=Global())
+        assert evaluated == {"event": expected.name, "log_level": "info", **asdict(expected)}
+        assert finished == REBALANCE_FINISHED
         assert evaluated["mean_balancedness_after"] == finished["balancedness_after"] > 0.8
-        assert evaluated["saved_ms_per_step"] == decision.saved_s_per_step * 1e3 > 0
 
 
 async def test_rebalances_come_every_so_many_steps() -> None:

@@ -3,9 +3,10 @@
 Groups of experts are packed to nodes, hot experts are replicated within their node, replicas are packed to ranks. The
 description and the example are in the README of https://github.com/deepseek-ai/eplb; the code here is our own.
 
-Placements equal the published ones to the last tie: loads, shares and sums of packs are float32; sorting is stable and
-descending; of equal packs and equal experts the lowest index is taken. Only the sum of a group's load is taken in
-float64 and rounded once, as the published sum depends on the processor; it is the same wherever that one is exact.
+Placements equal the published ones slot by slot: loads, shares and sums of packs are float32, and of equal packs and
+equally hot experts the lowest index is taken. Two things that the published code leaves to the machine are fixed here:
+items of equal load are packed in index order (its sort is stable or not, by size and by version of torch), and the load
+of a group is summed in float64 and rounded once (its sum depends on the processor where it is not exact).
 """
 
 import numpy as np

@@ -20,13 +20,21 @@ def rank_costs(
     :raises LoadMismatch: if load and placement have different layers or experts
     :raises InvalidPlacement: if the placement does not fit the topology
     """
-    require_same_model(load, placement)
     placement.require_fit(topology)
+    costs = slot_costs(load, placement, objective)
+    return np.asarray(costs.reshape(len(costs), topology.num_ranks, -1).sum(axis=2))
+
+
+def slot_costs(load: ExpertLoad, placement: ExpertPlacement, objective: Objective = tokens) -> FloatArray:
+    """Return the cost of each slot in one step: float64 ``[layers, physical]``, 0 where empty.
+
+    :raises LoadMismatch: if load and placement have different layers or experts
+    """
+    require_same_model(load, placement)
     maps = placement.physical_to_logical_map
-    share = load.tokens_per_step() / np.maximum(placement.replica_counts(), 1)
-    cost = np.take_along_axis(objective(share), np.maximum(maps, 0).astype(np.int64), axis=1)
-    cost = np.where(maps == EMPTY_SLOT, 0.0, cost)
-    return np.asarray(cost.reshape(len(maps), topology.num_ranks, -1).sum(axis=2))
+    cost = objective(load.tokens_per_step() / np.maximum(placement.replica_counts(), 1))
+    held = np.take_along_axis(cost, np.maximum(maps, 0).astype(np.int64), axis=1)
+    return np.where(maps == EMPTY_SLOT, 0.0, held)
 
 
 def balancedness(

@@ -103,28 +103,28 @@ def fitting_swaps(view: View) -> Moves:
 
     A partner with much room left can take from the next loaded rank through the same slot, which is received once.
     """
-    slots = view.peak_slots
-    given = np.take_along_axis(view.cost, slots, axis=1)
+    slots = np.arange(len(view.rows))[:, None], view.peak_slots
+    given = view.cost[slots]
     fee = view.pays * np.float32(RECEIVE)
     largest = view.cost - np.repeat(view.over, view.num_slots, axis=1)
     excess = (view.peak - np.float32(1))[:, None]
     fits = (view.cost[:, None, :] <= (given - excess)[:, :, None]) & (largest[:, None, :] >= given[:, :, None])
     above_0 = np.float32(2 * RECEIVE + 1)
-    value = (above_0 + largest - fee)[:, None, :] - (given + np.take_along_axis(fee, slots, axis=1))[:, :, None]
+    value = (above_0 + largest - fee)[:, None, :] - (given + fee[slots])[:, :, None]
     value *= fits
     return _best(view, value)
 
 
 def helping_swaps(view: View) -> Moves:
     """Find the swap that helps most, a receive."""
-    slots = view.peak_slots
-    given = np.take_along_axis(view.cost, slots, axis=1)
+    slots = np.arange(len(view.rows))[:, None], view.peak_slots
+    given = view.cost[slots]
     shift = given[:, :, None] - view.cost[:, None, :]
     over = np.repeat(view.over, view.num_slots, axis=1)
     excess = (view.peak - np.float32(1))[:, None]
     saved = (squared(excess) + squared(over))[:, None, :]
     saved = saved - squared(excess[:, :, None] - shift) - squared(over[:, None, :] + shift)
-    receives = np.take_along_axis(view.pays, slots, axis=1)[:, :, None] + view.pays[:, None, :].astype(np.float32)
+    receives = view.pays[slots][:, :, None] + view.pays[:, None, :].astype(np.float32)
     elsewhere = np.arange(view.experts.shape[1]) // view.num_slots != view.peak_rank[:, None]
     helps = (saved > LEAST_HELP) & elsewhere[:, None, :]
     helps &= receives <= view.budget[:, None, None]

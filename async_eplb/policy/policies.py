@@ -50,6 +50,7 @@ class Incremental:
     target: float = 1.02
     num_groups: int | None = None
     objective: Objective = tokens
+    regroup_above: float = 1.03
     replan_above: float = 1.1
 
     def __call__(self, load: ExpertLoad, current: ExpertPlacement, topology: EPTopology) -> ExpertPlacement:
@@ -62,5 +63,6 @@ class Incremental:
             target=self.target,
             num_groups=self.num_groups,
             objective=self.objective,
+            regroup_above=self.regroup_above,
             replan_above=self.replan_above,
         )

@@ -75,10 +75,9 @@ class SpareSlots:
         """Return the slots whose loss takes no other rank over the limit."""
         keep = self.real & (self.worst <= 0)
         order = (~keep).argsort(axis=1, kind="stable")[:, : keep.sum(axis=1).max(initial=0)]
-        kept = (np.take_along_axis(getattr(self, field.name), order, axis=1) for field in fields(self))
-        slots = SpareSlots(*kept)
-        slots.real[...] = np.take_along_axis(keep, order, axis=1)
-        return slots
+        rows = np.arange(len(order))[:, None]
+        kept = {field.name: getattr(self, field.name)[rows, order] for field in fields(self)}
+        return SpareSlots(**kept | {"real": keep[rows, order]})
 
 
 def _effects(view: View, expert: IntArray, rank: IntArray, rise: Costs) -> tuple[Costs, Costs, Costs, Costs]:
@@ -101,7 +100,7 @@ def _effects(view: View, expert: IntArray, rank: IntArray, rise: Costs) -> tuple
     for mine, peer, same in pairs:
         twins[:, mine] += same & (rank[:, mine] == rank[:, peer])
     on_peak = rank == view.peak_rank[:, None]
-    over = np.take_along_axis(view.over, rank, axis=1)
+    over = view.over[np.arange(shape[0])[:, None], rank]
     raised = over + rise * (twins + 1)
     added = (squared(raised) - squared(over)) / (twins + 1) * ~on_peak
     raised[on_peak] = -np.inf
@@ -120,8 +119,8 @@ class Reassignments:
     """
 
     def __init__(self, view: View, spares: SpareSlots, costs: ExpertCosts, held: BoolArray) -> None:
-        at = view.rows[:, None]
-        taken = np.take_along_axis(view.experts, view.peak_slots, axis=1)
+        rows, at = np.arange(len(view.rows))[:, None], view.rows[:, None]
+        taken = view.experts[rows, view.peak_slots]
         gained = costs.with_more[at, taken]
         relief = costs.now[at, taken] - gained
         dropped = (taken[:, :, None] == taken[:, None, :]).sum(axis=2, dtype=np.float32) * relief
@@ -135,7 +134,7 @@ class Reassignments:
         self._rank = left[:, :, None] + gained[:, None, :]
         unheld = ~held[at[:, :, None], spares.rank[:, :, None], taken[:, None, :]]
         empty = costs.now.shape[1] - 1
-        paid = ~np.take_along_axis(view.pays, spares.slot, axis=1) & (spares.expert != empty)
+        paid = ~view.pays[rows, spares.slot] & (spares.expert != empty)
         self._receives = unheld.astype(np.float32) - paid[:, :, None]
         possible = spares.real[:, :, None] & (taken[:, None, :] != spares.expert[:, :, None])
         possible &= (taken != empty)[:, None, :]
@@ -162,7 +161,7 @@ class Reassignments:
         every_taken = np.arange(self._taken.shape[1])
         eased[rows, every_taken, view.peak_rank[:, None]] = 0.0
         counted_twice = eased[rows[:, :, None], every_taken, spares.rank[:, :, None]]
-        before = squared(np.take_along_axis(view.over, spares.rank, axis=1)) * ~spares.on_peak - spares.harm
+        before = squared(view.over[rows, spares.rank]) * ~spares.on_peak - spares.harm
         saved = squared(excess) + before[:, :, None] + eased.sum(axis=2)[:, None, :] - counted_twice
         saved = saved - squared(self._peak - np.float32(1)) - squared(self._rank - np.float32(1))
         highest = np.maximum(np.maximum(self._peak, self._rank) - np.float32(1), spares.worst[:, :, None])

@@ -26,7 +26,8 @@ ROUNDING = 1e-6
 class Search:
     """The state of a search.
 
-    :param experts: the expert of each slot, int64 ``[rows, ranks, slots]``; the number of experts where empty
+    :param held: the expert of each slot, int64 ``[rows, ranks, slots]``; the number of experts where empty
+    :param start: the experts to start from, alike: those that are not held are received
     :param rate: tokens a step of each expert ``[rows, experts]``
     :param limit: what a rank of the row should cost at most, infinite to leave the row as it is ``[rows]``
     :param objective: from a replica's tokens a step to its cost
@@ -34,22 +35,30 @@ class Search:
     """
 
     def __init__(
-        self, experts: IntArray, rate: FloatArray, limit: FloatArray, objective: Objective, budget: IntArray
+        self,
+        held: IntArray,
+        start: IntArray,
+        rate: FloatArray,
+        limit: FloatArray,
+        objective: Objective,
+        budget: IntArray,
     ) -> None:
-        rows, self._num_ranks, self._num_slots = experts.shape
-        self._experts = experts.reshape(rows, -1).copy()
+        rows, self._num_ranks, self._num_slots = held.shape
+        self._experts = start.reshape(rows, -1).copy()
         self._empty = rate.shape[1]
         self._rate = np.pad(rate, ((0, 0), (0, 1)))
         self._scale = np.divide(1.0, limit, out=np.zeros(rows), where=limit > 0)
         self._objective = objective
         self._budget = budget.copy()
         self._layer = np.repeat(np.arange(len(budget)), rows // len(budget))
+        self._takes_turns = rows > len(budget) and bool((budget < rows * start[0].size // len(budget)).any())
         every_row = np.arange(rows)[:, None]
         rank = np.arange(self._experts.shape[1]) // self._num_slots
-        self._fresh = np.zeros(self._experts.shape, dtype=bool)
         self._held = np.zeros((rows, self._num_ranks, self._empty + 1), dtype=bool)
-        self._held[every_row, rank, self._experts] = True
+        self._held[every_row, rank, held.reshape(rows, -1)] = True
         self._held[:, :, self._empty] = True
+        self._fresh = ~self._held[every_row, rank, self._experts]
+        np.subtract.at(self._budget, self._layer, self._fresh.sum(axis=1))
         self._replicas = np.zeros(self._rate.shape)
         np.add.at(self._replicas, (every_row, self._experts), 1)
         self._replicas[:, self._empty] = np.inf
@@ -76,7 +85,7 @@ class Search:
     def _view(self, rows: IntArray) -> View:
         """Return how those of the rows stand that are above their limit."""
         experts = self._experts[rows]
-        cost = np.take_along_axis(self._costs.now[rows], experts, axis=1)
+        cost = self._costs.now[rows[:, None], experts]
         rank_cost = cost.reshape(len(rows), self._num_ranks, self._num_slots).sum(axis=2)
         above = np.flatnonzero(rank_cost.max(axis=1) > 1 + ROUNDING)
         rows, rank_cost, experts = rows[above], rank_cost[above], experts[above]
@@ -92,7 +101,7 @@ class Search:
 
     def _turn(self, view: View) -> IntArray:
         """Return which rows move in this round: of rows that share a budget that may run out, the worst one."""
-        if len(self._layer) == len(self._budget) or (view.budget >= self._num_ranks * self._num_slots).all():
+        if not self._takes_turns:
             return np.arange(len(view.rows))
         layer = self._layer[view.rows]
         worst_first = np.lexsort((-view.peak, layer))
@@ -105,7 +114,7 @@ class Search:
         if len(dear) == 0:
             return moves
         dear_view = view[dear]
-        spare = np.take_along_axis(self._replicas[dear_view.rows], dear_view.experts, axis=1) > 1
+        spare = self._replicas[dear_view.rows[:, None], dear_view.experts] > 1
         spares = SpareSlots.of(dear_view, spare, self._costs)
         fitting = Reassignments(dear_view, spares.harmless(), self._costs, self._held).fitting()
         moves.replace(dear, fitting, fitting.receives < moves.receives[dear])
