@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", type=int, default=320, help="forward passes of a run (default: 320)")
     parser.add_argument("--updates", type=int, default=4, help="of all layers, in a run (default: 4)")
     parser.add_argument("--passes-per-layer", type=int, default=8, help="pace of the transfers (default: 8)")
-    parser.add_argument("--runs", type=int, default=5, help="repetitions; medians are shown (default: 5)")
+    parser.add_argument("--runs", type=int, default=3, help="repetitions; medians are shown (default: 3)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
