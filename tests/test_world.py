@@ -1,5 +1,10 @@
 """Real processes over gloo: long runs of updates, an EP group that is not the world."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import anyio
 import numpy as np
 import pytest
@@ -71,6 +76,24 @@ def fail_on_rank_one(world: WorldRank) -> None:
     if world.rank == 1:
         raise ValueError("one is enough")
     dist.barrier()
+
+
+def hold(world: WorldRank) -> None:
+    """Say that this rank is there, and stay."""
+    print(world.rank, flush=True)  # noqa: T201 - the test reads it
+    time.sleep(600)
+
+
+def test_a_world_whose_owner_is_killed_leaves_no_process() -> None:
+    """Its output ends, which it does when the last process that could write there is gone."""
+    code = "from async_eplb.testing import run_world; import test_world; run_world(test_world.hold, 2)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent, text=True)
+    assert owner.stdout is not None
+    with owner.stdout:
+        assert {owner.stdout.readline(), owner.stdout.readline()} == {"0\n", "1\n"}
+        owner.kill()
+        assert owner.stdout.read() == ""
+    owner.wait()
 
 
 def test_a_failing_process_is_reported() -> None:
