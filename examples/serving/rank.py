@@ -1,7 +1,6 @@
 """One process of the server: a rank of the model with its engine, and on rank 0 the front."""
 
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -101,7 +100,6 @@ async def _run_front(
                 tasks.start_soon(_announce, front, world, http_listener.getsockname()[1])
                 async with anyio.create_task_group() as watching:
                     watching.start_soon(_stop_on_signal, front)
-                    watching.start_soon(_stop_without_parent, front)
                     await front.run(listener)
                     watching.cancel_scope.cancel()
                 http.stop()
@@ -129,14 +127,6 @@ async def _stop_on_signal(front: Front) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM) as signals:
         async for _ in signals:
             front.stop()
-
-
-async def _stop_without_parent(front: Front) -> None:
-    """Stop when the process that started the world is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        await anyio.wait_readable(int(parent.sentinel))
-        front.stop()
 
 
 def _statistics(engine: Engine, beside: Background | None) -> dict[str, object]:
