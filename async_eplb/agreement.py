@@ -20,7 +20,7 @@ but what was agreed before is still committed, everywhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 
 from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
@@ -83,7 +83,7 @@ class Ballot:
 
     def to_row(self) -> tuple[int, ...]:
         """Return the ballot as 64-bit integers."""
-        return tuple(int(value) for value in astuple(self))
+        return tuple(int(getattr(self, field.name)) for field in fields(self))
 
     @classmethod
     def from_row(cls, row: Sequence[int]) -> "Ballot":
@@ -152,6 +152,7 @@ class Agreement:
 
     def __init__(self, *, lead: int = 2, ordered_launch: bool = False, max_step_skew: int = 1000) -> None:
         self.lead = lead
+        self._least_lead = lead
         self.ordered_launch = ordered_launch
         self.max_step_skew = max_step_skew
         self.generation = 0
@@ -205,7 +206,8 @@ class Agreement:
         """Say that the update has ended here; a broken rank says FAILED to whatever comes."""
         self.running = False
         self._fence_wanted = False
-        self.status = Status.FAILED if broken else Status.OK
+        if self.status is not Status.LEAVING:
+            self.status = Status.FAILED if broken else Status.OK
 
     def cancel(self) -> None:
         """Ask for the end of the update, unless something worse has happened."""
@@ -213,8 +215,9 @@ class Agreement:
             self.status = Status.CANCEL
 
     def fail(self) -> None:
-        """Say that this rank cannot go on; before all ranks have begun, that ends the update here."""
-        self.status = Status.FAILED
+        """Say that this rank cannot go on."""
+        if self.status is not Status.LEAVING:
+            self.status = Status.FAILED
 
     def leave(self) -> None:
         """Say that this rank closes: the next round is its last."""
@@ -357,7 +360,7 @@ class Agreement:
         self._calm += 1
         if self._calm >= _CALM_DECISIONS:
             self._calm = 0
-            self.lead = max(2, self.lead // 2)
+            self.lead = max(self._least_lead, self.lead // 2)
 
     def _under_way(self) -> int:
         """Return the layers whose transfer can have begun on any rank."""

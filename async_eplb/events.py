@@ -228,7 +228,7 @@ def emit(logger: Logger, event: Event) -> None:
 def default_logger() -> Logger:
     """Return the logger for callers that pass none: the application's structlog, else its standard logging.
 
-    An application that configured neither sees only errors.
+    An application that configured neither sees only the names of warnings and errors.
     """
     if structlog.is_configured():
         logger: Logger = structlog.get_logger("async_eplb")

@@ -1,9 +1,11 @@
 """Worlds of real processes on this machine, connected over the loopback interface."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -158,6 +160,7 @@ def _received(connection: Connection, process: BaseProcess, rank: int) -> tuple[
 
 def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connection) -> None:
     rank, num_ranks, store_path, timeout_s = setup
+    _die_with_owner()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -182,3 +185,19 @@ def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connec
         connection.send(("result", result))
     except BaseException:  # noqa: BLE001 - reported to the parent, which raises it
         connection.send(("error", traceback.format_exc()))
+
+
+def _die_with_owner() -> None:
+    """Let SIGIO, whose default is to terminate, tell of the end of the process that started the world.
+
+    The pipe that stands for it (``multiprocessing.parent_process().sentinel``) then has no writer any more.
+    """
+    owner = multiprocessing.parent_process()
+    if owner is None:
+        return
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    pipe = int(owner.sentinel)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | fcntl.FASYNC)
+    if not owner.is_alive():
+        sys.exit("the owner of this world is gone")

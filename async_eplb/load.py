@@ -191,8 +191,9 @@ class LoadWindow:
         self._next = 0
 
     def num_steps(self, phase: str | None = None) -> int:
-        """Count the steps in the window, all or those of one phase."""
-        return sum(phase is None or phase in phases for phases in self._phases_of_steps)
+        """Count the steps in the window, all or those of one phase; in any thread."""
+        steps = tuple(self._phases_of_steps)  # in one go: the serving thread appends
+        return sum(phase is None or phase in phases for phases in steps)
 
     def record(
         self,

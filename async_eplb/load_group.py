@@ -25,11 +25,15 @@ class LocalLoadGroup:
         self._workers = workers
 
     async def sum(self, counts: Tensor) -> Tensor:
-        """Launch the copy, and wait for it in the load thread."""
+        """Launch the copy, and wait for it in the load thread. Once cancelled, this does not fail any more."""
         pinned = counts.device.type != "cpu"
         host = torch.empty_like(counts, device="cpu", pin_memory=pinned)
         host.copy_(counts, non_blocking=True)
-        return await self._workers.run("load", partial(self._finish, host, self._device.record()))
+        try:
+            return await self._workers.run("load", partial(self._finish, host, self._device.record()))
+        except BrokenLoadGroup:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
 
     def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
         copied.synchronize()
@@ -79,6 +83,14 @@ class GlooLoadGroup(LocalLoadGroup):
             return cls(own, rank, num_ranks, device, workers, timeout_s=timeout_s)
         except RuntimeError as error:
             raise _broken(rank, timeout_s, error) from error
+
+    def close(self) -> None:
+        """Close the connections, from any thread. A sum under way ends with an error, here and at the other ranks.
+
+        So close it when every rank has cancelled what sums, and a sum that one rank began and another did not ends at
+        once.
+        """
+        self._group.abort()
 
     def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
         copied.synchronize()

@@ -261,9 +261,7 @@ class UpdateRun:
             if self.mode is Mode.EXCLUSIVE:
                 await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
                 watch = Stopwatch()
-                decision = Decision(boundary=0, committed=index + 1, launched=0)
-                execute = partial(self.execute_beside, decision, step=0, after=self.stages.callers_work)
-                await self._workers.run("commit", execute)
+                await self._copy_beside(index + 1)
             else:
                 await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
                 watch = Stopwatch()
@@ -278,6 +276,15 @@ class UpdateRun:
             self._pool.release(layer.buffer)
             self._num_finished += 1
             self._driver.advance(committed=1)
+
+    async def _copy_beside(self, up_to: int) -> None:
+        decision = Decision(boundary=0, committed=up_to, launched=0)
+        execute = partial(self.execute_beside, decision, step=0, after=self.stages.callers_work)
+        try:
+            await self._workers.run("commit", execute)
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._copy_failed = True
+            self._fail(error)
 
     def _drained(self) -> bool:
         """Whether all that was agreed is done here, or never will be because a copy failed."""

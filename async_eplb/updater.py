@@ -1,7 +1,7 @@
 """The façade: move live expert weights to a new placement, alone or while the model serves."""
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -187,7 +187,7 @@ class ExpertUpdater:
 
     async def stream(
         self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None
-    ) -> AsyncIterator[LayerCommitted]:
+    ) -> AsyncGenerator[LayerCommitted, None]:
         """Do what :meth:`update` does, and yield each layer as it lands on this rank.
 
         Leaving the loop early cancels the update (close the iterator, as with ``contextlib.aclosing``).

@@ -54,3 +54,18 @@ def test_the_policy_benchmark_writes_its_figures(tmp_path: Path) -> None:
         assert 1 <= figures[f"{drift}_incremental_peak"] <= figures[f"{drift}_incremental_worst_peak"]
         assert figures[f"{drift}_incremental_cpu_ms"] > 0
     assert figures["global_replan_cpu_ms"] > 0
+
+
+def test_the_serving_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Step times and stalls of all four ways, and their ratios; all updates were over before the last pass."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "2", "--expert-kb", "64", "--passes", "60", "--passes-per-layer", "2", "--updates", "2"]
+    command = [sys.executable, ROOT / "scripts" / "benchmarks", "serving", *small, "--runs", "1", "--json", str(file)]
+    subprocess.run(command, check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for way in ("none", "ours", "blocking", "scratch"):
+        assert 0 < figures[f"{way}_p50_ms"] <= figures[f"{way}_p99_ms"] <= figures[f"{way}_max_ms"]
+        assert 0 < figures[f"{way}_stall_ms"] <= figures[f"{way}_max_ms"]
+    assert figures["ours_p99_over_scratch_p99"] == figures["ours_p99_ms"] / figures["scratch_p99_ms"]
+    assert figures["blocking_stall_over_ours_stall"] == figures["blocking_stall_ms"] / figures["ours_stall_ms"]
+    assert figures["ours_updates_within_passes"] == 2

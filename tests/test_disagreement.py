@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import together
+from helpers import memory_world, together
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
@@ -63,3 +63,17 @@ async def test_inputs_that_differ_are_refused_on_every_rank(inputs: dict[str, An
         assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2
         assert {outcome.ranks for outcome in outcomes} == {(1,)}
         assert (first.placement, second.placement) == (OLD, inputs.get("placement", OLD))
+
+
+@pytest.mark.anyio
+async def test_the_error_names_those_who_differ_from_most() -> None:
+    """Also if the first rank is one of them."""
+    topology = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=2)
+    old, new, other = (
+        ExpertPlacement.from_mapping([row]) for row in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [1, 0, 2, 3, 4, 5])
+    )
+    async with memory_world(old, topology) as ranks:
+        outcomes: list[Any] = await together(
+            [lambda u=rank.updater, p=p: u.update(p) for rank, p in zip(ranks, (other, new, new), strict=True)]  # type: ignore[misc]
+        )
+        assert [outcome.ranks for outcome in outcomes] == [(0,)] * 3

@@ -1,6 +1,9 @@
 """Loads: what is accepted and refused, and what a window on the device counts."""
 
 import json
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,6 +15,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import together
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,6 +261,28 @@ async def test_a_load_of_a_phase_covers_its_own_steps() -> None:
     assert await window.gather(group) == ExpertLoad.from_counts([[3, 2]], num_steps=3)
 
 
+def test_steps_are_counted_while_another_thread_serves() -> None:
+    """The model runs in a thread of its own; the load is taken in the event loop's."""
+    window = LoadWindow(1, 1, 1000)
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            window.advance()
+
+    interval_s = sys.getswitchinterval()
+    thread = threading.Thread(target=serve)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        counts = [window.num_steps("decode") for _ in range(1000)]
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(interval_s)
+    assert counts == sorted(counts)
+
+
 @pytest.mark.anyio
 async def test_an_empty_window_is_a_load_without_tokens() -> None:
     """Nothing has been counted yet."""
@@ -330,3 +356,28 @@ def gather_without_rank_one(world: WorldRank) -> str:
 def test_a_rank_that_does_not_take_part_is_noticed() -> None:
     """The others get an error instead of waiting forever."""
     assert run_world(gather_without_rank_one, 2) == ["rank 0 noticed", "did not take part"]
+
+
+def leave_rank_zero_alone_and_close(world: WorldRank) -> bool:
+    """Rank 0 begins a sum that rank 1 does not; both are told to end. Return whether it ended as a cancelled one."""
+
+    async def end() -> bool:
+        group = await GlooLoadGroup.open(CpuDevice(), ThreadWorkers(), timeout_s=60)
+        async with anyio.create_task_group() as tasks:
+            if world.rank == 0:
+                tasks.start_soon(LoadWindow(1, 1, 1).gather, group)
+                await anyio.sleep(0.1)
+            tasks.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(dist.barrier)
+            group.close()
+        return tasks.cancel_scope.cancelled_caught
+
+    return anyio.run(end)
+
+
+def test_a_cancelled_sum_ends_when_the_group_is_closed() -> None:
+    """Long before its timeout, and without an error."""
+    begun_s = time.monotonic()
+    assert run_world(leave_rank_zero_alone_and_close, 2) == [True, False]
+    assert time.monotonic() - begun_s < 30

@@ -23,14 +23,15 @@ from async_eplb import (
     TorchDistTransport,
     UpdateOptions,
 )
+from async_eplb.load import LoadWindow
 from async_eplb.sample_model import random_placement
 from async_eplb.testing import WorldRank, run_world
+from serving.background import UpdateHistory, UpdateRecord, background
 from serving.blocks import BLOCK_ROWS, in_blocks, rms_norm, swiglu
-from serving.boundary import BlockingUpdates, NoUpdates
+from serving.boundary import NoUpdates, StepBoundary
 from serving.checkpoint import dense_weights, expert_tensors, local_experts
-from serving.config import DispatchAlgorithm, EngineConfig, ModelConfig, ServingConfig
+from serving.config import DispatchAlgorithm, EngineConfig, ModelConfig, RebalancingConfig, ServingConfig
 from serving.engine import Engine
-from serving.load import CountedLoad
 from serving.model import MoEModel
 from serving.sequences import Batch, Request
 
@@ -46,7 +47,8 @@ class Scenario:
     """How requests are served; nothing of it may show in the answers.
 
     :param placement_seed: of a random first placement; the trivial one without it
-    :param updates: how experts move meanwhile
+    :param updates: how experts move meanwhile: ``"random"``: to one random placement after another; ``"rebalancer"``:
+        after the measured load, as often as it can
     :param shift: ranks by which requests are dealt out differently
     :param stride: passes between two requests' admission
     :param delay_seed: of what each rank sleeps before each pass; no sleep without it
@@ -56,7 +58,7 @@ class Scenario:
     slots_per_expert: float = 1.5
     placement_seed: int | None = None
     dispatch: DispatchAlgorithm = "static"
-    updates: Literal["off", "blocking"] = "off"
+    updates: Literal["off", "random", "rebalancer"] = "off"
     shift: int = 0
     stride: int = 1
     delay_seed: int | None = None
@@ -65,11 +67,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw."""
+    """What one rank saw.
+
+    :param token_passes: passes in which it generated tokens
+    """
 
     answers: dict[int, Answer]
+    token_passes: set[int]
     num_passes: int
-    num_updates: int
+    updates: list[UpdateRecord]
 
 
 class WatchedModel(MoEModel):
@@ -80,12 +86,15 @@ class WatchedModel(MoEModel):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self.answers: dict[int, Answer] = {}
+        self.token_passes: set[int] = set()
 
     def forward(self, batch: Batch, capacity: int) -> Tensor:
         """Run a pass."""
         if self.delays is not None:
             time.sleep(self.delays.exponential(0.003))
         logits = super().forward(batch, capacity)
+        if batch.spans:
+            self.token_passes.add(self._num_passes)
         for span, row in zip(batch.spans, logits, strict=True):
             digest = hashlib.blake2b(row.cpu().numpy().tobytes(), digest_size=8).hexdigest()
             self.answers.setdefault(span.sequence.request.number, []).append((int(row.argmax()), digest))
@@ -128,10 +137,10 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
     if scenario.backend == "nccl":
         device, model_group = join_gpus(world)
     tensors = local_experts(MODEL, placement, topology, world.rank, device)
-    load = CountedLoad(MODEL.num_layers, MODEL.num_logical_experts)
+    window = LoadWindow(MODEL.num_layers, MODEL.num_logical_experts, 6, device)
 
-    async def run(expert_map: ExpertMap, boundary: NoUpdates) -> Outcome:
-        model = WatchedModel(config, tensors, expert_map, model_group, load)
+    async def run(expert_map: ExpertMap, boundary: StepBoundary, history: UpdateHistory) -> Outcome:
+        model = WatchedModel(config, tensors, expert_map, model_group, window)
         if scenario.delay_seed is not None:
             model.delays = np.random.default_rng([scenario.delay_seed, world.rank])
         engine = Engine(model, boundary, group, engine_config)
@@ -139,10 +148,15 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
             engine.submit(request)
         engine.stop()
         await engine.run()
-        return Outcome(model.answers, engine.number, len(boundary.updates))
+        return Outcome(model.answers, model.token_passes, engine.number, history.updates)
 
     if scenario.updates == "off":
-        return await run(ExpertMap(placement, topology, rank=world.rank, device=device), NoUpdates())
+        return await run(ExpertMap(placement, topology, rank=world.rank, device=device), NoUpdates(), UpdateHistory())
+    if scenario.updates == "rebalancer":
+        rebalancing = RebalancingConfig(policy="global", every_steps=1)
+        async with background(tensors, placement, topology, window, group, rebalancing) as beside, beside.rebalancing():
+            return await run(beside.updater.expert_map, beside.updater, beside.history)
+    history = UpdateHistory()
     updater = ExpertUpdater(
         ExpertWeights(tensors),
         placement,
@@ -150,10 +164,18 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
         rank=world.rank,
         transport=TorchDistTransport(group),
         options=UpdateOptions(verify="checksum"),
+        logger=history.logger(),
     )
-    async with updater:
-        boundary = BlockingUpdates(updater, group, draw, every=3)
-        return await run(updater.expert_map, boundary)
+
+    async def move() -> None:
+        while True:
+            await updater.begin(draw()).wait()
+
+    async with updater, anyio.create_task_group() as tasks:
+        tasks.start_soon(move)
+        outcome = await run(updater.expert_map, updater, history)
+        tasks.cancel_scope.cancel()
+    return outcome
 
 
 def join_gpus(world: WorldRank) -> tuple[torch.device, ProcessGroup]:
@@ -171,10 +193,26 @@ def answers(num_ranks: int, scenario: Scenario) -> dict[int, Answer]:
     outcomes = run_world(serve, num_ranks, scenario)
     assert len({outcome.num_passes for outcome in outcomes}) == 1
     if scenario.updates != "off":
-        assert outcomes[0].num_updates > 5
+        require_updates_beside_serving(outcomes)
     merged = {number: answer for outcome in outcomes for number, answer in outcome.answers.items()}
     assert len(merged) == NUM_REQUESTS
     return merged
+
+
+def require_updates_beside_serving(outcomes: list[Outcome]) -> None:
+    """Check that several updates of several layers were committed between passes that generated tokens.
+
+    And that every rank committed each layer at the same boundary.
+    """
+    for outcome in outcomes:
+        assert [update.commits for update in outcome.updates] == [update.commits for update in outcomes[0].updates]
+    token_passes = set[int]().union(*(outcome.token_passes for outcome in outcomes))
+    beside = [
+        update.commits
+        for update in outcomes[0].updates
+        if update.finished and all({step - 1, step} <= token_passes for _, step in update.commits)
+    ]
+    assert sum(len(commits) > 1 for commits in beside) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +230,10 @@ def reference() -> dict[int, Answer]:
         pytest.param(4, Scenario(placement_seed=3, shift=1, stride=3, delay_seed=0), id="other batches"),
         pytest.param(1, Scenario(slots_per_expert=1), id="one rank"),
         pytest.param(8, Scenario(placement_seed=4), id="eight ranks"),
-        pytest.param(4, Scenario(updates="blocking"), id="blocking updates"),
-        pytest.param(4, Scenario(updates="blocking", dispatch="round_robin", delay_seed=1), id="blocking and delayed"),
+        pytest.param(4, Scenario(updates="random"), id="updates"),
+        pytest.param(4, Scenario(updates="random", dispatch="round_robin", delay_seed=1), id="updates and delays"),
+        pytest.param(8, Scenario(updates="random", delay_seed=2), id="eight ranks, updates and delays"),
+        pytest.param(4, Scenario(updates="rebalancer", stride=3, delay_seed=3), id="rebalancer"),
     ],
 )
 def test_answers_are_the_same_bits(num_ranks: int, scenario: Scenario, reference: dict[int, Answer]) -> None:
@@ -206,7 +246,7 @@ def test_answers_over_nccl_are_the_same_bits() -> None:
     """The same code over NCCL: other placements, batches and updates give the same bits there too."""
     on_gpus = answers(2, Scenario(backend="nccl"))
     assert answers(2, Scenario(backend="nccl", placement_seed=1, shift=1, stride=2)) == on_gpus
-    assert answers(4, Scenario(backend="nccl", updates="blocking", dispatch="round_robin")) == on_gpus
+    assert answers(4, Scenario(backend="nccl", updates="random", dispatch="round_robin")) == on_gpus
 
 
 def test_answers_depend_on_the_experts(reference: dict[int, Answer]) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serving.client import generate, prompts_about, run_load
-from serving.config import ServingConfig
+from serving.config import RebalancingConfig, ServingConfig
 from serving.demo import main as demo
 from serving.launcher import running_server
 
@@ -30,29 +30,85 @@ def anyio_backend() -> str:
 @asynccontextmanager
 async def connected() -> AsyncIterator[httpx.AsyncClient]:
     """Run a server of two ranks and a client of it."""
-    async with running_server(2, CONFIG, rebalancing="blocking") as listening:
+    async with running_server(2, CONFIG, rebalancing=RebalancingConfig()) as listening:
         base_url = f"http://127.0.0.1:{listening.port}"
         async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
             yield client
 
 
 @pytest.mark.anyio
-async def test_answers_survive_a_rebalance() -> None:
+async def test_answers_survive_rebalances() -> None:
     """The same prompts get the same tokens before, while and after experts move, and statistics tell of it."""
     prompts = prompts_about(CONFIG.model, (0, 1), 8, first_number=0, max_tokens=12, seed=0)
     async with connected() as client:
+        rebalances = []
 
         async def rebalance() -> None:
-            assert (await client.post("/rebalance")).status_code == 202
+            rebalances.append((await client.post("/rebalance")).raise_for_status().json())
 
         before = await run_load(client, prompts, concurrency=4)
-        while_moving = await run_load(client, prompts, concurrency=4, midway=(4, rebalance))
+        while_moving = await run_load(client, prompts, concurrency=4, midway=(2, rebalance))
         after = await run_load(client, prompts, concurrency=4)
         statistics = (await client.get("/statistics")).json()
     assert before.answers == while_moving.answers == after.answers
     assert [len(before.answers[prompt.number]) for prompt in prompts] == [prompt.max_tokens for prompt in prompts]
-    assert len(statistics["updates"]) == 1
-    assert statistics["passes"] > 0
+    (rebalance_done,) = rebalances
+    (update,) = statistics["updates"]
+    assert [layer for layer, _ in update["commits"]] == rebalance_done["layers"] != []
+    assert statistics["rebalancer"]["num_moved"] == statistics["updater"]["num_updates_finished"] == 1
+    assert statistics["updater"]["step"] == statistics["passes"] > 0
+
+
+@pytest.mark.anyio
+async def test_an_idle_server_rebalances() -> None:
+    """An update ends although no pass is made, and the next requests are answered with what it moved."""
+    prompts = prompts_about(CONFIG.model, (2,), 4, first_number=0, max_tokens=8, seed=0)
+    async with connected() as client:
+        before = await run_load(client, prompts, concurrency=4)
+        passes = (await client.get("/statistics")).json()["passes"]
+        assert (await client.post("/rebalance")).raise_for_status().json()["layers"]
+        statistics = (await client.get("/statistics")).json()
+        assert statistics["passes"] == passes
+        assert {step for _, step in statistics["updates"][0]["commits"]} == {passes + 1}
+        after = await run_load(client, prompts, concurrency=4)
+    assert before.answers == after.answers
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("num_tokens", [1, 20, 50])
+async def test_a_server_that_ends_while_it_rebalances_ends_well(num_tokens: int) -> None:
+    """Told to end during one of many rebalances, it answers what it has taken; no process fails."""
+    prompts = prompts_about(CONFIG.model, range(8), 8, first_number=0, max_tokens=16, seed=0)
+    rebalancing = RebalancingConfig(policy="global", every_steps=1)
+    answers = []
+    told = anyio.Semaphore(0)
+
+    async def ask(client: httpx.AsyncClient, tokens: tuple[int, ...]) -> None:
+        answer = []
+        async for token in generate(client, tokens, 16):
+            answer.append(token)
+            told.release()
+        answers.append(answer)
+
+    async with (
+        httpx.AsyncClient(timeout=30) as client,
+        anyio.create_task_group() as tasks,
+        running_server(2, CONFIG, rebalancing=rebalancing) as listening,
+    ):
+        client.base_url = httpx.URL(f"http://127.0.0.1:{listening.port}")
+        for prompt in prompts:
+            tasks.start_soon(ask, client, prompt.tokens)
+        for _ in range(num_tokens):
+            await told.acquire()
+    assert [len(answer) for answer in answers] == [16] * len(prompts)
+
+
+@pytest.mark.anyio
+async def test_a_server_that_does_not_rebalance_says_so() -> None:
+    """Status 409, and a reason."""
+    async with running_server(1, CONFIG) as listening, httpx.AsyncClient() as client:
+        response = await client.post(f"http://127.0.0.1:{listening.port}/rebalance")
+    assert (response.status_code, response.json()["error"]) == (409, "this server does not rebalance")
 
 
 @pytest.mark.anyio

@@ -89,7 +89,7 @@ async def test_leaving_a_stream_early_ends_the_update_on_all_ranks() -> None:
     async with memory_world(old, TOPOLOGY) as ranks:
 
         async def read_one() -> None:
-            async with aclosing(ranks[0].updater.stream(new)) as stream:  # type: ignore[type-var]
+            async with aclosing(ranks[0].updater.stream(new)) as stream:
                 async for _ in stream:
                     break
 

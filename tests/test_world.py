@@ -1,5 +1,11 @@
 """Real processes over gloo: long runs of updates, an EP group that is not the world."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import anyio
 import numpy as np
 import pytest
@@ -71,6 +77,25 @@ def fail_on_rank_one(world: WorldRank) -> None:
     if world.rank == 1:
         raise ValueError("one is enough")
     dist.barrier()
+
+
+def hold(world: WorldRank) -> None:
+    """Say that this rank is there, and stay."""
+    os.write(1, f"{world.rank}\n".encode())
+    time.sleep(600)
+
+
+def test_a_world_whose_owner_is_killed_leaves_no_process() -> None:
+    """Its output ends, which it does when the last process that could write there is gone."""
+    code = "from async_eplb.testing import run_world; import test_world; run_world(test_world.hold, 2)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent, text=True)
+    assert owner.stdout is not None
+    with owner, owner.stdout:
+        try:
+            assert {owner.stdout.readline(), owner.stdout.readline()} == {"0\n", "1\n"}
+        finally:
+            owner.kill()
+        assert owner.stdout.read() == ""
 
 
 def test_a_failing_process_is_reported() -> None:

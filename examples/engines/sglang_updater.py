@@ -7,7 +7,6 @@ two nodes, three updates, every byte compared.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertMap, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
+from async_eplb import EPTopology, ExpertMap, ExpertPlacement, ExpertWeights, SyncUpdater, TorchDistTransport
 from async_eplb.errors import RankMismatch
 from async_eplb.sample_model import random_placement
 from async_eplb.testing import WorldRank, run_world
-from blocking_updater import BlockingUpdater
 
 NUM_RANKS, NUM_NODES, NUM_SLOTS = 4, 2, 3
 NUM_LAYERS, NUM_DENSE_LAYERS, NUM_EXPERTS = 6, 2, 8
@@ -77,19 +75,17 @@ class ExpertLocationUpdater:
             placement.num_physical_experts, num_ranks=transport.num_ranks, num_nodes=nnodes
         )
         weights = ExpertWeights(routed_experts_weights_of_layer)
-        self._updater = ExpertUpdater(weights, placement, topology, rank=rank, transport=transport)
-        self._blocking = BlockingUpdater(self._updater)
-        self._stack = ExitStack()
-        self.metadata = ExpertLocationMetadata.of(self._updater.expert_map)
+        self._updater = SyncUpdater(weights, placement, topology, rank=rank, transport=transport)
+        self.metadata = ExpertLocationMetadata.of(self._updater.updater.expert_map)
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._blocking)
+        self._updater.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self._stack.__exit__(kind, error, traceback)
+        return self._updater.__exit__(kind, error, traceback)
 
     def update(
         self,
@@ -104,12 +100,12 @@ class ExpertLocationUpdater:
         :raises EplbError: as ``ExpertUpdater.update`` does
         """
         new = _placement(new_expert_location_metadata)
-        topology = self._updater.topology
+        topology = self._updater.updater.topology
         ranks = new.num_physical_experts / topology.num_local_physical_experts
         for what, expected, actual in (
             ("ranks", topology.num_ranks, ranks),
             ("nodes", topology.num_nodes, nnodes),
-            ("rank", self._updater.rank, rank),
+            ("rank", self._updater.updater.rank, rank),
         ):
             if expected != actual:
                 raise RankMismatch(
@@ -118,7 +114,7 @@ class ExpertLocationUpdater:
                     expected=expected,
                     actual=actual,
                 )
-        self._blocking.update(new, update_layer_ids)
+        self._updater.update(new, layers=update_layer_ids)
 
 
 def _placement(metadata: ExpertLocationMetadata) -> ExpertPlacement:

@@ -2,13 +2,14 @@
 
 The engine calls ``rearrange_expert_weights_inplace(old_global_expert_indices, new_global_expert_indices,
 expert_weights, ep_group, is_profile, rank_mapping)``; only MoE layers have rows. Here the weights, the first indices
-and the group are given once, because addresses never change, and the rest of the call stays. Run it as a program: four
-processes, of which three are the EP group, three updates, every byte compared.
+and the group are given once, because addresses never change, and the rest of the call stays. Beside it stands the same
+without blocking: ``begin`` returns at once, and the engine calls ``step`` before each forward pass, as it calls
+``EplbState.step``. Run it as a program: four processes, of which three are the EP group, three updates, the last one
+while forward passes go on, every byte compared.
 """
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
+from async_eplb import EPTopology, ExpertPlacement, ExpertWeights, SyncUpdater, TorchDistTransport
 from async_eplb.errors import InvalidPlacement, RankMismatch
 from async_eplb.sample_model import random_placement
+from async_eplb.sync import SyncUpdateHandle
 from async_eplb.testing import WorldRank, run_world
-from blocking_updater import BlockingUpdater
 
 EP_RANKS, NUM_SLOTS, NUM_LAYERS, NUM_EXPERTS = [0, 1, 3], 4, 3, 9
 
@@ -43,18 +44,16 @@ class ExpertRearranger:
         self._num_logical_experts = placement.num_logical_experts
         transport = TorchDistTransport(ep_group)
         topology = EPTopology(transport.num_ranks, 1, weights.num_local_physical_experts)
-        self._updater = ExpertUpdater(weights, placement, topology, rank=transport.rank, transport=transport)
-        self._blocking = BlockingUpdater(self._updater)
-        self._stack = ExitStack()
+        self._updater = SyncUpdater(weights, placement, topology, rank=transport.rank, transport=transport)
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._blocking)
+        self._updater.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self._stack.__exit__(kind, error, traceback)
+        return self._updater.__exit__(kind, error, traceback)
 
     @property
     def layer_state(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +62,7 @@ class ExpertRearranger:
         ``logical_to_physical_map`` ``[MoE layers, logical, replicas]`` and ``logical_replica_count`` ``[MoE layers,
         logical]``.
         """
-        published = self._updater.expert_map
+        published = self._updater.updater.expert_map
         return published.logical_to_all_physical_map, published.logical_replica_count
 
     def rearrange_expert_weights_inplace(
@@ -81,8 +80,24 @@ class ExpertRearranger:
         :raises RankMismatch: if ranks are added or removed: that needs a new group, and so a new rearranger
         :raises EplbError: as ``ExpertUpdater.update`` does
         """
-        topology = self._updater.topology
-        ranks = new_global_expert_indices.shape[1] / topology.num_local_physical_experts
+        new = self._checked(old_global_expert_indices, new_global_expert_indices, rank_mapping)
+        if not is_profile:
+            self._updater.update(new)
+
+    def begin(self, old_global_expert_indices: Tensor, new_global_expert_indices: Tensor) -> SyncUpdateHandle:
+        """Begin to move the weights, and go on with forward passes.
+
+        :raises EplbError: as :meth:`rearrange_expert_weights_inplace`, for what is refused
+        """
+        return self._updater.begin(self._checked(old_global_expert_indices, new_global_expert_indices))
+
+    def step(self) -> None:
+        """Stand before a forward pass, dummy ones included: layers that all ranks have staged are new from here on."""
+        self._updater.step()
+
+    def _checked(self, old: Tensor, new: Tensor, rank_mapping: Mapping[int, int] | None = None) -> ExpertPlacement:
+        topology = self._updater.updater.topology
+        ranks = new.shape[1] / topology.num_local_physical_experts
         if rank_mapping is not None:
             ranks = len([rank for rank in rank_mapping.values() if rank >= 0])
         if ranks != topology.num_ranks:
@@ -92,11 +107,9 @@ class ExpertRearranger:
                 expected=topology.num_ranks,
                 actual=ranks,
             )
-        if self._placement(old_global_expert_indices) != self._updater.placement:
+        if self._placement(old) != self._updater.placement:
             raise InvalidPlacement("the old indices are not those that the weights have")
-        if not is_profile:
-            new = self._placement(new_global_expert_indices)
-            self._blocking.update(new, range(new.num_layers))
+        return self._placement(new)
 
     def _placement(self, indices: Tensor) -> ExpertPlacement:
         return ExpertPlacement.from_mapping(indices, self._num_logical_experts)
@@ -135,13 +148,26 @@ def rank_main(world: WorldRank) -> int:
     weights = [expert_weights(layer, row.tolist()) for layer, row in enumerate(indices[0][:, local])]
     compared = 0
     with ExpertRearranger(weights, indices[0], ep_group) as rearranger:
-        for old, new in itertools.pairwise(indices):
+        for old, new in itertools.pairwise(indices[:-1]):
             rearranger.rearrange_expert_weights_inplace(old, new)
             compared += compare(weights, new[:, local])
+        rearrange_while_serving(rearranger, indices[-2], indices[-1], ep_group)
+        compared += compare(weights, indices[-1][:, local])
         replicas, counts = rearranger.layer_state
         assert torch.equal((replicas >= 0).sum(2), counts)
         refuse_another_rank(rearranger, indices[-1])
     return compared
+
+
+def rearrange_while_serving(rearranger: ExpertRearranger, old: Tensor, new: Tensor, group: ProcessGroup) -> None:
+    """Make forward passes until all ranks see that the weights have moved; in each, ranks wait for each other."""
+    handle = rearranger.begin(old, new)
+    everywhere = torch.zeros(1)
+    while not everywhere:
+        rearranger.step()
+        everywhere.fill_(handle.done)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=group)
+    handle.wait()
 
 
 def compare(weights: Sequence[Sequence[Tensor]], local_indices: Tensor) -> int:

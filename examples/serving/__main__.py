@@ -4,10 +4,11 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import anyio
 
-from serving.config import ServingConfig
+from serving.config import PolicyName, RebalancingConfig, ServingConfig
 from serving.launcher import running_server
 
 
@@ -16,8 +17,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="serving", description="Serve a small Mixture-of-Experts model over HTTP.")
     parser.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
     parser.add_argument("--port", type=int, default=8000, help="on the loopback interface; 0: any (default: 8000)")
-    parser.add_argument("--rebalancing", choices=("off", "blocking"), default="blocking", help="how experts move")
-    parser.add_argument("--every", type=int, default=0, help="passes between rebalances; 0: on request (default: 0)")
+    parser.add_argument(
+        "--policy",
+        choices=("off", *get_args(PolicyName)),
+        default="incremental",
+        help="where experts should go; off: they stay (default: incremental)",
+    )
+    parser.add_argument("--every", type=int, metavar="PASSES", help="between rebalances (default: only on request)")
+    parser.add_argument(
+        "--max-nbytes-per-step", type=int, metavar="BYTES", help="that a rank moves for each pass (default: no limit)"
+    )
     options = parser.parse_args(arguments)
     anyio.run(_serve, options)
     return 0
@@ -32,14 +41,12 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 async def _run(options: argparse.Namespace) -> None:
-    server = running_server(
-        options.ranks,
-        ServingConfig(),
-        port=options.port,
-        rebalancing=options.rebalancing,
-        rebalance_every=options.every,
-    )
-    async with server as listening:
+    rebalancing = None
+    if options.policy != "off":
+        rebalancing = RebalancingConfig(
+            policy=options.policy, every_steps=options.every, max_nbytes_per_step=options.max_nbytes_per_step
+        )
+    async with running_server(options.ranks, ServingConfig(), port=options.port, rebalancing=rebalancing) as listening:
         print(f"{options.ranks} ranks serve on http://127.0.0.1:{listening.port}; interrupt to end", flush=True)
         await anyio.sleep_forever()
 

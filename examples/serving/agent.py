@@ -1,6 +1,5 @@
 """A rank's end of the front's channel: queues requests in the engine and sends their tokens back."""
 
-from collections.abc import Callable
 from typing import cast
 
 import anyio
@@ -13,15 +12,11 @@ from serving.sequences import Request
 
 
 class RankAgent:
-    """Runs a rank's engine, and does what the front asks for meanwhile.
+    """Runs a rank's engine, and does what the front asks for meanwhile."""
 
-    :param on_rebalance: called when the front asks all ranks to rebalance
-    """
-
-    def __init__(self, rank: int, engine: Engine, on_rebalance: Callable[[], None]) -> None:
+    def __init__(self, rank: int, engine: Engine) -> None:
         self._rank = rank
         self._engine = engine
-        self._on_rebalance = on_rebalance
         self._scopes: dict[int, anyio.CancelScope] = {}
 
     async def run(self, path: str) -> None:
@@ -43,8 +38,6 @@ class RankAgent:
                 self._begin(message["request"], connection, tasks)
             if "cancel" in message and message["cancel"] in self._scopes:
                 self._scopes[message["cancel"]].cancel()
-            if "rebalance" in message:
-                self._on_rebalance()
             if "stop" in message:
                 self._engine.stop()
             self._engine.wake(message["wave"])

@@ -26,13 +26,12 @@ class ToRank(TypedDict, total=False):
     - ``wave``: grows with every message; each rank is told of each
     - ``request``: to be answered by this rank
     - ``cancel``: number of a request whose client has gone
-    - ``rebalance``, ``stop``: all ranks are told these
+    - ``stop``: all ranks are told this
     """
 
     wave: int
     request: RequestMessage
     cancel: int
-    rebalance: bool
     stop: bool
 
 

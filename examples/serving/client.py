@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -67,11 +67,11 @@ async def run_load(
     prompts: Iterable[Prompt],
     *,
     concurrency: int,
-    midway: tuple[int, Callable[[], Awaitable[None]]] | None = None,
+    midway: tuple[int, Callable[[], Coroutine[None, None, None]]] | None = None,
 ) -> LoadResult:
     """Send all prompts, so many at once.
 
-    :param midway: called once, after that many prompts were sent
+    :param midway: called once, after that many prompts were sent; the others are sent meanwhile
     """
     result = LoadResult()
     queue = iter(list(prompts))
@@ -82,7 +82,7 @@ async def run_load(
         for prompt in queue:
             num_sent += 1
             if midway is not None and num_sent == midway[0]:
-                await midway[1]()
+                tasks.start_soon(midway[1])
             await _ask(client, prompt, result)
 
     async with anyio.create_task_group() as tasks:

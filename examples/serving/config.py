@@ -10,6 +10,7 @@ LANES = 16
 """Widths are multiples of this many numbers, so that no row of a block starts inside a vector register."""
 
 DispatchAlgorithm = Literal["static", "round_robin"]
+PolicyName = Literal["global", "hierarchical", "incremental"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +67,33 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RebalancingConfig:
+    """How experts follow the load while the server answers.
+
+    :param policy: where experts should go
+    :param every_steps: passes after which a rebalance begins unasked; None: only when asked to
+    :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each pass at most; None: no limit
+    """
+
+    policy: PolicyName = "incremental"
+    every_steps: int | None = None
+    max_nbytes_per_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
     """What all ranks of a server have in common.
 
     :param slots_per_expert: slots of all ranks together, in each layer, over the number of experts; at least 1
     :param dispatch: ``"static"``: a rank sends an expert's tokens to one replica, as the dispatch map says;
         ``"round_robin"``: to each replica in turn
+    :param window_passes: that the measured load covers
     """
 
     num_nodes: int = 1
     slots_per_expert: float = 1.5
     dispatch: DispatchAlgorithm = "static"
+    window_passes: int = 40
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 

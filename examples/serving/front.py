@@ -88,10 +88,6 @@ class Front:
                 sender.close()
                 self._tell({rank: ToRank(cancel=number)})
 
-    def rebalance(self) -> None:
-        """Have all ranks rebalance."""
-        self._tell({rank: ToRank(rebalance=True) for rank in self._ranks})
-
     def stop(self) -> None:
         """Take no more requests; the ranks end when they have answered those they have."""
         self._stopping = True

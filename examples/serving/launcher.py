@@ -10,8 +10,8 @@ from pathlib import Path
 import anyio
 
 from async_eplb.launch import World
-from serving.config import ServingConfig
-from serving.rank import Listening, Rebalancing, ServeOptions, serve_rank
+from serving.config import RebalancingConfig, ServingConfig
+from serving.rank import Listening, ServeOptions, serve_rank
 
 _LIFETIME_S = 7 * 24 * 3600.0
 
@@ -22,20 +22,15 @@ async def running_server(
     config: ServingConfig,
     *,
     port: int = 0,
-    rebalancing: Rebalancing = "off",
-    rebalance_every: int = 0,
+    rebalancing: RebalancingConfig | None = None,
 ) -> AsyncIterator[Listening]:
     """Run a server on the loopback interface; leaving lets it answer what it has taken, and ends it.
 
+    :param rebalancing: how experts move; None: they stay
     :raises WorldError: if one of its processes fails
     """
     async with anyio.TemporaryDirectory(prefix="async-eplb-serving-") as folder:
-        options = ServeOptions(
-            socket_path=str(Path(folder) / "front"),
-            port=port,
-            rebalancing=rebalancing,
-            rebalance_every=rebalance_every,
-        )
+        options = ServeOptions(socket_path=str(Path(folder) / "front"), port=port, rebalancing=rebalancing)
         async with _world(num_ranks, config, options) as listening:
             yield listening
 

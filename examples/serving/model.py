@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from async_eplb import ExpertMap
+from async_eplb.load import LoadWindow
 from serving.blocks import BLOCK_ROWS, by_block, in_blocks, rms_norm, swiglu
 from serving.checkpoint import dense_weights
 from serving.config import ServingConfig
 from serving.exchange import TokenExchange
-from serving.load import LoadRecorder
 from serving.sequences import Batch, Span
 
 
@@ -28,6 +28,7 @@ class MoEModel:
         replace their slots between two passes
     :param expert_map: routing tables of the same layers, replaced together with the slots
     :param group: the model's group, of the device's kind
+    :param load: counts the logical experts that this rank's tokens go to
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class MoEModel:
         experts: dict[int, list[Tensor]],
         expert_map: ExpertMap,
         group: ProcessGroup,
-        load: LoadRecorder,
+        load: LoadWindow,
     ) -> None:
         self.config = config.model
         self.device = experts[0][0].device
@@ -63,7 +64,7 @@ class MoEModel:
             rows = rows + self._attention(layer, rows, batch)
             rows = rows + self._experts(layer, rows, batch, capacity)
         self._num_passes += 1
-        self._load.advance()
+        self._load.advance(batch.phases)
         for span in batch.spans:
             span.sequence.num_cached += span.end - span.start
         last = in_blocks(rows.flatten(0, 1)[batch.last_rows])
@@ -141,11 +142,9 @@ class MoEModel:
         """Count the experts of rows that are not padding, by phase."""
         number = torch.arange(len(chosen), device=chosen.device)
         decodes = number < batch.num_decode_rows
-        real = number < len(batch.tokens)
-        if batch.num_decode_rows:
-            self._load.record(layer, chosen, phase="decode", valid=decodes)
-        if batch.num_decode_rows < len(batch.tokens):
-            self._load.record(layer, chosen, phase="prefill", valid=real & ~decodes)
+        rows = {"decode": decodes, "prefill": (number < len(batch.tokens)) & ~decodes}
+        for phase in batch.phases:
+            self._load.record(layer, chosen, phase=phase, valid=rows[phase])
 
 
 def row_capacity(num_rows: int) -> int:

@@ -1,5 +1,6 @@
 """One process of the server: a rank of the model with its engine, and on rank 0 the front."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -7,28 +8,23 @@ import socket
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
 
 import anyio
 import numpy as np
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
-from async_eplb import ExpertMap, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
+from async_eplb import ExpertMap
 from async_eplb.launch import WorldRank
+from async_eplb.load import LoadWindow
 from serving.agent import RankAgent
-from serving.boundary import BlockingUpdates, NoUpdates
+from serving.background import Background, background
+from serving.boundary import NoUpdates
 from serving.checkpoint import local_experts
-from serving.config import ServingConfig
+from serving.config import RebalancingConfig, ServingConfig
 from serving.engine import Engine
-from serving.exchange import gather_rows
 from serving.front import Front
-from serving.load import CountedLoad
 from serving.model import MoEModel
-from serving.rebalancing import spread
 from serving.server import HttpServer, build_app
-
-Rebalancing = Literal["off", "blocking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +33,12 @@ class ServeOptions:
 
     :param socket_path: where the ranks find the front
     :param port: of the HTTP front on the loopback interface; any free one if 0
-    :param rebalancing: how experts move when asked to
-    :param rebalance_every: passes after which they move unasked; 0: never
+    :param rebalancing: how experts move; None: they stay
     """
 
     socket_path: str
     port: int = 0
-    rebalancing: Rebalancing = "off"
-    rebalance_every: int = 0
+    rebalancing: RebalancingConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,55 +60,43 @@ async def _serve(world: WorldRank, config: ServingConfig, options: ServeOptions)
     placement = config.first_placement(world.num_ranks)
     topology = config.topology(world.num_ranks)
     experts = local_experts(config.model, placement, topology, world.rank)
-    load = CountedLoad(config.model.num_layers, config.model.num_logical_experts)
+    window = LoadWindow(config.model.num_layers, config.model.num_logical_experts, config.window_passes)
     async with AsyncExitStack() as stack:
-        boundary = NoUpdates()
-        if options.rebalancing == "off":
-            expert_map = ExpertMap(placement, topology, rank=world.rank)
-        else:
-            updater = ExpertUpdater(
-                ExpertWeights(experts, names=("w13", "w13_scale", "w2", "w2_scale")),
-                placement,
-                topology,
-                rank=world.rank,
-                transport=TorchDistTransport(group),
-            )
-            await stack.enter_async_context(updater)
-            expert_map = updater.expert_map
-            choose = partial(_choose, load, group, updater)
-            boundary = BlockingUpdates(updater, group, choose, every=options.rebalance_every)
-        model = MoEModel(config, experts, expert_map, group, load)
-        engine = Engine(model, boundary, group, config.engine)
-        agent = RankAgent(world.rank, engine, boundary.request)
+        beside: Background | None = None
+        if options.rebalancing is not None:
+            opening = background(experts, placement, topology, window, group, options.rebalancing)
+            beside = await stack.enter_async_context(opening)
+        expert_map = beside.updater.expert_map if beside else ExpertMap(placement, topology, rank=world.rank)
+        model = MoEModel(config, experts, expert_map, group, window)
+        engine = Engine(model, beside.updater if beside else NoUpdates(), group, config.engine)
+        agent = RankAgent(world.rank, engine)
         async with anyio.create_task_group() as tasks:
             if world.rank == 0:
-                await tasks.start(_run_front, world, engine, boundary, options)
+                await tasks.start(_run_front, world, engine, beside, options)
             await anyio.to_thread.run_sync(dist.barrier, group)
-            await agent.run(options.socket_path)
-
-
-def _choose(load: CountedLoad, group: ProcessGroup, updater: ExpertUpdater) -> ExpertPlacement:
-    """Sum the load over the ranks and spread it."""
-    counts = load.total()
-    total = np.sum(gather_rows(group, counts.flatten().tolist()), axis=0).reshape(counts.shape)
-    return spread(total, updater.topology)
+            if beside is None:
+                await agent.run(options.socket_path)
+            else:
+                async with beside.rebalancing():
+                    await agent.run(options.socket_path)
 
 
 async def _run_front(
     world: WorldRank,
     engine: Engine,
-    boundary: NoUpdates,
+    beside: Background | None,
     options: ServeOptions,
     *,
     task_status: anyio.abc.TaskStatus[None],
 ) -> None:
     """Run the front and its HTTP server until all ranks have gone."""
     front = Front(world.num_ranks)
-    http = HttpServer(build_app(front, partial(_statistics, engine, boundary)))
     async with await anyio.create_unix_listener(options.socket_path, mode=0o600) as listener:
         with socket.create_server(("127.0.0.1", options.port)) as http_listener:
             task_status.started()
             async with anyio.create_task_group() as tasks:
+                rebalance_now = partial(_rebalance, beside) if beside else None
+                http = HttpServer(build_app(front, partial(_statistics, engine, beside), rebalance_now))
                 tasks.start_soon(http.run_on, http_listener)
                 tasks.start_soon(_announce, front, world, http_listener.getsockname()[1])
                 async with anyio.create_task_group() as watching:
@@ -123,6 +105,19 @@ async def _run_front(
                     await front.run(listener)
                     watching.cancel_scope.cancel()
                 http.stop()
+
+
+async def _rebalance(beside: Background) -> dict[str, object]:
+    """Demand a rebalance of all ranks, which control rounds tell the others; return what it did."""
+    rebalance = await beside.rebalancer.rebalance_now()
+    decision = rebalance.decision
+    return {
+        "number": rebalance.number,
+        "reason": decision.reason.value,
+        "layers": list(rebalance.summary.layers) if rebalance.summary else [],
+        "balancedness_before": list(decision.balancedness_before),
+        "balancedness_after": list(decision.balancedness_after),
+    }
 
 
 async def _announce(front: Front, world: WorldRank, port: int) -> None:
@@ -144,15 +139,25 @@ async def _stop_without_parent(front: Front) -> None:
         front.stop()
 
 
-def _statistics(engine: Engine, boundary: NoUpdates) -> dict[str, object]:
+def _statistics(engine: Engine, beside: Background | None) -> dict[str, object]:
     records = list(engine.log.records)
-    return {
+    statistics: dict[str, object] = {
         "passes": engine.number,
         "pass_ms": percentiles([record.pass_ms for record in records]),
         "step_ms": percentiles([record.step_ms for record in records]),
         "balancedness": engine.log.history(),
-        "updates": [asdict(update) for update in boundary.updates],
+        "updates": [],
     }
+    if beside is not None:
+        rebalancer = asdict(beside.rebalancer.statistics())
+        if math.isnan(rebalancer["balancedness"]):
+            rebalancer["balancedness"] = None
+        statistics |= {
+            "updates": [asdict(update) for update in beside.history.updates],
+            "updater": asdict(beside.updater.statistics()),
+            "rebalancer": rebalancer,
+        }
+    return statistics
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

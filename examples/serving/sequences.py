@@ -104,6 +104,12 @@ class Batch:
         return cls(torch.tensor(tokens, dtype=torch.int64, device=device), tuple(spans), num_decode_rows)
 
     @property
+    def phases(self) -> tuple[str, ...]:
+        """Kinds of rows that there are, as :class:`async_eplb.load.LoadWindow` names them."""
+        num_prefill_rows = len(self.tokens) - self.num_decode_rows
+        return tuple(phase for phase, rows in (("decode", self.num_decode_rows), ("prefill", num_prefill_rows)) if rows)
+
+    @property
     def last_rows(self) -> list[int]:
         """The row of each sequence whose logits choose its next token."""
         return [span.end - 1 for span in self.spans]

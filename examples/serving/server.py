@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Final
 
@@ -13,19 +13,27 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from async_eplb.errors import ClosedRebalancer, RebalanceFailed
 from serving.front import ClosedFront, Front
 
 _DRAIN_S: Final = 5
 
 
-def build_app(front: Front, statistics: Callable[[], dict[str, object]]) -> Starlette:
+def build_app(
+    front: Front,
+    statistics: Callable[[], dict[str, object]],
+    rebalance_now: Callable[[], Awaitable[dict[str, object]]] | None,
+) -> Starlette:
     """Return the application.
 
     - ``POST /generate`` ``{"prompt": [token, ...] or "text": "...", "max_tokens": n}`` streams ``{"token": t}`` lines;
       a text's tokens are its UTF-8 bytes
     - ``GET /health``: 200 when requests are taken, else 503
     - ``GET /statistics``: of rank 0
-    - ``POST /rebalance``: 202; all ranks rebalance soon
+    - ``POST /rebalance``: all ranks rebalance; answered with what was done, when it is done. 409 if experts do not move
+
+    :param statistics: of this rank
+    :param rebalance_now: None if experts do not move
     """
 
     async def generate(request: Request) -> Response:
@@ -52,8 +60,12 @@ def build_app(front: Front, statistics: Callable[[], dict[str, object]]) -> Star
         return JSONResponse(statistics())
 
     async def rebalance(_request: Request) -> Response:
-        front.rebalance()
-        return Response(status_code=202)
+        if rebalance_now is None:
+            return JSONResponse({"error": "this server does not rebalance"}, 409)
+        try:
+            return JSONResponse(await rebalance_now())
+        except (ClosedRebalancer, RebalanceFailed) as error:
+            return JSONResponse({"error": str(error)}, 503)
 
     return Starlette(
         routes=[

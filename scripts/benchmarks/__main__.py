@@ -1,7 +1,7 @@
 """Run one benchmark of this folder, print its figures, and write them as JSON.
 
-A benchmark is a module with ``add_arguments(parser)`` and ``run(options)``, which returns a flat dictionary of
-figures; its docstring's first line says what is measured.
+A benchmark is a module of this package with ``add_arguments(parser)`` and ``run(options)``, which returns a flat
+dictionary of figures; its docstring's first line says what is measured.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
+sys.path[:1] = [str(_FOLDER.parent), str(_FOLDER.parent.parent / "examples")]
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="name", metavar="NAME")
     modules = {}
     for path in sorted(_FOLDER.glob("[!_]*.py")):
-        module = importlib.import_module(path.stem)
+        module = importlib.import_module(f"{_FOLDER.name}.{path.stem}")
         name = path.stem.replace("_", "-")
         modules[name] = module
         doc = module.__doc__ or ""
@@ -34,8 +35,9 @@ def main() -> int:
     if options.name is None:
         parser.print_help()
         return 0
+    before = machine()
     figures = modules[options.name].run(options)
-    document = {"benchmark": options.name, "machine": machine(), "figures": figures}
+    document = {"benchmark": options.name, "machine": before, "figures": figures}
     width = max(len(name) for name in figures)
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
@@ -51,6 +53,7 @@ def machine() -> dict[str, object]:
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
