@@ -14,12 +14,22 @@ from async_eplb.topology import EPTopology
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMaps:
-    """One layer's maps, ready to be published: int64 tensors on the host, pinned where the device is a GPU."""
+    """One layer's maps, int64: ready to be published on the host, pinned where the device is a GPU; or published."""
 
     physical_to_logical: Tensor
     logical_to_all_physical: Tensor
     logical_replica_count: Tensor
     logical_to_dispatch_physical: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return (
+            self.physical_to_logical,
+            self.logical_to_all_physical,
+            self.logical_replica_count,
+            self.logical_to_dispatch_physical,
+        )
 
 
 class ExpertMap:
@@ -101,11 +111,18 @@ class ExpertMap:
 
     def publish(self, layer: int, maps: LayerMaps) -> None:
         """Replace one layer's rows in place, on the current stream, and raise its generation."""
-        self.physical_to_logical_map[layer].copy_(maps.physical_to_logical, non_blocking=True)
-        self.logical_to_all_physical_map[layer].copy_(maps.logical_to_all_physical, non_blocking=True)
-        self.logical_replica_count[layer].copy_(maps.logical_replica_count, non_blocking=True)
-        self.logical_to_dispatch_physical_map[layer].copy_(maps.logical_to_dispatch_physical, non_blocking=True)
+        for published, new in zip(self.published(layer).tensors, maps.tensors, strict=True):
+            published.copy_(new, non_blocking=True)
         self.layer_generation[layer] += 1
+
+    def published(self, layer: int) -> LayerMaps:
+        """Return one layer's rows in place."""
+        return LayerMaps(
+            self.physical_to_logical_map[layer],
+            self.logical_to_all_physical_map[layer],
+            self.logical_replica_count[layer],
+            self.logical_to_dispatch_physical_map[layer],
+        )
 
 
 def logical_to_all_physical(

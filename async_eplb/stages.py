@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
-from async_eplb.commit import commit_layer
+from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.events import (
     LayerCommitted,
@@ -60,6 +60,7 @@ class LayerInFlight:
     planned: PlannedLayer
     buffer: StagingBuffer
     exchange: Exchange
+    commit: Callable[[], int]
     watch: Stopwatch
     """Started when the layer got its buffer, and anew when it was staged."""
     pending: PendingExchange | None = None
@@ -90,6 +91,7 @@ class LayerStages:
         topology: EPTopology,
         verifier: Verifier,
         expert_map: ExpertMap,
+        committer: Committer,
         transport: Transport,
         device: Device,
         workers: Workers,
@@ -106,6 +108,7 @@ class LayerStages:
         self._verifier = verifier
         self._weights = verifier.weights
         self._expert_map = expert_map
+        self._committer = committer
         self._transport = transport
         self._device = device
         self._workers = workers
@@ -123,7 +126,9 @@ class LayerStages:
         counts = self._staged_slots(rows)
         needed = max(
             (
-                StagingPool.layer_nbytes(count, self._weights.slot_nbytes(row))
+                StagingPool.layer_nbytes(
+                    count, self._weights.slot_nbytes(row), spare_nbytes=self._committer.spare_nbytes(row)
+                )
                 for row, count in zip(rows, counts, strict=True)
             ),
             default=0,
@@ -197,10 +202,14 @@ class LayerStages:
     async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
         watch = Stopwatch()
-        buffer.lay_out(planned.plan.staged_slots, self._weights.slot_nbytes(planned.row))
+        buffer.lay_out(
+            planned.plan.staged_slots,
+            self._weights.slot_nbytes(planned.row),
+            spare_nbytes=self._committer.spare_nbytes(planned.row),
+        )
         exchange = self._exchange(planned, buffer)
 
-        def copy_own_slots() -> None:
+        def copy_own_slots() -> Callable[[], int]:
             with self._device.transferring(), torch.no_grad():
                 self._device.wait(self.callers_work)
                 self._device.wait(buffer.consumed)
@@ -209,11 +218,13 @@ class LayerStages:
                 for copy in planned.plan.local_copies:
                     for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
                         staged.copy_(view[copy.src_slot])
+                commit = self._committer.prepare(planned.row, planned.plan, buffer, planned.maps)
                 if not self.ordered_launch:
                     self._device.record().synchronize()
+                return commit
 
-        await self._workers.run("transfer", copy_own_slots)
-        return LayerInFlight(planned, buffer, exchange, watch)
+        commit = await self._workers.run("transfer", copy_own_slots)
+        return LayerInFlight(planned, buffer, exchange, commit, watch)
 
     def launch(self, layer: LayerInFlight) -> None:
         """Post a layer's exchange, behind the transfer stream; called in the thread whose launches are ordered.
@@ -265,9 +276,8 @@ class LayerStages:
     def copy(self, layer: LayerInFlight, *, step: int) -> None:
         """Enqueue a layer's commit on the current stream; the layer is staged on every rank."""
         start = time.perf_counter()
-        planned, buffer = layer.planned, layer.buffer
-        layer.nbytes = commit_layer(planned.row, planned.plan, buffer, self._weights, self._expert_map, planned.maps)
-        buffer.consumed = self._device.record()
+        layer.nbytes = layer.commit()
+        layer.buffer.consumed = self._device.record()
         layer.step = step
         layer.copy_ms = (time.perf_counter() - start) * 1e3
 

@@ -44,6 +44,8 @@ class StagingBuffer:
         self.state = BufferState.FREE
         self.consumed: DeviceEvent = device.record()
         """Recorded after the copies that read this buffer last; whoever fills it next waits for this."""
+        self.spare: Tensor = memory[:0]
+        """Memory beside the slots, uint8, aligned as they are; what commits the layer may keep there."""
         self._memory = memory
         self._views: dict[int, tuple[Tensor, ...]] = {}
 
@@ -59,8 +61,8 @@ class StagingBuffer:
             raise EplbError(f"staging buffer {self.index} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
-    def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int]) -> None:
-        """Divide the buffer among ``slots``, each with one aligned block for each tensor."""
+    def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
+        """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
         self._views = {}
         offset = 0
         for slot in slots:
@@ -69,6 +71,7 @@ class StagingBuffer:
                 views.append(self._memory[offset : offset + nbytes])
                 offset += _aligned(nbytes)
             self._views[slot] = tuple(views)
+        self.spare = self._memory[offset : offset + spare_nbytes]
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
@@ -131,9 +134,9 @@ class StagingPool:
         self._free.release()
 
     @staticmethod
-    def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int]) -> int:
-        """Return what a buffer needs to stage ``num_slots`` slots of a layer."""
-        return num_slots * sum(_aligned(nbytes) for nbytes in slot_nbytes)
+    def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> int:
+        """Return what a buffer needs to stage ``num_slots`` slots of a layer and to have some to spare."""
+        return num_slots * sum(_aligned(nbytes) for nbytes in slot_nbytes) + _aligned(spare_nbytes)
 
 
 def _aligned(nbytes: int) -> int:

@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint
 from async_eplb.accounting import UpdaterStatistics, UpdateSummary
 from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
 from async_eplb.agreement import Agreement, Decision, Mode
+from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions
@@ -93,6 +94,7 @@ class ExpertUpdater:
             max_replicas=self.options.max_replicas,
             seed=self.options.dispatch_seed,
         )
+        self._committer = committer_for(self._verifier.weights, self.expert_map)
         self._pool = StagingPool(self.options.staging_depth, self._device)
         self._news = News()
         self._driver = Driver(
@@ -347,6 +349,7 @@ class ExpertUpdater:
             topology=self.topology,
             verifier=self._verifier,
             expert_map=self.expert_map,
+            committer=self._committer,
             transport=self._transport,
             device=self._device,
             workers=self._workers,

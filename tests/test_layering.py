@@ -25,6 +25,8 @@ LAYERS = [
     "transport",
     "staging",
     "expert_map",
+    "commit_table",
+    "fused_commit",
     "commit",
     "accounting",
     "admission",
