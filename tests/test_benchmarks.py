@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,6 +24,15 @@ def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
         overlapped, alone = (figures[f"{stage}_slowest_depth_{depth}_ms"] for depth in (2, 1))
         assert figures[f"{stage}_slowest_depth_1_over_depth_2"] == alone / overlapped
         assert figures[f"{stage}_slowest_depth_2_over_slowest_stage"] == overlapped / 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_transports_benchmark_says_what_it_needs() -> None:
+    """Without a CUDA device it measures nothing and exits with 2."""
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks"), "transports"]
+    outcome = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    assert "needs a CUDA device" in outcome.stderr
 
 
 def test_without_a_name_the_launcher_lists_what_can_be_measured() -> None:
