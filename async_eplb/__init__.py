@@ -9,7 +9,13 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, SlotSource, plan_layer
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
-from async_eplb.transport import CopyEngineTransport, MemoryTransport, TorchDistTransport, Transport
+from async_eplb.transport import (
+    CopyEngineTransport,
+    HybridTransport,
+    MemoryTransport,
+    TorchDistTransport,
+    Transport,
+)
 from async_eplb.updater import ExpertUpdater, UpdateHandle, UpdaterStatistics, UpdateSummary
 from async_eplb.weights import ExpertWeights
 
@@ -24,6 +30,7 @@ __all__ = [
     "ExpertPlacement",
     "ExpertUpdater",
     "ExpertWeights",
+    "HybridTransport",
     "LayerCommitted",
     "LayerPlan",
     "LoadWindow",

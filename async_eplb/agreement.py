@@ -58,6 +58,18 @@ class LaunchRule(Enum):
     """When all ranks have, for then all have said that the layer may be read from them."""
     ORDERED = "ordered"
     """At an agreed boundary, while the model serves; otherwise at once."""
+    GRANTED_IN_ORDER = "granted in order"
+    """The same, and otherwise when it is granted."""
+
+    @property
+    def needs_grant(self) -> bool:
+        """Whether no rank may begin before all have plan and buffer."""
+        return self in {LaunchRule.GRANTED, LaunchRule.GRANTED_IN_ORDER}
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether all ranks begin at the same boundary, while the model serves."""
+        return self in {LaunchRule.ORDERED, LaunchRule.GRANTED_IN_ORDER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +384,7 @@ class Agreement:
         self.agreed, self.launched = self._everywhere()
         self.last_boundary = boundary
         earlier = tuple(decision for decision in self.decisions if decision.boundary < boundary)
-        launched = self.launched if self.launch_rule is LaunchRule.ORDERED else 0
+        launched = self.launched if self.launch_rule.needs_order else 0
         self.decisions = (*earlier, Decision(boundary, self.agreed, launched))
         self._calm += 1
         if self._calm >= _CALM_DECISIONS:
@@ -381,8 +393,7 @@ class Agreement:
 
     def _under_way(self) -> int:
         """Return the layers whose transfer can have begun on any rank."""
-        ordered = self.launch_rule is LaunchRule.ORDERED and self.mode is Mode.SERVING
-        if ordered or self.launch_rule is LaunchRule.GRANTED:
+        if self.launch_rule.needs_grant or (self.launch_rule.needs_order and self.mode is Mode.SERVING):
             return max(self.launched, self.agreed)
         return self.agreed + self.window
 

@@ -226,7 +226,7 @@ class LayerStages:
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
         """Post a layer's exchange beside whatever the model does."""
-        if self.launch_rule is LaunchRule.ORDERED:
+        if self.launch_rule.needs_order:
             await self._workers.run("transfer", lambda: self.launch(layer))
         else:
             self.launch(layer)

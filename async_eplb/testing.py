@@ -6,7 +6,6 @@ from typing import TypeVar
 import anyio
 import torch
 
-from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, device_for
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.launch import World, WorldRank, run_world
@@ -75,7 +74,7 @@ async def check_transport(
         raise AssertionError("a transport was opened twice")
     for number in range(num_exchanges):
         exchange, expected = _exchange(transport, device, weights, seed + number)
-        if transport.launch_rule is LaunchRule.GRANTED:
+        if transport.launch_rule.needs_grant:
             await control.run(_CountingVoter(transport.rank, 1))
         with device.transferring():
             pending = transport.launch(exchange)

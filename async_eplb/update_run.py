@@ -19,7 +19,7 @@ from anyio import BrokenResourceError, CancelScope, Event, create_memory_object_
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from async_eplb.accounting import Stopwatch, UpdateSummary
-from async_eplb.agreement import Decision, LaunchRule, Mode
+from async_eplb.agreement import Decision, Mode
 from async_eplb.device import DeviceEvent
 from async_eplb.driver import Driver, until_step
 from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
@@ -232,14 +232,14 @@ class UpdateRun:
                 if index >= driver.limit or driver.over:
                     return
                 layer = await self.stages.load(planned_layer, buffer)
-                if self.stages.launch_rule is LaunchRule.ORDERED and self.mode is Mode.SERVING:
+                if self.stages.launch_rule.needs_order and self.mode is Mode.SERVING:
                     self._launchable.append(layer)
                     driver.advance(launchable=1)
                     await self._until_launched_or_dropped(layer, index)
                     if layer.pending is None:
                         return
                 else:
-                    if self.stages.launch_rule is LaunchRule.GRANTED and not await self._is_granted(index):
+                    if self.stages.launch_rule.needs_grant and not await self._is_granted(index):
                         return
                     await self.stages.launch_from_background(layer)
                 await self.stages.receive(layer)

@@ -87,7 +87,7 @@ class World:
     @property
     def ordered_launch(self) -> bool:
         """Whether a decision begins transfers."""
-        return self.launch_rule is LaunchRule.ORDERED
+        return self.launch_rule.needs_order
 
     @property
     def stands(self) -> bool:

@@ -1,14 +1,15 @@
-"""Memory of CPUs that processes share as GPUs of a host share theirs, so that one-sided transports run without one."""
+"""Memory of CPUs that processes share as GPUs of a host share theirs, and hosts that are not there."""
 
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from async_eplb.device import CpuDevice
+from async_eplb.transport import copy_engine
 from async_eplb.transport.cuda_ipc import Copy
 
 _ALIGNMENT = 64
@@ -62,10 +63,23 @@ class SharedMemory(CpuDevice):
         """Forget a mapping."""
         del self.mapped[address]
 
-    def copy(self, copies: Iterable[Copy]) -> None:
+    def copy(self, copies: Sequence[Copy]) -> None:
         """Copy at once."""
         for target, source, nbytes in copies:
             ctypes.memmove(target, source, nbytes)
+
+
+class _BootId:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def read_text(self) -> str:
+        return f"host {self._number}\n"
+
+
+def be_on_host(number: int) -> None:
+    """Let transports of this process take it for one of a host of its own, with other processes of that number."""
+    copy_engine._BOOT_ID = _BootId(number)  # type: ignore[assignment]
 
 
 def _map(file: int) -> Tensor:

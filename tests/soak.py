@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from anyio.lowlevel import checkpoint
-from shared_memory import SharedMemory
+from shared_memory import SharedMemory, be_on_host
 from torch import Tensor
 
 from async_eplb import (
@@ -24,12 +24,14 @@ from async_eplb import (
     EPTopology,
     ExpertUpdater,
     ExpertWeights,
+    HybridTransport,
     TorchDistTransport,
     Transport,
     UpdateOptions,
 )
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank
+from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
 
 _EVERY = 16
 """Passes between two looks at what the device has found, which wait for it."""
@@ -40,14 +42,15 @@ class Soak:
     """What is run.
 
     :param backend: of the model's collectives
-    :param transport: of the weights; ``"dist"`` is torch.distributed with the same backend
+    :param transport: of the weights; ``"dist"`` is torch.distributed with the same backend, ``"hybrid"`` the copy
+        engine within nodes, which are taken for hosts, and that between them
     :param num_updates: one after another, beside serving; the run ends with the last of them
     :param delay_s: each rank's host waits up to this long in each pass, at random
     """
 
     num_nodes: int = 1
     backend: Literal["gloo", "nccl"] = "gloo"
-    transport: Literal["dist", "copy"] = "dist"
+    transport: Literal["dist", "copy", "hybrid"] = "dist"
     num_updates: int = 5
     num_steps: int = 0
     num_layers: int = 4
@@ -99,7 +102,9 @@ class _Rank:
         self.num_experts = physical // 2 + 1
         self.placement = random_placement(self.rng, soak.num_layers, physical, self.num_experts)
         self.tensors = soak.model.weights(self.placement, self.topology, world.rank, self.device)
-        self.shared = SharedMemory() if soak.transport == "copy" and soak.backend == "gloo" else None
+        if soak.transport == "hybrid":
+            be_on_host(self.topology.node_of(world.rank))
+        self.shared = SharedMemory() if soak.transport != "dist" and soak.backend == "gloo" else None
         if self.shared is not None:
             self.tensors = self.shared.share(self.tensors)
         self.views = [
@@ -116,7 +121,13 @@ class _Rank:
         if self.soak.transport == "dist":
             return TorchDistTransport(backend=self.soak.backend)
         shared = self.shared
-        return CopyEngineTransport() if shared is None else CopyEngineTransport(memory=lambda _: shared)
+
+        def memory(torch_device: torch.device) -> PeerMemory:
+            return CudaIpc(torch_device) if shared is None else shared
+
+        if self.soak.transport == "copy":
+            return CopyEngineTransport(memory=memory)
+        return HybridTransport(backend=self.soak.backend, memory=memory)
 
     def _fingerprints(self) -> Tensor:
         """Return the fingerprint of each expert: int64 ``[layers, experts]``."""

@@ -1,22 +1,29 @@
-"""The copy engine between real processes, whose CPUs share memory in place of GPUs; ``gpu/`` has the same on GPUs."""
+"""Transports that read peers' weights, between processes that share memory in place of GPUs; ``gpu/`` has real ones."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import anyio
 import numpy as np
 import pytest
 import torch
-from shared_memory import SharedMemory
+from shared_memory import SharedMemory, be_on_host
 from soak import Soak, soak_rank
 
-from async_eplb import CopyEngineTransport, EPTopology, ExpertUpdater, ExpertWeights, UpdateOptions
+from async_eplb import (
+    CopyEngineTransport,
+    EPTopology,
+    ExpertUpdater,
+    ExpertWeights,
+    HybridTransport,
+    Transport,
+    UpdateOptions,
+)
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, LaunchRule, copy_engine
+from async_eplb.transport import Exchange, LaunchRule
 from async_eplb.workers import ThreadWorkers
 
 MODEL = SampleModel(hidden=32, intermediate=16)
@@ -36,15 +43,39 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
     assert run_world(conform, num_ranks) == [0] * num_ranks
 
 
+def conform_across_hosts(world: WorldRank) -> tuple[LaunchRule, int]:
+    """Run the conformance suite as one of two ranks of a host; return what the transport asks for, and is mapped."""
+    be_on_host(world.rank // 2)
+    memory = SharedMemory()
+    transport = HybridTransport(memory=lambda _: memory)
+    anyio.run(lambda: check_transport(transport, device=memory, seed=world.num_ranks))
+    return transport.launch_rule, len(memory.mapped)
+
+
+def test_the_hybrid_keeps_the_contract() -> None:
+    """Two hosts of two ranks: pulls within, messages between."""
+    assert run_world(conform_across_hosts, 4) == [(LaunchRule.GRANTED, 0)] * 4
+
+
 def test_it_asks_for_grants() -> None:
     """It reads peers' live weights, and nobody orders that with the model's collectives."""
     assert CopyEngineTransport.launch_rule is LaunchRule.GRANTED
     assert not CopyEngineTransport.needs_ordered_launch
 
 
-def update_many_times(world: WorldRank, num_updates: int) -> int:
-    """Update to random placements; compare every byte each time. Return how many allocations were mapped."""
-    topology, memory = EPTopology(world.num_ranks, 1, 3), SharedMemory()
+def update_many_times(world: WorldRank, num_updates: int, ranks_per_host: int | None = None) -> int:
+    """Update to random placements; compare every byte each time. Return how many allocations were mapped.
+
+    :param ranks_per_host: with a hybrid transport; one host and no hybrid without it
+    """
+    memory = SharedMemory()
+    transport: Transport
+    if ranks_per_host is None:
+        topology, transport = EPTopology(world.num_ranks, 1, 3), CopyEngineTransport(memory=lambda _: memory)
+    else:
+        be_on_host(world.rank // ranks_per_host)
+        topology = EPTopology(world.num_ranks, world.num_ranks // ranks_per_host, 3)
+        transport = HybridTransport(memory=lambda _: memory)
     rng = np.random.default_rng(world.num_ranks)
     physical = topology.num_physical_experts
     placement = random_placement(rng, 3, physical, physical // 2 + 1)
@@ -56,7 +87,7 @@ def update_many_times(world: WorldRank, num_updates: int) -> int:
             placement,
             topology,
             rank=world.rank,
-            transport=CopyEngineTransport(memory=lambda _: memory),
+            transport=transport,
             device=memory,
         ) as updater:
             num_mapped = len(memory.mapped)
@@ -78,9 +109,16 @@ def test_many_updates_between_processes(num_ranks: int) -> None:
     assert run_world(update_many_times, num_ranks, 100) == [(num_ranks - 1) * num_rows] * num_ranks
 
 
-def test_every_pass_sees_whole_layers() -> None:
+def test_many_updates_between_hosts() -> None:
+    """Only what ranks of this host have is mapped; every byte is right all the same."""
+    num_rows = 3
+    assert run_world(update_many_times, 4, 100, 2) == [num_rows] * 4
+
+
+@pytest.mark.parametrize(("transport", "num_nodes"), [("copy", 1), ("hybrid", 2)])
+def test_every_pass_sees_whole_layers(transport: Literal["copy", "hybrid"], num_nodes: int) -> None:
     """Updates beside forward passes, one-sided: no pass ever sees a torn layer."""
-    soak = Soak(num_updates=20, transport="copy", options=UpdateOptions(verify="off"))
+    soak = Soak(num_updates=20, transport=transport, num_nodes=num_nodes, options=UpdateOptions(verify="off"))
     for result in run_world(soak_rank, 4, soak):
         assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
@@ -102,15 +140,14 @@ async def refuse(
 
 
 def refuse_in_world(
-    world: WorldRank, what: Literal["no GPU", "no handle", "no mapping", "another host"], folder: Path
+    world: WorldRank, what: Literal["no GPU", "no handle", "no mapping", "another host"]
 ) -> tuple[tuple[int, ...], str]:
     """Be a rank where something cannot be shared."""
     memory = SharedMemory()
     if what == "no GPU":
         return anyio.run(refuse, world.rank, None, CpuDevice())
     if what == "another host" and world.rank == 1:
-        copy_engine._BOOT_ID = folder / "boot_id"
-        copy_engine._BOOT_ID.write_text("another")
+        be_on_host(1)
     if what == "no mapping" and world.rank == 1:
 
         def refuse_to_map(handle: bytes) -> int:
@@ -136,10 +173,9 @@ def test_what_cannot_be_shared_is_refused_by_all_ranks(
     what: Literal["no GPU", "no handle", "no mapping", "another host"],
     ranks: tuple[int, ...],
     reason: str,
-    tmp_path: Path,
 ) -> None:
     """Before anything moves, every rank is told which ranks cannot read, and why; nothing stays mapped."""
-    for named, message in run_world(refuse_in_world, 2, what, tmp_path):
+    for named, message in run_world(refuse_in_world, 2, what):
         assert named == ranks
         assert reason in message
 

@@ -11,6 +11,7 @@ from async_eplb.transport.base import (
     Voter,
 )
 from async_eplb.transport.copy_engine import CopyEngineTransport
+from async_eplb.transport.hybrid import HybridTransport
 from async_eplb.transport.memory import Fault, FaultKind, MemorySchedule, MemoryTransport
 from async_eplb.transport.torch_dist import TorchDistTransport
 
@@ -20,6 +21,7 @@ __all__ = [
     "Exchange",
     "Fault",
     "FaultKind",
+    "HybridTransport",
     "LaunchRule",
     "MemorySchedule",
     "MemoryTransport",

@@ -32,6 +32,7 @@ from async_eplb.workers import Workers
 _CONNECT_TIMEOUT_S = 300.0
 _CLOSE_TIMEOUT_S = 5.0
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
+_LOOKS = 32
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,6 +45,7 @@ class CopyEngineTransport:
 
     :param group: the EP group, of which this process must be a member; the world without it. It is only used to find
         the other ranks
+    :param within_host: leave out ranks of other hosts, instead of refusing them
     :param memory: what maps and copies memory of other processes, for the device of the weights
     :raises BrokenTransport: if this process is not in the group
     """
@@ -52,9 +54,14 @@ class CopyEngineTransport:
     needs_ordered_launch = False
 
     def __init__(
-        self, group: ProcessGroup | None = None, *, memory: Callable[[torch.device], PeerMemory] = CudaIpc
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        within_host: bool = False,
+        memory: Callable[[torch.device], PeerMemory] = CudaIpc,
     ) -> None:
         self._rank, self._num_ranks, self._store = join(group)
+        self._within_host = within_host
         self._make_memory = memory
         self._link: _Link | None = None
         self._state = "new"
@@ -71,6 +78,11 @@ class CopyEngineTransport:
     def num_ranks(self) -> int:
         """Processes of the group."""
         return self._num_ranks
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """Ranks whose weights are mapped."""
+        return frozenset() if self._link is None else self._link.peers
 
     async def open(
         self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
@@ -98,7 +110,7 @@ class CopyEngineTransport:
         offers = self._gather("offer", offer)
         if self._link is not None and all(offers):
             try:
-                self._link.map([Offer.from_json(each) for each in offers], self._rank)
+                self._link.map([Offer.from_json(each) for each in offers], self._rank, within_host=self._within_host)
             except RuntimeError as error:
                 failure = str(error)
         failures = self._gather("failure", failure)
@@ -223,14 +235,19 @@ class _Link:
                 slots[row].append((number, view.data_ptr() - base, view.stride(0)))
         return Offer(_BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots)
 
-    def map(self, offers: list[Offer], rank: int) -> None:
-        """Map what all other ranks offer.
+    @property
+    def peers(self) -> frozenset[int]:
+        """Ranks that something is mapped of."""
+        return frozenset(peer for peer, _ in self._places)
+
+    def map(self, offers: list[Offer], rank: int, *, within_host: bool) -> None:
+        """Map what all other ranks offer, or those of this host.
 
         :raises RuntimeError: if that cannot be
         """
         here = offers[rank]
         for peer, offer in enumerate(offers):
-            if peer == rank:
+            if peer == rank or (within_host and offer.host != here.host):
                 continue
             if offer.host != here.host:
                 raise RuntimeError(f"rank {peer} is on another host, {offer.host_name}; this is {here.host_name}")
@@ -243,8 +260,10 @@ class _Link:
         messages = [message for group in exchange.groups for message in group.recvs]
         with self._device.transferring():
             self._memory.copy(
-                (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes)
-                for message in messages
+                [
+                    (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes)
+                    for message in messages
+                ]
             )
             return self._device.record()
 
@@ -270,7 +289,7 @@ class _Link:
 def _until_passed(event: DeviceEvent, deadline: float) -> None:
     """Block until the device has passed an event. CUDA has no such wait with a deadline.
 
-    Looks again after an eighth of the time that has gone by, so that short copies are seen soon and long ones seldom.
+    Looks again after a part of the time that has gone by, so that short copies are seen soon and long ones seldom.
 
     :raises TimeoutError: at the deadline, on the clock of time.monotonic()
     """
@@ -279,4 +298,4 @@ def _until_passed(event: DeviceEvent, deadline: float) -> None:
         now = time.monotonic()
         if now >= deadline:
             raise TimeoutError
-        time.sleep(min(max((now - start) / 8, _SHORTEST_NAP_S), _LONGEST_NAP_S))
+        time.sleep(min(max((now - start) / _LOOKS, _SHORTEST_NAP_S), _LONGEST_NAP_S))

@@ -5,7 +5,7 @@ for, and its copies between devices run on a stream of the peer's device, in a c
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -30,8 +30,8 @@ class PeerMemory(Protocol):
         """Undo an :meth:`open`. Nothing may read there any more."""
         ...
 
-    def copy(self, copies: Iterable[Copy]) -> None:
-        """Enqueue copies on the current stream, without waiting."""
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies behind and before other work of the current stream, in any order, without waiting."""
         ...
 
 
@@ -62,10 +62,11 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 class CudaIpc:
     """:class:`PeerMemory` of one CUDA device.
 
+    :param num_streams: copies that can run at once, so that small ones hide behind large ones
     :raises RuntimeError: if the device is no CUDA device, or there is no driver
     """
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, *, num_streams: int = 4) -> None:
         if torch_device.type != "cuda":
             raise RuntimeError(f"weights are on {torch_device}, and only CUDA devices share memory between processes")
         try:
@@ -81,6 +82,7 @@ class CudaIpc:
         self._call("cuDeviceGet", ctypes.byref(device), index)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
+        self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(num_streams))  # type: ignore[no-untyped-call]
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return the first address of an allocation and its handle.
@@ -111,12 +113,21 @@ class CudaIpc:
         with self._entered():
             self._call("cuIpcCloseMemHandle", address)
 
-    def copy(self, copies: Iterable[Copy]) -> None:
-        """Enqueue copies on the current stream."""
-        stream = torch.cuda.current_stream(self._torch_device).cuda_stream
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies on streams that begin and end with the current one, each with about as many bytes."""
+        current = torch.cuda.current_stream(self._torch_device)
+        streams = self._streams[: len(copies)]
+        loads = [[0, stream.cuda_stream] for stream in streams]
+        memcpy = self._driver.cuMemcpyDtoDAsync_v2
+        for stream in streams:
+            stream.wait_stream(current)
         with self._entered():
             for target, source, nbytes in copies:
-                self._call("cuMemcpyDtoDAsync_v2", target, source, nbytes, stream)
+                least = min(loads)
+                least[0] += nbytes
+                self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+        for stream in streams:
+            current.wait_stream(stream)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
@@ -133,7 +144,9 @@ class CudaIpc:
         return value.value
 
     def _call(self, function: str, *arguments: object) -> None:
-        result = getattr(self._driver, function)(*arguments)
+        self._check(function, getattr(self._driver, function)(*arguments))
+
+    def _check(self, function: str, result: int) -> None:
         if result:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(result, ctypes.byref(name))

@@ -156,7 +156,7 @@ class MemoryTransport:
     @property
     def needs_ordered_launch(self) -> bool:
         """Whether the schedule says so."""
-        return self.launch_rule is LaunchRule.ORDERED
+        return self.launch_rule.needs_order
 
     async def open(
         self,
@@ -177,7 +177,7 @@ class MemoryTransport:
         """Offer this rank's messages to their peers."""
         if not self._opened or self._rank in self._world.gone:
             raise BrokenTransport(f"{self!r} is not open", rank=self._rank)
-        kind = _OneSidedExchange if self.launch_rule is LaunchRule.GRANTED else _MemoryExchange
+        kind = _OneSidedExchange if self.launch_rule.needs_grant else _MemoryExchange
         return kind(self._world, self._rank, exchange)
 
     def abort(self) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from soak import Soak, soak_rank
+from shared_memory import be_on_host
+from soak import Soak, on_one_gpu, soak_rank
 
-from async_eplb import CopyEngineTransport, ExpertWeights
+from async_eplb import CopyEngineTransport, ExpertWeights, HybridTransport
 from async_eplb.device import CudaDevice
 from async_eplb.errors import IpcUnavailable
 from async_eplb.sample_model import SampleModel
 from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.transport import Exchange, LaunchRule, Message, MessageGroup
 from async_eplb.transport.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
 
@@ -64,6 +65,20 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
         assert all_closed
 
 
+def conform_across_hosts(world: WorldRank) -> LaunchRule:
+    """Run the conformance suite as one of two ranks of a host; return what the transport asks for."""
+    on_one_gpu(world.rank)
+    be_on_host(world.rank // 2)
+    device, transport = device_of(world), HybridTransport()
+    anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))
+    return transport.launch_rule
+
+
+def test_the_hybrid_keeps_the_contract() -> None:
+    """Two hosts of two ranks: copies within, NCCL between."""
+    assert run_world(conform_across_hosts, 4) == [LaunchRule.GRANTED_IN_ORDER] * 4
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_pass_sees_whole_layers(num_ranks: int) -> None:
     """Updates beside a model whose collectives are NCCL's, hosts out of step: no pass sees a torn layer."""
@@ -72,6 +87,14 @@ def test_every_pass_sees_whole_layers(num_ranks: int) -> None:
     for result in results:
         assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
         assert result.commits == results[0].commits
+        assert len(result.commits) == soak.num_updates * soak.num_layers
+
+
+def test_the_hybrid_keeps_layers_whole() -> None:
+    """Copies within a host and NCCL between hosts, launched at agreed boundaries."""
+    soak = Soak(backend="nccl", transport="hybrid", num_nodes=2, num_updates=10)
+    for result in run_world(soak_rank, 4, soak):
+        assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 
