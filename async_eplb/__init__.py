@@ -9,13 +9,20 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, SlotSource, plan_layer
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
-from async_eplb.transport import MemoryTransport, TorchDistTransport, Transport
+from async_eplb.transport import (
+    CopyEngineTransport,
+    HybridTransport,
+    MemoryTransport,
+    TorchDistTransport,
+    Transport,
+)
 from async_eplb.updater import ExpertUpdater, UpdateHandle, UpdaterStatistics, UpdateSummary
 from async_eplb.weights import ExpertWeights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CopyEngineTransport",
     "EPTopology",
     "EplbError",
     "ExpertLoad",
@@ -23,6 +30,7 @@ __all__ = [
     "ExpertPlacement",
     "ExpertUpdater",
     "ExpertWeights",
+    "HybridTransport",
     "LayerCommitted",
     "LayerPlan",
     "LoadWindow",

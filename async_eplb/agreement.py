@@ -13,10 +13,10 @@ are staged everywhere may be committed at once.
 
 How an update ends early: a rank begins a layer's transfer only when it has a staging buffer, and each of its
 ``window`` buffers holds a layer until an agreed commit frees it; so nothing beyond ``agreed + window`` can be under
-way (ordered launches: nothing beyond what was agreed to be launched). When a round shows a CANCEL, that number is
-known to all ranks alike and becomes the update's length: what may be under way is finished and committed, nothing
-else is begun, and no posted exchange is left without its other side. After a FAILED nothing more is agreed at all,
-but what was agreed before is still committed, everywhere.
+way (granted and ordered launches: nothing beyond what was agreed to be launched). When a round shows a CANCEL, that
+number is known to all ranks alike and becomes the update's length: what may be under way is finished and committed,
+nothing else is begun, and no posted exchange is left without its other side. After a FAILED nothing more is agreed at
+all, but what was agreed before is still committed, everywhere.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,29 @@ class Mode(Enum):
     """Nobody serves: an agreed layer is committed at once."""
     SERVING = "serving"
     """The model serves: layers are committed at agreed boundaries."""
+
+
+class LaunchRule(Enum):
+    """When a rank may begin a layer's transfer."""
+
+    AT_ONCE = "at once"
+    """When it has plan and buffer itself."""
+    GRANTED = "granted"
+    """When all ranks have, for then all have said that the layer may be read from them."""
+    ORDERED = "ordered"
+    """At an agreed boundary, while the model serves; otherwise at once."""
+    GRANTED_IN_ORDER = "granted in order"
+    """The same, and otherwise when it is granted."""
+
+    @property
+    def needs_grant(self) -> bool:
+        """Whether no rank may begin before all have plan and buffer."""
+        return self in {LaunchRule.GRANTED, LaunchRule.GRANTED_IN_ORDER}
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether all ranks begin at the same boundary, while the model serves."""
+        return self in {LaunchRule.ORDERED, LaunchRule.GRANTED_IN_ORDER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +169,16 @@ class Agreement:
     :meth:`pass_boundary`.
 
     :param lead: boundaries from the last one passed to a new fence, at least 1; it adapts to waits
-    :param ordered_launch: whether a layer's transfer is launched at an agreed boundary too
+    :param launch_rule: when a layer's transfer may begin
     :param max_step_skew: step counts of ranks that are further apart than this are an error
     """
 
-    def __init__(self, *, lead: int = 2, ordered_launch: bool = False, max_step_skew: int = 1000) -> None:
+    def __init__(
+        self, *, lead: int = 2, launch_rule: LaunchRule = LaunchRule.AT_ONCE, max_step_skew: int = 1000
+    ) -> None:
         self.lead = lead
         self._least_lead = lead
-        self.ordered_launch = ordered_launch
+        self.launch_rule = launch_rule
         self.max_step_skew = max_step_skew
         self.generation = 0
         self.step = 0
@@ -255,7 +280,7 @@ class Agreement:
             or bool(self.standing and self.decisions and not self.over)
             or self.staged > self._seen.staged
             or self.committed > self._seen.committed
-            or (self.ordered_launch and self.launchable > self._seen.launchable)
+            or (self.launch_rule is not LaunchRule.AT_ONCE and self.launchable > self._seen.launchable)
         )
 
     def receive(self, ballots: Sequence[Ballot]) -> Verdict:
@@ -330,9 +355,12 @@ class Agreement:
             self.limit = min(self.limit, self._under_way()) if self.begun else 0
         elif self.mode is Mode.EXCLUSIVE:
             self.agreed, self.launched = self._everywhere()
-        elif all(fences) and (self._is_more_ready() or max(fences) < self.last_boundary):
-            boundary = max(fences)
-            self._agree(boundary)
+        else:
+            if self.launch_rule is LaunchRule.GRANTED:
+                self.launched = self._everywhere()[1]
+            if all(fences) and (self._is_more_ready() or max(fences) < self.last_boundary):
+                boundary = max(fences)
+                self._agree(boundary)
         self.begun = True
         self._fence_wanted = self.mode is Mode.SERVING and (self._is_more_ready() or self._is_out_of_reach(ballots))
         self.over = self._seen.committed >= self.limit
@@ -349,14 +377,15 @@ class Agreement:
     def _everywhere(self) -> tuple[int, int]:
         """Return the layers that every rank has staged, and those that every rank can launch."""
         staged = min(self.limit, self._seen.staged)
-        launchable = min(self.limit, self._seen.launchable) if self.ordered_launch else 0
+        launchable = 0 if self.launch_rule is LaunchRule.AT_ONCE else min(self.limit, self._seen.launchable)
         return max(staged, self.agreed), max(launchable, self.launched)
 
     def _agree(self, boundary: int) -> None:
         self.agreed, self.launched = self._everywhere()
         self.last_boundary = boundary
         earlier = tuple(decision for decision in self.decisions if decision.boundary < boundary)
-        self.decisions = (*earlier, Decision(boundary, self.agreed, self.launched))
+        launched = self.launched if self.launch_rule.needs_order else 0
+        self.decisions = (*earlier, Decision(boundary, self.agreed, launched))
         self._calm += 1
         if self._calm >= _CALM_DECISIONS:
             self._calm = 0
@@ -364,7 +393,7 @@ class Agreement:
 
     def _under_way(self) -> int:
         """Return the layers whose transfer can have begun on any rank."""
-        if self.ordered_launch and self.mode is Mode.SERVING:
+        if self.launch_rule.needs_grant or (self.launch_rule.needs_order and self.mode is Mode.SERVING):
             return max(self.launched, self.agreed)
         return self.agreed + self.window
 

@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from async_eplb.agreement import Agreement, Ballot, Decision, Mode, Verdict
+from async_eplb.agreement import Agreement, Ballot, Decision, LaunchRule, Mode, Verdict
 from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
 from async_eplb.workers import News
 
@@ -44,10 +44,10 @@ class Driver:
         self.cancelled_by: tuple[int, ...] = ()
         self.waiting_for: tuple[int, ...] = ()
 
-    def connect(self, wake: Callable[[], None], *, ordered_launch: bool) -> None:
-        """Say how to end a pause of the control rounds, and whether launches are agreed on too."""
+    def connect(self, wake: Callable[[], None], launch_rule: LaunchRule) -> None:
+        """Say how to end a pause of the control rounds, and when transfers may begin."""
         self._wake = wake
-        self._agreement.ordered_launch = ordered_launch
+        self._agreement.launch_rule = launch_rule
 
     # --- Control rounds: called in their thread. ---
 

@@ -143,6 +143,15 @@ class MixedDevices(InvalidWeights):
     devices: tuple[str, ...]
 
 
+class IpcUnavailable(EplbError):
+    """Ranks cannot read each other's weights: the copy engine does not work here. Nothing has moved.
+
+    :param ranks: those that said why
+    """
+
+    ranks: tuple[int, ...]
+
+
 class MissingWeights(InvalidWeights):
     """A layer changes, but the updater was given no weights for it."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
+from async_eplb.agreement import LaunchRule
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.events import (
@@ -117,9 +118,9 @@ class LayerStages:
         self.callers_work = after
 
     @property
-    def ordered_launch(self) -> bool:
-        """Whether launches must have the same order as the model's own collectives on every rank."""
-        return self._transport.needs_ordered_launch
+    def launch_rule(self) -> LaunchRule:
+        """When a layer's exchange may be launched."""
+        return self._transport.launch_rule
 
     async def prepare(self, pool: StagingPool, rows: Sequence[int]) -> None:
         """Make staging hold the slots that change in any of ``rows``."""
@@ -219,7 +220,7 @@ class LayerStages:
                     for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
                         staged.copy_(view[copy.src_slot])
                 commit = self._committer.prepare(planned.row, planned.plan, buffer, planned.maps)
-                if not self.ordered_launch:
+                if self.launch_rule is not LaunchRule.ORDERED:
                     self._device.record().synchronize()
                 return commit
 
@@ -236,7 +237,7 @@ class LayerStages:
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
         """Post a layer's exchange beside whatever the model does."""
-        if self.ordered_launch:
+        if self.launch_rule.needs_order:
             await self._workers.run("transfer", lambda: self.launch(layer))
         else:
             self.launch(layer)
@@ -340,17 +341,19 @@ class LayerStages:
         sends: list[list[Message]] = [[] for _ in range(planned.num_groups)]
         recvs: list[list[Message]] = [[] for _ in range(planned.num_groups)]
 
-        def tagged(expert: int, peer: int, parts: tuple[Tensor, ...]) -> Iterator[Message]:
+        def tagged(expert: int, peer: int, parts: tuple[Tensor, ...], slot: int) -> Iterator[Message]:
             for index, data in enumerate(parts):
-                yield Message(peer, expert * len(parts) + index, data)
+                yield Message(peer, expert * len(parts) + index, data, tensor=index, slot=slot)
 
         for send in planned.plan.sends:
             group = planned.group_of[send.logical_expert, self.rank, send.dst_rank]
             parts = tuple(view[send.src_slot] for view in live)
-            sends[group] += tagged(send.logical_expert, send.dst_rank, parts)
+            sends[group] += tagged(send.logical_expert, send.dst_rank, parts, send.src_slot)
         for recv in sorted(planned.plan.recvs, key=lambda recv: recv.logical_expert):
             group = planned.group_of[recv.logical_expert, recv.src_rank, self.rank]
-            recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot))
+            held = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(recv.src_rank)].tolist()
+            slot = held.index(recv.logical_expert)
+            recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot), slot)
         groups = (MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
         return Exchange(planned.row, tuple(groups))
 

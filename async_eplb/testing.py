@@ -10,6 +10,7 @@ from async_eplb.device import Device, device_for
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.launch import World, WorldRank, run_world
 from async_eplb.transport.base import Exchange, Message, MessageGroup, Transport
+from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, LoopDoorbell, ThreadWorkers, Workers
 
 __all__ = ["ScheduledWorkers", "World", "WorldRank", "check_transport", "run_world"]
@@ -53,23 +54,28 @@ async def check_transport(
 ) -> None:
     """Check that a transport keeps its contract; all ranks call this together, each with its unused transport.
 
-    It moves messages of many sizes between all pairs of ranks, in several groups, and compares every byte; holds
-    control rounds; and checks that a transport is opened once and refuses work when it is not open.
+    It moves messages of many sizes from live weights that change between exchanges, between all pairs of ranks, in
+    several groups, and compares every byte; holds control rounds; and checks that a transport is opened once and
+    refuses work when it is not open. A layer is granted by a control round to transports that ask for it; others must
+    find out for themselves when a peer has sent.
 
     :param seed: of the messages, equal on all ranks
     :raises AssertionError: if the contract is broken, with what and where
     """
     device = device or device_for(torch.device("cpu"))
     workers = workers or ThreadWorkers()
-    control = await transport.open(device, workers, control_timeout_s=timeout_s)
+    weights = _weights(transport, device)
+    control = await transport.open(device, workers, weights, control_timeout_s=timeout_s)
     try:
-        await transport.open(device, workers, control_timeout_s=timeout_s)
+        await transport.open(device, workers, weights, control_timeout_s=timeout_s)
     except BusyTransport:
         pass
     else:
         raise AssertionError("a transport was opened twice")
     for number in range(num_exchanges):
-        exchange, expected = _exchange(transport, device, seed + number)
+        exchange, expected = _exchange(transport, device, weights, seed + number)
+        if transport.launch_rule.needs_grant:
+            await control.run(_CountingVoter(transport.rank, 1))
         with device.transferring():
             pending = transport.launch(exchange)
         await pending.wait(timeout_s)
@@ -112,25 +118,48 @@ class _CountingVoter:
         raise error
 
 
-def _exchange(transport: Transport, device: Device, seed: int) -> tuple[Exchange, list[list[torch.Tensor]]]:
-    """Return an exchange in which all ranks send to all others, and what each receive must contain."""
-    sizes = (1, 4, 4096, 1_000_003)
+_SIZES = (1, 4, 4096, 1_000_003)
+"""Of messages, and so of the tensors of a row, in bytes."""
+_NUM_GROUPS = 2
+_NUM_ROWS = 2
+"""With two rows, the granting round of an exchange says that all ranks have done with the row of the next."""
+
+
+def _weights(transport: Transport, device: Device) -> ExpertWeights:
+    """Return live weights with a slot for each peer and group."""
+    num_slots = _NUM_GROUPS * transport.num_ranks
+    return ExpertWeights(
+        {row: [device.allocate(num_slots * size).view(num_slots, size) for size in _SIZES] for row in range(_NUM_ROWS)}
+    )
+
+
+def _exchange(
+    transport: Transport, device: Device, weights: ExpertWeights, seed: int
+) -> tuple[Exchange, list[list[torch.Tensor]]]:
+    """Fill a row, and return an exchange in which all ranks send it to all others, and what they must receive."""
+    row = seed % _NUM_ROWS
+    views = weights.views(row)
     groups, expected = [], []
-    for number in range(2):
+    for number in range(_NUM_GROUPS):
         sends, recvs, contents = [], [], []
         for peer in range(transport.num_ranks):
             if peer == transport.rank:
                 continue
-            for tag, size in enumerate(sizes):
-                sent = _content(seed, number, transport.rank, peer, tag, size).to(device.torch_device)
-                sends.append(Message(peer, tag + len(sizes) * number, sent))
-                contents.append(_content(seed, number, peer, transport.rank, tag, size))
-                recvs.append(Message(peer, tag + len(sizes) * number, device.allocate(size)))
+            for tensor, size in enumerate(_SIZES):
+                tag = tensor + len(_SIZES) * number
+                slot, peers_slot = (rank + transport.num_ranks * number for rank in (peer, transport.rank))
+                with device.transferring():
+                    views[tensor][slot].copy_(_content(seed, number, transport.rank, peer, tensor, size))
+                sends.append(Message(peer, tag, views[tensor][slot], tensor=tensor, slot=slot))
+                contents.append(_content(seed, number, peer, transport.rank, tensor, size))
+                recvs.append(Message(peer, tag, device.allocate(size), tensor=tensor, slot=peers_slot))
         groups.append(MessageGroup(tuple(sends), tuple(recvs)))
         expected.append(contents)
-    return Exchange(seed, tuple(groups)), expected
+    with device.transferring():
+        device.record().synchronize()
+    return Exchange(row, tuple(groups)), expected
 
 
-def _content(seed: int, group: int, src: int, dst: int, tag: int, size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(hash((seed, group, src, dst, tag)))
+def _content(seed: int, group: int, src: int, dst: int, tensor: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(hash((seed, group, src, dst, tensor)))
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)

@@ -232,13 +232,15 @@ class UpdateRun:
                 if index >= driver.limit or driver.over:
                     return
                 layer = await self.stages.load(planned_layer, buffer)
-                if self.stages.ordered_launch and self.mode is Mode.SERVING:
+                if self.stages.launch_rule.needs_order and self.mode is Mode.SERVING:
                     self._launchable.append(layer)
                     driver.advance(launchable=1)
                     await self._until_launched_or_dropped(layer, index)
                     if layer.pending is None:
                         return
                 else:
+                    if self.stages.launch_rule.needs_grant and not await self._is_granted(index):
+                        return
                     await self.stages.launch_from_background(layer)
                 await self.stages.receive(layer)
                 self._staged.append(layer)
@@ -251,6 +253,13 @@ class UpdateRun:
         driver = self._driver
         await until_step(driver, self._news, self._paced_until, unless=lambda: driver.standing or driver.over)
         self._paced_until = driver.step + -(-layer.peak_nbytes // self._max_nbytes_per_step)
+
+    async def _is_granted(self, index: int) -> bool:
+        """Grant a layer to the other ranks; return whether they all have, or False if it will not be moved."""
+        driver = self._driver
+        driver.advance(launchable=1)
+        await self._news.until(lambda: driver.launched > index or index >= driver.limit)
+        return driver.launched > index
 
     async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:
         await self._news.until(lambda: layer.pending is not None or index >= self._driver.limit)

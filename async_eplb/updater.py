@@ -147,9 +147,12 @@ class ExpertUpdater:
             await stack.enter_async_context(self._pipeline)
             stack.push_async_callback(self._close_transport)
             self._control = await self._transport.open(
-                self._device, self._workers, control_timeout_s=self.options.control_timeout_s
+                self._device,
+                self._workers,
+                self._verifier.weights,
+                control_timeout_s=self.options.control_timeout_s,
             )
-            self._driver.connect(self._control.wake, ordered_launch=self._transport.needs_ordered_launch)
+            self._driver.connect(self._control.wake, self._transport.launch_rule)
             self._pipeline.start(self._hold_rounds)
             await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
             self._closed_because = ""

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from async_eplb.agreement import Agreement, Ballot, Decision, Mode, Status, _Counts
+from async_eplb.agreement import Agreement, Ballot, Decision, LaunchRule, Mode, Status, _Counts
 
 FIRST_BOUNDARY = 100
 """The last boundary that all ranks have passed: boundaries are counted from it. Not 0, which means none."""
@@ -22,9 +22,9 @@ class Do(Enum):
 
     BEGIN = auto()
     PLAN = auto()
-    """With ordered launches: get a plan and a buffer for the next layer, whose transfer a decision begins."""
+    """With launches that need the others: get a plan and a buffer for the next layer."""
     TRANSFER = auto()
-    """Without: get them and begin the transfer."""
+    """Begin the transfer of the next layer, unless an ordered launch does: when it is granted, or get all it needs."""
     STAGE = auto()
     """See the transfer end."""
     FINISH = auto()
@@ -75,7 +75,7 @@ class World:
     window: int = 1
     skew: int = 1
     mode: Mode = Mode.SERVING
-    ordered_launch: bool = False
+    launch_rule: LaunchRule = LaunchRule.AT_ONCE
     one_sided: bool = False
     updates: int = 1
     at_once: bool = True
@@ -83,6 +83,11 @@ class World:
     eager: bool = False
     budget: tuple[Do, ...] = ()
     agreement: type[Agreement] = Agreement
+
+    @property
+    def ordered_launch(self) -> bool:
+        """Whether a decision begins transfers."""
+        return self.launch_rule.needs_order
 
     @property
     def stands(self) -> bool:
@@ -152,7 +157,7 @@ class Actions:
 
     def start(self, lead: int) -> Rank:
         """Return a rank as it is when the search begins."""
-        agreement = self.world.agreement(lead=lead, ordered_launch=self.world.ordered_launch)
+        agreement = self.world.agreement(lead=lead, launch_rule=self.world.launch_rule)
         agreement.step = FIRST_BOUNDARY
         return self._begin(Rank(agreement)) if self.world.at_once else Rank(agreement)
 
@@ -228,10 +233,11 @@ class Actions:
     def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
         agreement, world = rank.agreement, self.world
         room = min(agreement.limit, world.layers, agreement.committed + world.window)
-        if world.ordered_launch:
-            if agreement.launchable < room:
-                yield Do.PLAN, _with(rank, launchable=agreement.launchable + 1)
-        elif rank.transfers == rank.staged < rank.before + room:
+        if world.launch_rule is not LaunchRule.AT_ONCE and agreement.launchable < room:
+            yield Do.PLAN, _with(rank, launchable=agreement.launchable + 1)
+        if world.launch_rule is LaunchRule.GRANTED:
+            room = min(room, agreement.launched)
+        if not world.ordered_launch and rank.transfers == rank.staged < rank.before + room:
             yield Do.TRANSFER, replace(rank, transfers=rank.transfers + 1)
         if rank.staged < rank.transfers:
             yield Do.STAGE, _with(rank, staged=agreement.staged + 1)

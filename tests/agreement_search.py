@@ -4,13 +4,14 @@ A state is one :class:`Rank` for each rank; an action changes one of them. A rou
 joined it, reaches each rank on its own, and a rank joins the next when it has received the last.
 
 What is checked in every state: no decision is for a boundary that was passed; layers are committed in order and only
-when they are staged everywhere; ranks that have passed the same boundary had, when they did, launched and committed
-the same layers; nobody takes the update to be over before all layers are committed on all devices. At the end, all
-have committed the same layers, and nothing else was begun. From every state the end can be reached, and boundaries
-without a fence by rounds alone. In a finite graph, that the end can be reached from everywhere means that it is
-reached if nothing that can happen again and again is put off for ever; what need not happen (a disturbance, a rank
-that stands while there is traffic) is not used on the way. A rank stands only when the others have passed as many
-boundaries as it has, for its last forward pass has ended; others may have gone on by then.
+when they are staged everywhere; granted ones are read only when every rank has granted them; ranks that have passed the
+same boundary had, when they did, launched and committed the same layers; nobody takes the update to be over before all
+layers are committed on all devices. At the end, all have committed the same layers, and nothing else was begun. From
+every state the end can be reached, and boundaries without a fence by rounds alone. In a finite graph, that the end can
+be reached from everywhere means that it is reached if nothing that can happen again and again is put off for ever; what
+need not happen (a disturbance, a rank that stands while there is traffic) is not used on the way. A rank stands only
+when the others have passed as many boundaries as it has, for its last forward pass has ended; others may have gone on
+by then.
 
 What keeps the number of states finite:
 
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from agreement_model import COMMITTING, DISTURBANCES, FIRST_BOUNDARY, Actions, Do, Rank, Violation, World
 
-from async_eplb.agreement import Ballot, Status
+from async_eplb.agreement import Ballot, LaunchRule, Status
 from async_eplb.errors import EplbError
 
 HINDERED = DISTURBANCES | {Do.STAGE, Do.PASS, Do.STAND, Do.GO_ON, Do.DRAIN}
@@ -159,7 +160,7 @@ class _Search:
                 moved = table.ranks[new]
                 if do in HINDERED and not self._can(do, moved, others, state):
                     continue
-                if do in COMMITTING:
+                if do in COMMITTING or do is Do.TRANSFER:
                     self._check(do, ranks[index], moved, others)
                 numbers = [*state.ranks[:index], new, *state.ranks[index + 1 :]]
                 if do is Do.PASS:
@@ -214,12 +215,15 @@ class _Search:
         has_come = state.quiet and step >= max(steps)
         return has_come if do is Do.DRAIN else not has_come
 
-    @staticmethod
-    def _check(do: Do, rank: Rank, moved: Rank, others: list[Rank]) -> None:
+    def _check(self, do: Do, rank: Rank, moved: Rank, others: list[Rank]) -> None:
         """Check what a rank just did against the others."""
         agreement = moved.agreement
         if moved.commits > rank.commits and moved.commits > min(other.staged for other in others):
             raise Violation(f"{moved} commits what is not staged everywhere")
+        if do is Do.TRANSFER and self._world.launch_rule is LaunchRule.GRANTED:
+            granted = min(other.before + other.agreement.launchable for other in others)
+            if moved.transfers > granted or min(other.committed for other in others) < moved.before:
+                raise Violation(f"{moved} reads what others have not granted")
         if do is Do.PASS:
             here = moved.history[-1]
             for other in others:

@@ -16,11 +16,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from anyio.lowlevel import checkpoint
+from shared_memory import SharedMemory, be_on_host
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
+from async_eplb import (
+    CopyEngineTransport,
+    EPTopology,
+    ExpertUpdater,
+    ExpertWeights,
+    HybridTransport,
+    TorchDistTransport,
+    Transport,
+    UpdateOptions,
+)
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank
+from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
 
 _EVERY = 16
 """Passes between two looks at what the device has found, which wait for it."""
@@ -30,12 +41,16 @@ _EVERY = 16
 class Soak:
     """What is run.
 
+    :param backend: of the model's collectives
+    :param transport: of the weights; ``"dist"`` is torch.distributed with the same backend, ``"hybrid"`` the copy
+        engine within nodes, which are taken for hosts, and that between them
     :param num_updates: one after another, beside serving; the run ends with the last of them
     :param delay_s: each rank's host waits up to this long in each pass, at random
     """
 
     num_nodes: int = 1
     backend: Literal["gloo", "nccl"] = "gloo"
+    transport: Literal["dist", "copy", "hybrid"] = "dist"
     num_updates: int = 5
     num_steps: int = 0
     num_layers: int = 4
@@ -87,6 +102,11 @@ class _Rank:
         self.num_experts = physical // 2 + 1
         self.placement = random_placement(self.rng, soak.num_layers, physical, self.num_experts)
         self.tensors = soak.model.weights(self.placement, self.topology, world.rank, self.device)
+        if soak.transport == "hybrid":
+            be_on_host(self.topology.node_of(world.rank))
+        self.shared = SharedMemory() if soak.transport != "dist" and soak.backend == "gloo" else None
+        if self.shared is not None:
+            self.tensors = self.shared.share(self.tensors)
         self.views = [
             self.tensors[layer][0].view(torch.uint8).flatten(1).view(torch.int64) for layer in range(soak.num_layers)
         ]
@@ -96,6 +116,18 @@ class _Rank:
         self.commits: dict[tuple[int, int], int] = {}
         self.update = 0
         self.done = False
+
+    def _transport(self) -> Transport:
+        if self.soak.transport == "dist":
+            return TorchDistTransport(backend=self.soak.backend)
+        shared = self.shared
+
+        def memory(torch_device: torch.device) -> PeerMemory:
+            return CudaIpc(torch_device) if shared is None else shared
+
+        if self.soak.transport == "copy":
+            return CopyEngineTransport(memory=memory)
+        return HybridTransport(backend=self.soak.backend, memory=memory)
 
     def _fingerprints(self) -> Tensor:
         """Return the fingerprint of each expert: int64 ``[layers, experts]``."""
@@ -115,8 +147,9 @@ class _Rank:
             self.placement,
             self.topology,
             rank=self.rank,
-            transport=TorchDistTransport(backend=self.soak.backend),
+            transport=self._transport(),
             options=self.soak.options,
+            device=self.shared,
             on_commit=note_commit,
         )
         async with updater:

@@ -9,24 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_eplb.agreement import MAX_LEAD, Agreement, Ballot, Decision, Mode, Status, Verdict
+from async_eplb.agreement import MAX_LEAD, Agreement, Ballot, Decision, LaunchRule, Mode, Status, Verdict
 from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
 
 READY = Ballot(generation=1, digest=7, staged=0, launchable=0, committed=0, fence=0, status=Status.OK)
 ONE_STAGED = replace(READY, staged=1)
 
 
-def serving(*, total: int = 4, window: int = 2, lead: int = 2, ordered_launch: bool = False) -> Agreement:
+def serving(
+    *, total: int = 4, window: int = 2, lead: int = 2, launch_rule: LaunchRule = LaunchRule.AT_ONCE
+) -> Agreement:
     """Return an agreement in an update that all ranks have begun, beside a model that serves."""
-    agreement = Agreement(lead=lead, ordered_launch=ordered_launch)
+    agreement = Agreement(lead=lead, launch_rule=launch_rule)
     agreement.begin(Mode.SERVING, digest=7, total=total, window=window)
     agreement.receive([READY, READY])
     return agreement
 
 
-def exclusive(*, total: int = 4, window: int = 2) -> Agreement:
+def exclusive(*, total: int = 4, window: int = 2, launch_rule: LaunchRule = LaunchRule.AT_ONCE) -> Agreement:
     """Return an agreement in an update that all ranks have begun, beside nothing."""
-    agreement = Agreement()
+    agreement = Agreement(launch_rule=launch_rule)
     agreement.begin(Mode.EXCLUSIVE, digest=7, total=total, window=window)
     agreement.receive([READY, READY])
     return agreement
@@ -164,7 +166,7 @@ def test_a_later_decision_leaves_earlier_ones() -> None:
 
 def test_ordered_launches_are_decided_too() -> None:
     """At one boundary, first commits, then launches."""
-    agreement = serving(ordered_launch=True)
+    agreement = serving(launch_rule=LaunchRule.ORDERED)
     ballot = replace(READY, staged=1, launchable=3)
     agreement.receive([ballot, ballot])
     verdict = agreement.receive([replace(ballot, fence=1), replace(ballot, launchable=2, fence=1)])
@@ -177,6 +179,28 @@ def test_launches_are_nobodys_matter_without_order() -> None:
     agreement = serving()
     agreement.receive([replace(READY, launchable=3)] * 2)
     assert agreement.ballot().fence == 0
+
+
+def test_a_layer_is_granted_when_all_ranks_can_launch_it() -> None:
+    """It needs no boundary, so nobody promises any."""
+    agreement = serving(launch_rule=LaunchRule.GRANTED)
+    verdict = agreement.receive([replace(READY, launchable=launchable) for launchable in (3, 2)])
+    assert verdict == Verdict(launched=2)
+    assert agreement.ballot().fence == 0
+
+
+def test_granted_layers_are_not_launched_at_boundaries() -> None:
+    """They are from the background, as soon as they are granted."""
+    agreement = serving(launch_rule=LaunchRule.GRANTED)
+    agreement.receive([replace(READY, launchable=2)] * 2)
+    decided(agreement, 1, 1)
+    assert passed(agreement, 1) == [Decision(1, committed=1, launched=0)]
+
+
+def test_layers_are_granted_in_the_exclusive_mode_too() -> None:
+    """A transport that reads peers' weights asks for it whoever runs beside it."""
+    agreement = exclusive(launch_rule=LaunchRule.GRANTED)
+    assert agreement.receive([replace(READY, launchable=1)] * 2) == Verdict(launched=1)
 
 
 def test_the_exclusive_mode_decides_at_once() -> None:
@@ -278,12 +302,22 @@ def test_a_cancelled_update_does_not_get_longer() -> None:
 
 def test_a_cancelled_update_ends_after_what_was_launched() -> None:
     """With ordered launches nothing else can be under way."""
-    agreement = serving(total=9, window=4, ordered_launch=True)
+    agreement = serving(total=9, window=4, launch_rule=LaunchRule.ORDERED)
     ballot = replace(READY, launchable=2)
     agreement.receive([ballot, ballot])
     agreement.receive([replace(ballot, fence=2)] * 2)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
     assert agreement.limit == 2
+
+
+@pytest.mark.parametrize("begin", [serving, exclusive])
+def test_a_cancelled_update_ends_after_what_was_granted(begin: Callable[..., Agreement]) -> None:
+    """What the round of the cancellation itself would have granted is not."""
+    agreement = begin(total=9, window=4, launch_rule=LaunchRule.GRANTED)
+    agreement.receive([replace(READY, launchable=2)] * 2)
+    agreement.receive([replace(READY, launchable=3), replace(READY, launchable=3, status=Status.CANCEL)])
+    assert agreement.limit == 2
+    assert agreement.receive([replace(READY, launchable=3)] * 2).launched == 2
 
 
 def test_an_update_cancelled_before_it_began_does_nothing() -> None:
@@ -304,7 +338,7 @@ def test_a_second_cancellation_changes_nothing() -> None:
 
 def test_layers_beyond_the_limit_are_not_decided() -> None:
     """Those that were planned when the cancellation came are never launched."""
-    agreement = serving(ordered_launch=True)
+    agreement = serving(launch_rule=LaunchRule.ORDERED)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
     ready = replace(READY, launchable=2)
     assert agreement.receive([ready, ready]) == Verdict(over=True)
@@ -509,7 +543,7 @@ def test_a_wait_starts_the_count_again() -> None:
         ({"staged": 1}, True),
         ({"committed": 1}, True),
         ({"launchable": 1}, False),
-        ({"launchable": 1, "ordered_launch": True}, True),
+        ({"launchable": 1, "launch_rule": LaunchRule.ORDERED}, True),
         ({"status": Status.CANCEL}, True),
         ({"status": Status.FAILED}, True),
         ({"status": Status.LEAVING, "running": False}, True),
@@ -567,7 +601,7 @@ def test_the_order_of_ranks_decides_nothing(ballots: list[Ballot], random: Rando
     shuffled = random.sample(ballots, len(ballots))
     ends = []
     for order in (ballots, shuffled):
-        agreement = Agreement(ordered_launch=True)
+        agreement = Agreement(launch_rule=LaunchRule.ORDERED)
         agreement.begin(mode, digest=7, total=4, window=2)
         verdict = agreement.receive(order)
         ends.append((vars(agreement), replace(verdict, cancelled=(), failed=(), left=())))

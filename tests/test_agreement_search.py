@@ -13,7 +13,7 @@ from agreement_model import Do, Violation, World
 from agreement_search import explore
 
 from async_eplb import agreement as module
-from async_eplb.agreement import Agreement, Mode
+from async_eplb.agreement import Agreement, LaunchRule, Mode
 
 WORLDS = {
     "two ranks, three layers": World(leads=(1, 2), layers=3, window=2),
@@ -21,8 +21,16 @@ WORLDS = {
     "three ranks": World(leads=(1, 2, 2), layers=2),
     "three ranks, three layers": World(leads=(1, 1, 1), layers=3),
     "three ranks, one-sided transfers": World(leads=(1, 1, 1), layers=2, one_sided=True),
-    "three ranks, ordered launches": World(leads=(1, 1, 1), layers=2, ordered_launch=True),
-    "ordered launches, two buffers": World(leads=(1, 2), layers=2, window=2, ordered_launch=True),
+    "three ranks, ordered launches": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.ORDERED),
+    "ordered launches, two buffers": World(leads=(1, 2), layers=2, window=2, launch_rule=LaunchRule.ORDERED),
+    "three ranks, granted transfers": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
+    "granted, two buffers": World(leads=(1, 2), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
+    "granted, two updates": World(
+        leads=(1, 2), layers=1, launch_rule=LaunchRule.GRANTED, one_sided=True, updates=2, at_once=False
+    ),
+    "granted, rounds only when eager": World(
+        leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, eager=True
+    ),
     "leads grow": World(leads=(1, 1), layers=2, budget=(Do.WAITED, Do.WAITED)),
     "two updates": World(leads=(1, 2), layers=2, updates=2, at_once=False),
     "two updates of three ranks": World(leads=(1, 1, 1), layers=1, updates=2, at_once=False),
@@ -30,18 +38,39 @@ WORLDS = {
     "cancelled": World(leads=(1, 1, 1), layers=2, budget=(Do.CANCEL,)),
     "cancelled at two buffers": World(leads=(1, 1), layers=2, window=2, one_sided=True, budget=(Do.CANCEL,)),
     "cancelled twice": World(leads=(1, 2), layers=2, at_once=False, budget=(Do.CANCEL, Do.CANCEL)),
-    "cancelled before launches": World(leads=(1, 1), layers=2, window=2, ordered_launch=True, budget=(Do.CANCEL,)),
+    "cancelled before launches": World(
+        leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
+    ),
+    "cancelled before grants": World(
+        leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
+    ),
     "failed": World(leads=(1, 1, 1), layers=1, at_once=False, budget=(Do.FAIL,)),
     "failed, two layers": World(leads=(1, 2), layers=2, budget=(Do.FAIL,)),
     "left": World(leads=(1, 1, 1), layers=1, budget=(Do.LEAVE,)),
-    "left with launches": World(leads=(1, 2), layers=2, ordered_launch=True, budget=(Do.LEAVE,)),
+    "left with launches": World(leads=(1, 2), layers=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
     "exclusive": World(leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, updates=2, at_once=False),
     "exclusive, cancelled": World(
-        leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, ordered_launch=True, budget=(Do.CANCEL,)
+        leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
+    ),
+    "exclusive, granted, cancelled": World(
+        leads=(1, 1, 1),
+        layers=2,
+        mode=Mode.EXCLUSIVE,
+        launch_rule=LaunchRule.GRANTED,
+        one_sided=True,
+        budget=(Do.CANCEL,),
+    ),
+    "exclusive, granted in order, cancelled": World(
+        leads=(1, 1),
+        layers=3,
+        window=2,
+        mode=Mode.EXCLUSIVE,
+        launch_rule=LaunchRule.GRANTED_IN_ORDER,
+        budget=(Do.CANCEL,),
     ),
     "ranks stand": World(leads=(2, 2), layers=1, standing=True),
     "traffic ends": World(leads=(1, 2), layers=2, budget=(Do.QUIET,)),
-    "traffic ends before launches": World(leads=(2, 2), layers=1, ordered_launch=True, budget=(Do.QUIET,)),
+    "traffic ends before launches": World(leads=(2, 2), layers=1, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)),
     "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
 }
 
@@ -61,9 +90,11 @@ def test_leads_may_shrink_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TWO = World(leads=(1, 1), layers=2, window=2)
-LAUNCHES = replace(TWO, ordered_launch=True)
+LAUNCHES = replace(TWO, launch_rule=LaunchRule.ORDERED)
+GRANTS = replace(TWO, launch_rule=LaunchRule.GRANTED, one_sided=True)
 CANCELLED = World(leads=(1, 1), layers=2, budget=(Do.CANCEL,))
 CANCELLED_LAUNCHES = replace(LAUNCHES, budget=(Do.CANCEL,))
+CANCELLED_GRANTS = replace(GRANTS, budget=(Do.CANCEL,))
 FAILED = World(leads=(1, 1), layers=1, budget=(Do.FAIL,))
 LEFT = World(leads=(2, 2), layers=2, window=2, budget=(Do.LEAVE,))
 AGAIN = World(leads=(1, 1), layers=1, updates=2, at_once=False)
@@ -83,6 +114,17 @@ MUTATIONS = {
     "staged here": (TWO, "min(ballot.staged for ballot in ballots)", "self.staged"),
     "staged here, in the exclusive mode": (EXCLUSIVE, "min(ballot.staged for ballot in ballots)", "self.staged"),
     "launchable here": (LAUNCHES, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "granted here": (GRANTS, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "nobody tells of grants": (
+        replace(GRANTS, eager=True),
+        "self.launch_rule is not LaunchRule.AT_ONCE and",
+        "self.launch_rule is LaunchRule.ORDERED and",
+    ),
+    "cancelled before what was granted": (
+        CANCELLED_GRANTS,
+        "return max(self.launched, self.agreed)",
+        "return self.agreed",
+    ),
     "committed here": (TWO, "min(ballot.committed for ballot in ballots)", "self.committed"),
     "over when all is agreed": (TWO, "self._seen.committed >= self.limit", "self.agreed >= self.limit"),
     "fences in the exclusive mode": (EXCLUSIVE, "elif self.mode is Mode.EXCLUSIVE:", "elif False:"),

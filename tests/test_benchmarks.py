@@ -27,9 +27,10 @@ def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_commit_benchmark_says_what_it_needs() -> None:
+@pytest.mark.parametrize("name", ["commit", "transports"])
+def test_a_benchmark_of_the_gpu_says_what_it_needs(name: str) -> None:
     """Without a CUDA device it measures nothing and exits with 2."""
-    command = [sys.executable, str(ROOT / "scripts" / "benchmarks"), "commit"]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks"), name]
     outcome = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (outcome.returncode, outcome.stdout) == (2, "")
     assert "needs a CUDA device" in outcome.stderr

@@ -12,7 +12,7 @@ from helpers import assert_same_layer, memory_world, together, two_placements
 
 from async_eplb import EPTopology
 from async_eplb.errors import UpdateCancelled
-from async_eplb.transport import MemorySchedule
+from async_eplb.transport import LaunchRule, MemorySchedule
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
 NUM_LAYERS = 5
@@ -56,12 +56,15 @@ async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[obje
     return True
 
 
-async def cancel_everywhere(cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]]) -> list[int]:
+async def cancel_everywhere(
+    cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]],
+    launch_rule: LaunchRule = LaunchRule.AT_ONCE,
+) -> list[int]:
     """Cancel one rank's update after each number of ticks until it is too late; return the layers committed."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     committed, ticks, done = [], 0, False
     while not done:
-        schedule = MemorySchedule(seed=ticks, message_jitter_s=0.0)
+        schedule = MemorySchedule(seed=ticks, message_jitter_s=0.0, launch_rule=launch_rule)
         async with memory_world(old, TOPOLOGY, schedule=schedule) as ranks:
             victim = ranks[ticks % len(ranks)].updater
             others = [rank.updater for rank in ranks if rank.updater is not victim]
@@ -89,6 +92,13 @@ async def test_cancelling_at_every_point() -> None:
     committed = await cancel_everywhere(cancelled_after)
     assert len(committed) > 50
     assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
+
+
+async def test_cancelling_granted_transfers_at_every_point() -> None:
+    """The update can end after any layer, for what was not granted is not under way."""
+    committed = await cancel_everywhere(cancelled_after, LaunchRule.GRANTED)
+    assert len(committed) > 50
+    assert set(committed) == set(range(NUM_LAYERS + 1))
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])

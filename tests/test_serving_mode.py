@@ -22,7 +22,7 @@ from async_eplb.errors import (
     UpdateNotBegun,
 )
 from async_eplb.sync import SyncUpdater
-from async_eplb.transport import MemorySchedule
+from async_eplb.transport import LaunchRule, MemorySchedule
 from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
@@ -83,13 +83,13 @@ async def begin_everywhere(servers: list[Server], new: ExpertPlacement) -> list[
     return await together([lambda s=server: begin(s) for server in servers])  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["at once", "ordered launch"])
+@pytest.mark.parametrize("launch_rule", LaunchRule)
 @pytest.mark.parametrize("lead", [1, 4])
 @pytest.mark.parametrize("depth", [1, 3])
-async def test_every_rank_switches_a_layer_at_the_same_boundary(ordered: bool, lead: int, depth: int) -> None:  # noqa: FBT001
+async def test_every_rank_switches_a_layer_at_the_same_boundary(launch_rule: LaunchRule, lead: int, depth: int) -> None:
     """Over several updates, layers land in order, everywhere at the same step, and the weights are right."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    schedule = MemorySchedule(ordered_launch=ordered)
+    schedule = MemorySchedule(launch_rule=launch_rule)
     async with serving_world(old, schedule=schedule, lead=lead, staging_depth=depth, verify="checksum") as servers:
         for target in (new, old, new):
             outcomes = await begin_everywhere(servers, target)
@@ -113,12 +113,14 @@ async def test_committed_events_name_the_boundary() -> None:
         assert statistics.step >= max(servers[0].commits.values()) >= 1
 
 
-async def test_cancelling_a_handle_ends_the_update_at_the_same_layer() -> None:
+@pytest.mark.parametrize("launch_rule", LaunchRule)
+async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule: LaunchRule) -> None:
     """At whatever time one rank cancels, all ranks end alike and can go on."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     ends = set()
     for ticks in range(0, 400, 8):
-        async with serving_world(old, seed=ticks, lead=1) as servers:
+        schedule = MemorySchedule(launch_rule=launch_rule)
+        async with serving_world(old, seed=ticks, schedule=schedule, lead=1) as servers:
             handles = [server.updater.begin(new) for server in servers]
             for _ in range(ticks):
                 await anyio.lowlevel.checkpoint()

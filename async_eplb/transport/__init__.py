@@ -1,5 +1,6 @@
 """Move bytes between ranks: the contract, and one module for each way to do it."""
 
+from async_eplb.agreement import LaunchRule
 from async_eplb.transport.base import (
     ControlGroup,
     Exchange,
@@ -9,14 +10,19 @@ from async_eplb.transport.base import (
     Transport,
     Voter,
 )
+from async_eplb.transport.copy_engine import CopyEngineTransport
+from async_eplb.transport.hybrid import HybridTransport
 from async_eplb.transport.memory import Fault, FaultKind, MemorySchedule, MemoryTransport
 from async_eplb.transport.torch_dist import TorchDistTransport
 
 __all__ = [
     "ControlGroup",
+    "CopyEngineTransport",
     "Exchange",
     "Fault",
     "FaultKind",
+    "HybridTransport",
+    "LaunchRule",
     "MemorySchedule",
     "MemoryTransport",
     "Message",

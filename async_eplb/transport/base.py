@@ -5,6 +5,8 @@ Who may touch what, and when:
 - A send reads live weights in place. They must not change from :meth:`Transport.launch` until the layer is staged
   on every rank; the agreement sees to that.
 - A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
+  A one-sided transport makes nothing of a send: the receiver reads the peer's live weights itself, which it may only
+  when the peer has granted the layer (:attr:`Transport.launch_rule`).
 - Messages match by peer, row and tag, so both sides must describe them alike; sizes must be equal.
 - A launched exchange is finished or its transport is broken: there is no way to take part of it back.
 """
@@ -15,8 +17,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup
+from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 
@@ -27,11 +31,15 @@ class Message:
     :param peer: rank in the EP group
     :param tag: equal on both sides, unique among a pair's messages of one exchange
     :param data: contiguous uint8 ``[bytes]``: live weights of a sender, staging of a receiver
+    :param tensor: number of the tensor in its row, where the bytes come from
+    :param slot: slot of the sending rank that they come from
     """
 
     peer: int
     tag: int
     data: Tensor
+    tensor: int = 0
+    slot: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +113,15 @@ class ControlGroup(Protocol):
 class Transport(Protocol):
     """Moves the bytes of one updater; it is opened once and never reused after a failure."""
 
-    needs_ordered_launch: bool
-    """Whether launches must have the same order as the model's own collectives on every rank."""
+    @property
+    def launch_rule(self) -> LaunchRule:
+        """When a layer's exchange may be launched; known once the transport is open."""
+        ...
+
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """Whether launches must have the same order as the model's own collectives on every rank."""
+        ...
 
     @property
     def rank(self) -> int:
@@ -118,9 +133,12 @@ class Transport(Protocol):
         """Processes of the EP group."""
         ...
 
-    async def open(self, device: Device, workers: Workers, *, control_timeout_s: float) -> ControlGroup:
+    async def open(
+        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+    ) -> ControlGroup:
         """Connect to all ranks, which must all be opening; return a control group for this transport's owner.
 
+        :param weights: live weights of this rank, all that will ever be moved
         :raises BusyTransport: if it is open already
         """
         ...

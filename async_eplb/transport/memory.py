@@ -10,9 +10,11 @@ import anyio
 from anyio import CancelScope, Event, fail_after
 from torch import Tensor
 
+from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange, Voter
+from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 
@@ -45,7 +47,7 @@ class MemorySchedule:
     :param exchange_s: seconds that an exchange takes at least
     :param message_jitter_s: each message takes up to this many seconds more, at random
     :param control_s: seconds that a control round takes
-    :param ordered_launch: what transports say of ``needs_ordered_launch``
+    :param launch_rule: of the transports; granted ones are one-sided: receivers read peers' live weights themselves
     :param faults: what happens to messages
     """
 
@@ -53,7 +55,7 @@ class MemorySchedule:
     exchange_s: float = 0.0
     message_jitter_s: float = 0.0
     control_s: float = 0.0
-    ordered_launch: bool = False
+    launch_rule: LaunchRule = LaunchRule.AT_ONCE
     faults: tuple[Fault, ...] = ()
 
 
@@ -76,6 +78,7 @@ class _World:
         self.num_ranks = num_ranks
         self.schedule = schedule
         self.random = random.Random(schedule.seed)  # noqa: S311 - repeatable delays, not secrets
+        self.weights: dict[int, ExpertWeights] = {}
         self.mail: dict[_MessageKey, _Mail] = {}
         self.rounds: dict[int, dict[int, list[int]]] = {}
         self.complete: dict[int, Event] = {}
@@ -126,7 +129,7 @@ class MemoryTransport:
     """
 
     def __init__(self, world: _World, rank: int) -> None:
-        self.needs_ordered_launch = world.schedule.ordered_launch
+        self.launch_rule = world.schedule.launch_rule
         self._world = world
         self._rank = rank
         self._opened = False
@@ -150,18 +153,32 @@ class MemoryTransport:
         """Ranks of the world."""
         return self._world.num_ranks
 
-    async def open(self, device: Device, workers: Workers, *, control_timeout_s: float) -> ControlGroup:  # noqa: ARG002
-        """Return this rank's control group; there is nothing to connect."""
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """Whether the schedule says so."""
+        return self.launch_rule.needs_order
+
+    async def open(
+        self,
+        device: Device,  # noqa: ARG002 - the world's time is its schedule's
+        workers: Workers,  # noqa: ARG002
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+    ) -> ControlGroup:
+        """Show this rank's weights to the world and return its control group; there is nothing to connect."""
         if self._opened:
             raise BusyTransport(f"{self!r} is in use; make one transport for each updater")
         self._opened = True
+        self._world.weights[self._rank] = weights
         return _MemoryControlGroup(self._world, self._rank, control_timeout_s)
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Offer this rank's messages to their peers."""
         if not self._opened or self._rank in self._world.gone:
             raise BrokenTransport(f"{self!r} is not open", rank=self._rank)
-        return _MemoryExchange(self._world, self._rank, exchange)
+        kind = _OneSidedExchange if self.launch_rule.needs_grant else _MemoryExchange
+        return kind(self._world, self._rank, exchange)
 
     def abort(self) -> None:
         """Leave the world."""
@@ -179,6 +196,7 @@ class _MemoryExchange:
         self._row = exchange.row
         self._recvs = [message for group in exchange.groups for message in group.recvs]
         self._sends = [message for group in exchange.groups for message in group.sends]
+        self._peers = frozenset(message.peer for message in (*self._recvs, *self._sends)) | {rank}
         for message in self._sends:
             mail = world.mail_for(self._send_key(message))
             mail.data = message.data
@@ -191,9 +209,8 @@ class _MemoryExchange:
         return (message.peer, self._rank, self._row, message.tag)
 
     async def wait(self, timeout_s: float) -> None:
-        peers = frozenset(message.peer for message in (*self._recvs, *self._sends)) | {self._rank}
         try:
-            with self._world.interruptible(peers), fail_after(timeout_s):
+            with self._world.interruptible(self._peers), fail_after(timeout_s):
                 await anyio.sleep(self._world.schedule.exchange_s)
                 for message in self._recvs:
                     await self._receive(message)
@@ -211,18 +228,33 @@ class _MemoryExchange:
             del self._world.mail[self._send_key(message)]
 
     async def _receive(self, message: Message) -> None:
-        key = self._recv_key(message)
-        mail = self._world.mail_for(key)
+        mail = self._world.mail_for(self._recv_key(message))
         await mail.posted.wait()
+        await self._deliver(message, mail.data)
+        mail.delivered.set()
+
+    async def _deliver(self, message: Message, data: Tensor | None) -> None:
         await anyio.sleep(self._world.random.uniform(0, self._world.schedule.message_jitter_s))
-        fault = self._world.fault(key)
-        if fault is FaultKind.DROP or mail.data is None:
+        fault = self._world.fault(self._recv_key(message))
+        if fault is FaultKind.DROP or data is None:
             await anyio.sleep_forever()
             return
-        message.data.copy_(mail.data)
+        message.data.copy_(data)
         if fault is FaultKind.CORRUPT:
             message.data[0] ^= 1
-        mail.delivered.set()
+
+
+class _OneSidedExchange(_MemoryExchange):
+    """Reads what peers have in their slots whenever a message is due, whether they have launched, or have gone."""
+
+    def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
+        super().__init__(world, rank, Exchange(exchange.row, ()))
+        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        self._peers = frozenset({rank})
+
+    async def _receive(self, message: Message) -> None:
+        live = self._world.weights[message.peer].views(self._row)
+        await self._deliver(message, live[message.tensor][message.slot])
 
 
 class _MemoryControlGroup:

@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Work
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BrokenTransport, BusyTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.transport.control import GlooControlGroup
+from async_eplb.transport.joining import join
+from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 Backend = Literal["gloo", "nccl"]
@@ -37,18 +40,10 @@ class TorchDistTransport:
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, backend: Backend | None = None) -> None:
-        group = dist.group.WORLD if group is None else group
-        if not isinstance(group, ProcessGroup):
-            raise BrokenTransport("this process is not a member of the group", rank=-1)
-        self._rank = dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
+        self._rank, self._num_ranks, self._store = join(group)
         self._backend = backend
-        store = group.get_group_store()
-        number = store.add(f"async_eplb/transports/{self._rank}", 1)
-        self._store = PrefixStore(f"async_eplb/transport/{number}", store)
         self._link: _Link | None = None
         self._state = "new"
-        self.needs_ordered_launch = backend == "nccl"
 
     def __repr__(self) -> str:
         return f"<TorchDistTransport rank {self._rank} of {self._num_ranks}, {self._backend}, {self._state}>"
@@ -63,14 +58,30 @@ class TorchDistTransport:
         """Processes of the group."""
         return self._num_ranks
 
-    async def open(self, device: Device, workers: Workers, *, control_timeout_s: float) -> ControlGroup:
+    @property
+    def launch_rule(self) -> LaunchRule:
+        """Ordered with NCCL; it is known which backend it is once the transport is open."""
+        return LaunchRule.ORDERED if self.needs_ordered_launch else LaunchRule.AT_ONCE
+
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """Whether the backend is NCCL."""
+        return self._backend == "nccl"
+
+    async def open(
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,  # noqa: ARG002 - messages bring their bytes
+        *,
+        control_timeout_s: float,
+    ) -> ControlGroup:
         """Connect the data and the control group, pair by pair, before the first byte is moved."""
         if self._state != "new":
             raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
         self._state = "open"
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
-        self.needs_ordered_launch = self._backend == "nccl"
         connect = partial(self._connect, device, workers, control_timeout_s)
         return await workers.run("control", connect)
 

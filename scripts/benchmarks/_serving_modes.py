@@ -242,7 +242,7 @@ class IntoScratch(Mode):
     @asynccontextmanager
     async def active(self) -> AsyncIterator[None]:
         """Move bytes beside the body."""
-        await self._transport.open(CpuDevice(), self._workers, control_timeout_s=_TIMEOUT_S)
+        await self._transport.open(CpuDevice(), self._workers, self.experts.weights, control_timeout_s=_TIMEOUT_S)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._transfer)
             yield

@@ -1,0 +1,301 @@
+"""A transport for GPUs of one host: receivers pull peers' live weights with plain copies. No kernels, no rendezvous.
+
+Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
+then a copy from the mapping to staging, on the transfer stream, and needs nothing of the peer but its earlier word
+that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot deadlock with anything that the model runs.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
+
+from async_eplb.agreement import LaunchRule
+from async_eplb.device import Device, DeviceEvent
+from async_eplb.errors import BrokenTransport, BusyTransport, IpcUnavailable, TransferTimeout
+from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
+from async_eplb.transport.control import GlooControlGroup
+from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.joining import join
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+_CONNECT_TIMEOUT_S = 300.0
+_CLOSE_TIMEOUT_S = 5.0
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
+_LOOKS = 32
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class CopyEngineTransport:
+    """Moves weights between GPUs of one host by copies that receivers enqueue.
+
+    Like all calls that concern a group, transports are constructed in the same order on all its ranks.
+    Opening raises :class:`IpcUnavailable` on all ranks if any cannot read another's weights. Live weights may be
+    freed when all ranks have closed their transports.
+
+    :param group: the EP group, of which this process must be a member; the world without it. It is only used to find
+        the other ranks
+    :param within_host: leave out ranks of other hosts, instead of refusing them
+    :param memory: what maps and copies memory of other processes, for the device of the weights
+    :raises BrokenTransport: if this process is not in the group
+    """
+
+    launch_rule = LaunchRule.GRANTED
+    needs_ordered_launch = False
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        within_host: bool = False,
+        memory: Callable[[torch.device], PeerMemory] = CudaIpc,
+    ) -> None:
+        self._rank, self._num_ranks, self._store = join(group)
+        self._within_host = within_host
+        self._make_memory = memory
+        self._link: _Link | None = None
+        self._state = "new"
+
+    def __repr__(self) -> str:
+        return f"<CopyEngineTransport rank {self._rank} of {self._num_ranks}, {self._state}>"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the group."""
+        return self._num_ranks
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """Ranks whose weights are mapped."""
+        return frozenset() if self._link is None else self._link.peers
+
+    async def open(
+        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+    ) -> ControlGroup:
+        """Map the live weights of all other ranks.
+
+        :raises IpcUnavailable: if a rank cannot read those of another, on every rank
+        """
+        if self._state != "new":
+            raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
+        self._state = "open"
+        return await workers.run("control", partial(self._connect, device, workers, weights, control_timeout_s))
+
+    def _connect(
+        self, device: Device, workers: Workers, weights: ExpertWeights, control_timeout_s: float
+    ) -> ControlGroup:
+        store = PrefixStore("control", self._store)
+        control = GlooControlGroup(store, self._rank, self._num_ranks, workers, timeout_s=control_timeout_s)
+        offer, failure = "", ""
+        try:
+            self._link = _Link(self._make_memory(device.torch_device), device, workers)
+            offer = self._link.offer(weights).to_json()
+        except (RuntimeError, OSError) as error:
+            failure = str(error)
+        offers = self._gather("offer", offer)
+        if self._link is not None and all(offers):
+            try:
+                self._link.map([Offer.from_json(each) for each in offers], self._rank, within_host=self._within_host)
+            except RuntimeError as error:
+                failure = str(error)
+        failures = self._gather("failure", failure)
+        ranks = tuple(rank for rank, each in enumerate(failures) if each)
+        if ranks:
+            self._state = "broken"
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+            reasons = "; ".join(f"rank {rank}: {failures[rank]}" for rank in ranks)
+            raise IpcUnavailable(f"the copy engine cannot move weights between these ranks: {reasons}", ranks=ranks)
+        return control
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Prepare to pull what an exchange receives; its sends need nothing."""
+        if self._link is None or self._state != "open":
+            raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
+        return _Pull(self, self._link, exchange)
+
+    def abort(self) -> None:
+        """Break the transport. Copies under way end by themselves; peers are not disturbed."""
+        self._state = "broken"
+
+    async def aclose(self) -> None:
+        """Unmap the weights of all other ranks, and wait until they have unmapped this one's."""
+        link, self._link, self._state = self._link, None, "closed"
+        if link is not None:
+            await link.workers.run("exchange", partial(self._close, link))
+
+    def _close(self, link: "_Link") -> None:
+        link.close()
+        with suppress(RuntimeError):  # what dead ranks have mapped is gone with them
+            self._gather("closed", "closed", timeout_s=_CLOSE_TIMEOUT_S)
+
+    def _gather(self, what: str, value: str, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> list[str]:
+        """Return the values of all ranks, which must all give one."""
+        self._store.set(f"{what}/{self._rank}", value)
+        keys = [f"{what}/{rank}" for rank in range(self._num_ranks)]
+        self._store.wait(keys, timedelta(seconds=timeout_s))
+        return [self._store.get(key).decode() for key in keys]
+
+
+class _Pull:
+    def __init__(self, transport: CopyEngineTransport, link: "_Link", exchange: Exchange) -> None:
+        self._transport = transport
+        self._link = link
+        self._exchange = exchange
+
+    async def wait(self, timeout_s: float) -> None:
+        transport = self._transport
+        where = f"rank {transport.rank}, row {self._exchange.row}"
+        try:
+            await self._link.workers.run("exchange", partial(self._run, time.monotonic() + timeout_s))
+        except TimeoutError as error:
+            transport.abort()
+            raise TransferTimeout(
+                f"{where}: the copies did not finish within {timeout_s} s",
+                rank=transport.rank,
+                layer=self._exchange.row,
+                timeout_s=timeout_s,
+            ) from error
+        except RuntimeError as error:
+            transport.abort()
+            raise BrokenTransport(f"{where}: {error}", rank=transport.rank) from error
+
+    def _run(self, deadline: float) -> None:
+        if self._transport._state != "open":
+            raise RuntimeError(f"{self._transport!r} cannot move anything")
+        _until_passed(self._link.pull(self._exchange), deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one rank lets others read.
+
+    :param host: equal for processes of one host
+    :param host_name: for messages
+    :param handles: of allocations
+    :param slots: row → for each tensor: number of the allocation, offset of the first slot there and from one slot to
+        the next, in bytes
+    """
+
+    host: str
+    host_name: str
+    handles: list[str]
+    slots: dict[int, list[tuple[int, int, int]]]
+
+    def to_json(self) -> str:
+        """Return the offer as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Offer":
+        """Read what :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        slots = {int(row): [tuple(place) for place in places] for row, places in fields.pop("slots").items()}
+        return cls(**fields, slots=slots)
+
+
+class _Link:
+    """What this rank has mapped of the others."""
+
+    def __init__(self, memory: PeerMemory, device: Device, workers: Workers) -> None:
+        self.workers = workers
+        self._memory = memory
+        self._device = device
+        self._mappings: list[int] = []
+        self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def offer(self, weights: ExpertWeights) -> Offer:
+        """Export live weights."""
+        numbers: dict[int, int] = {}
+        handles: list[str] = []
+        slots: dict[int, list[tuple[int, int, int]]] = {}
+        for row in weights.rows:
+            slots[row] = []
+            for view in weights.views(row):
+                base, handle = self._memory.export(view.data_ptr())
+                number = numbers.setdefault(base, len(handles))
+                if number == len(handles):
+                    handles.append(handle.hex())
+                slots[row].append((number, view.data_ptr() - base, view.stride(0)))
+        return Offer(_BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots)
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """Ranks that something is mapped of."""
+        return frozenset(peer for peer, _ in self._places)
+
+    def map(self, offers: list[Offer], rank: int, *, within_host: bool) -> None:
+        """Map what all other ranks offer, or those of this host.
+
+        :raises RuntimeError: if that cannot be
+        """
+        here = offers[rank]
+        for peer, offer in enumerate(offers):
+            if peer == rank or (within_host and offer.host != here.host):
+                continue
+            if offer.host != here.host:
+                raise RuntimeError(f"rank {peer} is on another host, {offer.host_name}; this is {here.host_name}")
+            bases = [self._open(peer, bytes.fromhex(handle)) for handle in offer.handles]
+            for row, places in offer.slots.items():
+                self._places[peer, row] = [(bases[number] + offset, stride) for number, offset, stride in places]
+
+    def pull(self, exchange: Exchange) -> DeviceEvent:
+        """Enqueue all that an exchange receives, on the transfer stream; return its end."""
+        messages = [message for group in exchange.groups for message in group.recvs]
+        with self._device.transferring():
+            self._memory.copy(
+                [
+                    (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes)
+                    for message in messages
+                ]
+            )
+            return self._device.record()
+
+    def close(self) -> None:
+        """Unmap everything."""
+        self._places.clear()
+        while self._mappings:
+            self._memory.close(self._mappings.pop())
+
+    def _open(self, peer: int, handle: bytes) -> int:
+        try:
+            address = self._memory.open(handle)
+        except RuntimeError as error:
+            raise RuntimeError(f"the weights of rank {peer} cannot be mapped: {error}") from error
+        self._mappings.append(address)
+        return address
+
+    def _source(self, row: int, message: Message) -> int:
+        first, stride = self._places[message.peer, row][message.tensor]
+        return first + message.slot * stride
+
+
+def _until_passed(event: DeviceEvent, deadline: float) -> None:
+    """Block until the device has passed an event. CUDA has no such wait with a deadline.
+
+    Looks again after a part of the time that has gone by, so that short copies are seen soon and long ones seldom.
+
+    :raises TimeoutError: at the deadline, on the clock of time.monotonic()
+    """
+    start = time.monotonic()
+    while not event.query():
+        now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError
+        time.sleep(min(max((now - start) / _LOOKS, _SHORTEST_NAP_S), _LONGEST_NAP_S))

@@ -1,0 +1,153 @@
+"""Memory of other processes on this host, read by plain copies of the CUDA driver: IPC handles, no kernels.
+
+The driver is called directly. PyTorch's own way to share a tensor replaces the owner of the memory that it is called
+for, and its copies between devices run on a stream of the peer's device, in a context that they make there.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+Copy = tuple[int, int, int]
+"""Address to write, address to read, bytes."""
+
+
+class PeerMemory(Protocol):
+    """How one process reads the memory of others. All of it raises RuntimeError, with the reason."""
+
+    def export(self, address: int) -> tuple[int, bytes]:
+        """Return the first address of the allocation that ``address`` is in, and a handle for other processes."""
+        ...
+
+    def open(self, handle: bytes) -> int:
+        """Map an allocation of another process; return its first address here."""
+        ...
+
+    def close(self, address: int) -> None:
+        """Undo an :meth:`open`. Nothing may read there any more."""
+        ...
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies behind and before other work of the current stream, in any order, without waiting."""
+        ...
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_ubyte * 64),)
+
+
+_ADDRESS = ctypes.c_uint64
+_POINTER = ctypes.c_void_p
+_SIGNATURES = {
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGet": (_POINTER, ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (_POINTER, ctypes.c_int),
+    "cuCtxPushCurrent_v2": (_POINTER,),
+    "cuCtxPopCurrent_v2": (_POINTER,),
+    "cuPointerGetAttribute": (_POINTER, ctypes.c_int, _ADDRESS),
+    "cuIpcGetMemHandle": (_POINTER, _ADDRESS),
+    "cuIpcOpenMemHandle_v2": (_POINTER, _Handle, ctypes.c_uint),
+    "cuIpcCloseMemHandle": (_ADDRESS,),
+    "cuMemcpyDtoDAsync_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t, _POINTER),
+    "cuGetErrorName": (ctypes.c_int, _POINTER),
+}
+_IS_LEGACY_CUDA_IPC_CAPABLE = 10
+_RANGE_START_ADDR = 11
+_LAZY_ENABLE_PEER_ACCESS = 1
+
+
+class CudaIpc:
+    """:class:`PeerMemory` of one CUDA device.
+
+    :param num_streams: copies that can run at once, so that small ones hide behind large ones
+    :raises RuntimeError: if the device is no CUDA device, or there is no driver
+    """
+
+    def __init__(self, torch_device: torch.device, *, num_streams: int = 4) -> None:
+        if torch_device.type != "cuda":
+            raise RuntimeError(f"weights are on {torch_device}, and only CUDA devices share memory between processes")
+        try:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise RuntimeError(f"there is no CUDA driver ({error})") from error
+        for function, arguments in _SIGNATURES.items():
+            getattr(self._driver, function).argtypes = arguments
+        self._torch_device = torch_device
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), index)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._context = context
+        self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(num_streams))  # type: ignore[no-untyped-call]
+
+    def export(self, address: int) -> tuple[int, bytes]:
+        """Return the first address of an allocation and its handle.
+
+        :raises RuntimeError: for memory that has none, such as that of expandable segments
+        """
+        with self._entered():
+            if not self._attribute(_IS_LEGACY_CUDA_IPC_CAPABLE, address):
+                raise RuntimeError(
+                    "weights are in memory without CUDA IPC handles: allocate them by cudaMalloc, without "
+                    "expandable_segments, cudaMallocAsync or an allocator of virtual memory (sleep modes use one)"
+                )
+            base = self._attribute(_RANGE_START_ADDR, address)
+            handle = _Handle()
+            self._call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+        return base, bytes(handle.data)
+
+    def open(self, handle: bytes) -> int:
+        """Map an allocation; where it is on another device, with peer access to that."""
+        address = ctypes.c_uint64()
+        with self._entered():
+            opened = _Handle.from_buffer_copy(handle)
+            self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), opened, _LAZY_ENABLE_PEER_ACCESS)
+        return address.value
+
+    def close(self, address: int) -> None:
+        """Unmap an allocation."""
+        with self._entered():
+            self._call("cuIpcCloseMemHandle", address)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies on streams that begin and end with the current one, each with about as many bytes."""
+        current = torch.cuda.current_stream(self._torch_device)
+        streams = self._streams[: len(copies)]
+        loads = [[0, stream.cuda_stream] for stream in streams]
+        memcpy = self._driver.cuMemcpyDtoDAsync_v2
+        for stream in streams:
+            stream.wait_stream(current)
+        with self._entered():
+            for target, source, nbytes in copies:
+                least = min(loads)
+                least[0] += nbytes
+                self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+        for stream in streams:
+            current.wait_stream(stream)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Make PyTorch's context of the device current: a thread that PyTorch has not used yet has none."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _attribute(self, attribute: int, address: int) -> int:
+        value = ctypes.c_uint64()
+        self._call("cuPointerGetAttribute", ctypes.byref(value), attribute, address)
+        return value.value
+
+    def _call(self, function: str, *arguments: object) -> None:
+        self._check(function, getattr(self._driver, function)(*arguments))
+
+    def _check(self, function: str, result: int) -> None:
+        if result:
+            name = ctypes.c_char_p()
+            self._driver.cuGetErrorName(result, ctypes.byref(name))
+            raise RuntimeError(f"{function} failed with {(name.value or b'').decode() or result}")

@@ -1,0 +1,113 @@
+"""A transport that pulls within a host and sends between hosts: each link with what suits it."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.distributed import ProcessGroup
+
+from async_eplb.agreement import LaunchRule
+from async_eplb.device import Device
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
+from async_eplb.transport.copy_engine import CopyEngineTransport
+from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.torch_dist import Backend, TorchDistTransport
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+
+class HybridTransport:
+    """A :class:`CopyEngineTransport` between ranks of one host, and a :class:`TorchDistTransport` between hosts.
+
+    :param group: the EP group, of which this process must be a member; the world without it
+    :param backend: between hosts; without it, by the device of the weights
+    :param memory: within a host, as for the copy engine
+    :raises BrokenTransport: if this process is not in the group
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        backend: Backend | None = None,
+        memory: Callable[[torch.device], PeerMemory] = CudaIpc,
+    ) -> None:
+        self._near = CopyEngineTransport(group, within_host=True, memory=memory)
+        self._far = TorchDistTransport(group, backend=backend)
+
+    def __repr__(self) -> str:
+        return f"<HybridTransport of {self._near!r} and {self._far!r}>"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._near.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the group."""
+        return self._near.num_ranks
+
+    @property
+    def launch_rule(self) -> LaunchRule:
+        """What both parts ask for together."""
+        return LaunchRule.GRANTED_IN_ORDER if self.needs_ordered_launch else LaunchRule.GRANTED
+
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """Whether the part between hosts does."""
+        return self._far.needs_ordered_launch
+
+    async def open(
+        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+    ) -> ControlGroup:
+        """Map the live weights of this host's ranks, and connect to all ranks.
+
+        :raises IpcUnavailable: if a rank cannot read those of another of its host, on every rank
+        """
+        control = await self._near.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        await self._far.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        return control
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Post what goes between hosts, and prepare to pull the rest."""
+        peers = self._near.peers
+        far = self._far.launch(_part(exchange, lambda message: message.peer not in peers))
+        return _Both(self, self._near.launch(_part(exchange, lambda message: message.peer in peers)), far)
+
+    def abort(self) -> None:
+        """Break both parts."""
+        self._near.abort()
+        self._far.abort()
+
+    async def aclose(self) -> None:
+        """Close both parts."""
+        try:
+            await self._far.aclose()
+        finally:
+            await self._near.aclose()
+
+
+class _Both:
+    def __init__(self, transport: HybridTransport, near: PendingExchange, far: PendingExchange) -> None:
+        self._transport = transport
+        self._near = near
+        self._far = far
+
+    async def wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        try:
+            await self._near.wait(timeout_s)
+            await self._far.wait(max(deadline - time.monotonic(), 0.001))
+        except Exception:
+            self._transport.abort()
+            raise
+
+
+def _part(exchange: Exchange, belongs: Callable[[Message], bool]) -> Exchange:
+    """Return the messages of an exchange that belong to one part, in their groups."""
+    groups = (
+        MessageGroup(tuple(filter(belongs, group.sends)), tuple(filter(belongs, group.recvs)))
+        for group in exchange.groups
+    )
+    return Exchange(exchange.row, tuple(groups))

@@ -1,0 +1,208 @@
+"""How fast transports move a layer, against the bare operation below them: one flat IPC copy, one batch of NCCL's.
+
+Experts have the shapes of DeepSeek-V3 in FP8: w13 [4096, 7168], w2 [7168, 2048] and their block scales in fp32, 44 MB
+in four tensors. Each rank receives some from the next one and sends as many. Sides alternate, run by run, all ranks at
+once; a run takes as long as its slowest rank, on the host's clock, from launch to the end of the wait. The raw IPC copy
+reads a tensor that PyTorch's multiprocessing shares, as large as all messages together; the bare batch is
+``batch_isend_irecv`` of the same messages on a group of its own. Every byte is compared at the end.
+
+Needs a CUDA device. Ranks beyond the number of GPUs share them; start MPS first, or they take turns. NCCL then treats
+ranks as hosts of their own and moves bytes through sockets: its figures say what the transport adds, not how fast
+NVLink is.
+
+Predicted before the first measurement, for an H200 with MPS: the copies of 2 and of 4 ranks share 2.1 TB/s of payload,
+so 32 experts a rank take 1.3 and 2.7 ms; the transport adds a thread's start and the launch of 128 copies, 0.2 ms,
+which is 87 % and 93 % of the raw bandwidth. NCCL: 1.3 GB/s a rank, 98 % of the bare batch.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import anyio
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from async_eplb import CopyEngineTransport, ExpertWeights, TorchDistTransport, Transport
+from async_eplb.device import CudaDevice
+from async_eplb.launch import WorldRank, run_world
+from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.workers import ThreadWorkers
+
+_TENSOR_NBYTES = (4096 * 7168, 7168 * 2048, 32 * 56 * 4, 56 * 16 * 4)
+_NUM_WARM_UPS = 3
+_TIMEOUT_S = 120.0
+
+Side = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    kind: Literal["copy_engine", "nccl"]
+    num_experts: int
+    num_runs: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how much is measured."""
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="worlds to measure (default: 2 4)")
+    parser.add_argument("--runs", type=int, default=30, help="of each side; medians are shown (default: 30)")
+    parser.add_argument("--experts", type=int, default=32, help="that a rank pulls in a run (default: 32)")
+    parser.add_argument("--nccl-experts", type=int, default=2, help="that NCCL moves in a run (default: 2)")
+
+
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Return median times in milliseconds, GB/s that a rank receives, and the transport's share of the bare side's."""
+    if not torch.cuda.is_available():
+        print("scripts/bench transports needs a CUDA device, and there is none", file=sys.stderr)
+        raise SystemExit(2)
+    jobs = (_Job("copy_engine", options.experts, options.runs), _Job("nccl", options.nccl_experts, options.runs))
+    figures: dict[str, float] = {}
+    for num_ranks in options.ranks:
+        for job in jobs:
+            figures |= _measure(num_ranks, job)
+    return figures
+
+
+def _measure(num_ranks: int, job: _Job) -> dict[str, float]:
+    times = run_world(_be_rank, num_ranks, job)
+    transport_ms, bare_ms = (
+        median(max(rank[side][number] for rank in times) for number in range(job.num_runs)) for side in range(2)
+    )
+    nbytes = job.num_experts * sum(_TENSOR_NBYTES)
+    name = f"{job.kind}_{num_ranks}_ranks"
+    return {
+        f"{name}_ms": transport_ms,
+        f"{name}_bare_ms": bare_ms,
+        f"{name}_gb_per_s": nbytes / transport_ms / 1e6,
+        f"{name}_bare_gb_per_s": nbytes / bare_ms / 1e6,
+        f"{name}_over_bare": bare_ms / transport_ms,
+    }
+
+
+def _be_rank(world: WorldRank, job: _Job) -> tuple[list[float], list[float]]:
+    """Return the times of the transport's runs and of the bare side's, in milliseconds."""
+    if torch.cuda.device_count() < world.num_ranks:
+        os.environ["NCCL_HOSTID"] = f"rank-{world.rank}"
+        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        os.environ["NCCL_IB_DISABLE"] = "1"
+    torch_device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(torch_device)
+    return anyio.run(_Bench(world, job, torch_device).run)
+
+
+class _Bench:
+    """One rank. It receives from the next rank and sends to the one before, slot by slot."""
+
+    def __init__(self, world: WorldRank, job: _Job, torch_device: torch.device) -> None:
+        self._world = world
+        self._job = job
+        self._device = CudaDevice(torch_device)
+        self._next = (world.rank + 1) % world.num_ranks
+        self._live = self._content(world.rank)
+        self._staging = [torch.zeros_like(tensor) for tensor in self._live]
+        torch.cuda.synchronize()
+
+    async def run(self) -> tuple[list[float], list[float]]:
+        transport: Transport = (
+            CopyEngineTransport() if self._job.kind == "copy_engine" else TorchDistTransport(backend="nccl")
+        )
+        weights, workers = ExpertWeights({0: self._live}), ThreadWorkers()
+        await transport.open(self._device, workers, weights, control_timeout_s=_TIMEOUT_S)
+        exchange = self._exchange()
+
+        async def move() -> None:
+            with self._device.transferring():
+                pending = transport.launch(exchange)
+            await pending.wait(_TIMEOUT_S)
+
+        bare = self._raw_copy() if self._job.kind == "copy_engine" else self._bare_batch(exchange)
+        await self._times_ms(_NUM_WARM_UPS, move, bare)
+        times = await self._times_ms(self._job.num_runs, move, bare)
+        for staged, sent in zip(self._staging, self._content(self._next), strict=True):
+            if not torch.equal(staged, sent):
+                raise RuntimeError(f"rank {self._world.rank} did not receive what was sent")
+        dist.barrier()
+        await transport.aclose()
+        return times
+
+    async def _times_ms(self, num_runs: int, transport: Side, bare: Side) -> tuple[list[float], list[float]]:
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(num_runs):
+            for side, its_times in zip((transport, bare), times, strict=True):
+                dist.barrier()
+                start = time.perf_counter()
+                await side()
+                its_times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def _content(self, rank: int) -> list[Tensor]:
+        """Return the live weights of a rank: uint8 ``[slots, bytes]`` each."""
+        generator = torch.Generator(self._device.torch_device).manual_seed(rank)
+        return [
+            torch.randint(
+                256,
+                (self._job.num_experts, nbytes),
+                dtype=torch.uint8,
+                device=self._device.torch_device,
+                generator=generator,
+            )
+            for nbytes in _TENSOR_NBYTES
+        ]
+
+    def _exchange(self) -> Exchange:
+        previous = (self._world.rank - 1) % self._world.num_ranks
+
+        def messages(peer: int, tensors: Sequence[Tensor]) -> tuple[Message, ...]:
+            return tuple(
+                Message(peer, slot * len(tensors) + number, tensor[slot], tensor=number, slot=slot)
+                for slot in range(self._job.num_experts)
+                for number, tensor in enumerate(tensors)
+            )
+
+        return Exchange(0, (MessageGroup(messages(previous, self._live), messages(self._next, self._staging)),))
+
+    def _raw_copy(self) -> Side:
+        mine = torch.randint(
+            256,
+            (sum(tensor.nbytes for tensor in self._live),),
+            dtype=torch.uint8,
+            device=self._device.torch_device,
+        )
+        target = torch.empty_like(mine)
+        torch.cuda.synchronize()
+        shared: list[tuple[Callable[..., Tensor], tuple[object, ...]] | None] = [None] * self._world.num_ranks
+        dist.all_gather_object(shared, reduce_tensor(mine))  # type: ignore[no-untyped-call]
+        peers = shared[self._next]
+        if peers is None:
+            raise RuntimeError(f"rank {self._next} shares nothing")
+        rebuild, arguments = peers
+        source = rebuild(*arguments)
+
+        async def copy() -> None:
+            with self._device.transferring():
+                target.copy_(source)
+                self._device.record().synchronize()
+
+        return copy
+
+    def _bare_batch(self, exchange: Exchange) -> Side:
+        group = dist.new_group(backend="nccl")
+        (messages,) = exchange.groups
+        operations = [dist.P2POp(dist.irecv, each.data, each.peer, group) for each in messages.recvs]
+        operations += [dist.P2POp(dist.isend, each.data, each.peer, group) for each in messages.sends]
+
+        async def post() -> None:
+            with self._device.transferring():
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+                self._device.record().synchronize()
+
+        return post
