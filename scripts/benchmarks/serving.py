@@ -27,12 +27,12 @@ import anyio
 import numpy as np
 import torch
 import torch.distributed as dist
-from benchmarks._serving_modes import Background, Blocking, Experts, IntoScratch, Mode, Pace
 
 from async_eplb import ExpertMap
 from async_eplb.launch import World, WorldRank
 from async_eplb.load import LoadWindow
 from async_eplb.sample_model import random_placement
+from benchmarks._serving_modes import Background, Blocking, Experts, IntoScratch, Mode, Pace
 from serving.checkpoint import local_experts
 from serving.config import EngineConfig, ModelConfig, ServingConfig
 from serving.engine import Engine
@@ -78,13 +78,7 @@ class RankRun:
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Return step times and stalls in milliseconds, and what they are of each other."""
     by_rank = World(_NUM_RANKS, timeout_s=3600).run(measure, options)
-    answers = [
-        {k: v for r in ranks for k, v in r[way].answers.items()}
-        for ranks in zip(*by_rank, strict=True)
-        for way in _WAYS
-    ]
-    if any(answer != answers[0] for answer in answers):
-        raise RuntimeError("answers differ between ways of moving experts")
+    _require_same_answers(by_rank)
     repetitions = [
         {way: _figures([rank[way] for rank in ranks]) for way in _WAYS} for ranks in zip(*by_rank, strict=True)
     ]
@@ -110,9 +104,11 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 def _require_same_answers(by_rank: list[list[dict[str, RankRun]]]) -> None:
     for rank, repetitions in enumerate(by_rank):
-        for way, ranks_run in (item for repetition in repetitions for item in repetition.items()):
-            if ranks_run.answers != repetitions[0]["none"].answers:
-                raise RuntimeError(f"rank {rank}, {way}: answers are not those of a run in which experts stay")
+        expected = repetitions[0]["none"].answers
+        for repetition in repetitions:
+            wrong = [way for way, rank_run in repetition.items() if rank_run.answers != expected]
+            if wrong:
+                raise RuntimeError(f"rank {rank}: answers of {', '.join(wrong)} are not those of experts that stay")
 
 
 def _figures(ranks: list[RankRun]) -> dict[str, float]:
