@@ -413,8 +413,7 @@ class Agreement:
         if behind:
             return behind
         digests = tuple(ballot.digest for ballot in ballots)
-        common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
-        ranks = tuple(rank for rank, digest in enumerate(digests) if digest != common)
+        ranks = differing_ranks(digests)
         if ranks:
             raise PlacementDisagreement(
                 f"ranks {list(ranks)} began update {self.generation} with another placement, topology, weight layout, "
@@ -442,6 +441,12 @@ class Agreement:
                 "pass, dummy passes included",
                 steps=steps,
             )
+
+
+def differing_ranks(digests: Sequence[int]) -> tuple[int, ...]:
+    """Return the ranks whose digest is not the most common one; of equally common ones, the first counts."""
+    common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
+    return tuple(rank for rank, digest in enumerate(digests) if digest != common)
 
 
 def _ranks(ballots: Sequence[Ballot], status: Status) -> tuple[int, ...]:

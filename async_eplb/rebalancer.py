@@ -12,6 +12,7 @@ from anyio import TASK_STATUS_IGNORED, Event, to_process
 from anyio.abc import TaskStatus
 
 from async_eplb.accounting import Stopwatch, UpdateSummary
+from async_eplb.agreement import differing_ranks
 from async_eplb.errors import (
     BusyRebalancer,
     ClosedRebalancer,
@@ -258,8 +259,7 @@ class Rebalancer:
         mine = torch.zeros(self._updater.topology.num_ranks, dtype=torch.int64)
         mine[self._updater.rank] = own
         digests = tuple((await self._group.sum(mine)).tolist())
-        common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
-        ranks = tuple(rank for rank, digest in enumerate(digests) if digest != common)
+        ranks = differing_ranks(digests)
         if ranks:
             raise PlacementDisagreement(
                 f"ranks {list(ranks)} chose another placement than the others from the same load: {self._policy!r} "
