@@ -2,9 +2,10 @@
 
 Experts have the shapes of DeepSeek-V3 in FP8: w13 [4096, 7168], w2 [7168, 2048] and their block scales in fp32, 44 MB
 in four tensors. Each rank receives some from the next one and sends as many. Sides alternate, run by run, all ranks at
-once; a run takes as long as its slowest rank, on the host's clock, from launch to the end of the wait. The raw IPC copy
-reads a tensor that PyTorch's multiprocessing shares, as large as all messages together; the bare batch is
-``batch_isend_irecv`` of the same messages on a group of its own. Every byte is compared at the end.
+once; a run takes as long as its slowest rank, on the host's clock, from launch to the end of the wait. Raw IPC copies
+read tensors that PyTorch's multiprocessing shares: ``flat`` one as large as all messages together, ``copies`` the same
+messages one by one. The ``batch`` is ``batch_isend_irecv`` of the same messages on a group of its own. Every byte is
+compared at the end.
 
 Needs a CUDA device. Ranks beyond the number of GPUs share them; start MPS first, or they take turns. NCCL then treats
 ranks as hosts of their own and moves bytes through sockets: its figures say what the transport adds, not how fast
@@ -12,7 +13,11 @@ NVLink is.
 
 Predicted before the first measurement, for an H200 with MPS: the copies of 2 and of 4 ranks share 2.1 TB/s of payload,
 so 32 experts a rank take 1.3 and 2.7 ms; the transport adds a thread's start and the launch of 128 copies, 0.2 ms,
-which is 87 % and 93 % of the raw bandwidth. NCCL: 1.3 GB/s a rank, 98 % of the bare batch.
+which is 87 % and 93 % of the flat copy's bandwidth. NCCL: 1.3 GB/s a rank, 98 % of the bare batch.
+That run showed 70 % and 77 %. Alone on the device, the 128 copies take 1.04 ms and a flat one 0.68 ms, on one stream or
+on four, or as one batch of the driver's: 2.8 µs a copy, and half of them are scales of a few KB. With waits that look
+more often and four streams: 74 % and 81 %. So the same messages one by one are measured too, predicted at 95 %. Between
+GPUs, where 44 MB take 110 µs and not 21, the flat copy should be 10 % ahead. NCCL: 2.0 GB/s, 93 % to 105 %.
 """
 
 import argparse
@@ -37,6 +42,7 @@ from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.workers import ThreadWorkers
 
 _TENSOR_NBYTES = (4096 * 7168, 7168 * 2048, 32 * 56 * 4, 56 * 16 * 4)
+_TRANSPORT = "transport"
 _NUM_WARM_UPS = 3
 _TIMEOUT_S = 120.0
 
@@ -59,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
-    """Return median times in milliseconds, GB/s that a rank receives, and the transport's share of the bare side's."""
+    """Return median times in milliseconds, GB/s that a rank receives, and the transport's share of the others'."""
     if not torch.cuda.is_available():
         print("scripts/bench transports needs a CUDA device, and there is none", file=sys.stderr)
         raise SystemExit(2)
@@ -72,23 +78,20 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _measure(num_ranks: int, job: _Job) -> dict[str, float]:
-    times = run_world(_be_rank, num_ranks, job)
-    transport_ms, bare_ms = (
-        median(max(rank[side][number] for rank in times) for number in range(job.num_runs)) for side in range(2)
-    )
+    ranks = run_world(_be_rank, num_ranks, job)
     nbytes = job.num_experts * sum(_TENSOR_NBYTES)
     name = f"{job.kind}_{num_ranks}_ranks"
-    return {
-        f"{name}_ms": transport_ms,
-        f"{name}_bare_ms": bare_ms,
-        f"{name}_gb_per_s": nbytes / transport_ms / 1e6,
-        f"{name}_bare_gb_per_s": nbytes / bare_ms / 1e6,
-        f"{name}_over_bare": bare_ms / transport_ms,
-    }
+    times_ms = {side: median(map(max, zip(*(rank[side] for rank in ranks), strict=True))) for side in ranks[0]}
+    figures: dict[str, float] = {}
+    for side, ms in times_ms.items():
+        figures |= {f"{name}_{side}_ms": ms, f"{name}_{side}_gb_per_s": nbytes / ms / 1e6}
+        if side != _TRANSPORT:
+            figures[f"{name}_over_{side}"] = ms / times_ms[_TRANSPORT]
+    return figures
 
 
-def _be_rank(world: WorldRank, job: _Job) -> tuple[list[float], list[float]]:
-    """Return the times of the transport's runs and of the bare side's, in milliseconds."""
+def _be_rank(world: WorldRank, job: _Job) -> dict[str, list[float]]:
+    """Return the times of each side's runs, in milliseconds."""
     if torch.cuda.device_count() < world.num_ranks:
         os.environ["NCCL_HOSTID"] = f"rank-{world.rank}"
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
@@ -110,7 +113,7 @@ class _Bench:
         self._staging = [torch.zeros_like(tensor) for tensor in self._live]
         torch.cuda.synchronize()
 
-    async def run(self) -> tuple[list[float], list[float]]:
+    async def run(self) -> dict[str, list[float]]:
         transport: Transport = (
             CopyEngineTransport() if self._job.kind == "copy_engine" else TorchDistTransport(backend="nccl")
         )
@@ -123,9 +126,13 @@ class _Bench:
                 pending = transport.launch(exchange)
             await pending.wait(_TIMEOUT_S)
 
-        bare = self._raw_copy() if self._job.kind == "copy_engine" else self._bare_batch(exchange)
-        await self._times_ms(_NUM_WARM_UPS, move, bare)
-        times = await self._times_ms(self._job.num_runs, move, bare)
+        bare = self._raw_copies() if self._job.kind == "copy_engine" else {"batch": self._bare_batch(exchange)}
+        sides = {_TRANSPORT: move, **bare}
+        await self._times_ms(_NUM_WARM_UPS, sides)
+        for tensor in self._staging:
+            tensor.zero_()
+        torch.cuda.synchronize()
+        times = await self._times_ms(self._job.num_runs, sides)
         for staged, sent in zip(self._staging, self._content(self._next), strict=True):
             if not torch.equal(staged, sent):
                 raise RuntimeError(f"rank {self._world.rank} did not receive what was sent")
@@ -133,14 +140,14 @@ class _Bench:
         await transport.aclose()
         return times
 
-    async def _times_ms(self, num_runs: int, transport: Side, bare: Side) -> tuple[list[float], list[float]]:
-        times: tuple[list[float], list[float]] = ([], [])
+    async def _times_ms(self, num_runs: int, sides: dict[str, Side]) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(num_runs):
-            for side, its_times in zip((transport, bare), times, strict=True):
+            for name, side in sides.items():
                 dist.barrier()
                 start = time.perf_counter()
                 await side()
-                its_times.append((time.perf_counter() - start) * 1e3)
+                times[name].append((time.perf_counter() - start) * 1e3)
         return times
 
     def _content(self, rank: int) -> list[Tensor]:
@@ -169,29 +176,29 @@ class _Bench:
 
         return Exchange(0, (MessageGroup(messages(previous, self._live), messages(self._next, self._staging)),))
 
-    def _raw_copy(self) -> Side:
-        mine = torch.randint(
-            256,
-            (sum(tensor.nbytes for tensor in self._live),),
-            dtype=torch.uint8,
-            device=self._device.torch_device,
-        )
-        target = torch.empty_like(mine)
+    def _raw_copies(self) -> dict[str, Side]:
+        """Return copies from tensors of the next rank, to targets of their own: as one, and message by message."""
+        flat = torch.cat([tensor.flatten() for tensor in self._live])
+        shared: list[list[tuple[Callable[..., Tensor], tuple[object, ...]]]] = [[]] * self._world.num_ranks
+        mine = [reduce_tensor(tensor) for tensor in (flat, *self._live)]  # type: ignore[no-untyped-call]
+        dist.all_gather_object(shared, mine)
+        self._shared = flat  # others read it until the end
+        sources = [rebuild(*arguments) for rebuild, arguments in shared[self._next]]
+        targets = [torch.empty_like(source) for source in sources]
         torch.cuda.synchronize()
-        shared: list[tuple[Callable[..., Tensor], tuple[object, ...]] | None] = [None] * self._world.num_ranks
-        dist.all_gather_object(shared, reduce_tensor(mine))  # type: ignore[no-untyped-call]
-        peers = shared[self._next]
-        if peers is None:
-            raise RuntimeError(f"rank {self._next} shares nothing")
-        rebuild, arguments = peers
-        source = rebuild(*arguments)
 
-        async def copy() -> None:
-            with self._device.transferring():
-                target.copy_(source)
-                self._device.record().synchronize()
+        def side(pairs: list[tuple[Tensor, Tensor]]) -> Side:
+            async def copy() -> None:
+                with self._device.transferring():
+                    for target, source in pairs:
+                        target.copy_(source)
+                    self._device.record().synchronize()
 
-        return copy
+            return copy
+
+        tensors = list(zip(targets, sources, strict=True))
+        messages = [(t[slot], s[slot]) for slot in range(self._job.num_experts) for t, s in tensors[1:]]
+        return {"flat": side(tensors[:1]), "copies": side(messages)}
 
     def _bare_batch(self, exchange: Exchange) -> Side:
         group = dist.new_group(backend="nccl")
