@@ -130,7 +130,6 @@ class Rebalancer:
         self._running = False
         self._done: dict[int, tuple[Event, list[Rebalance | Exception]]] = {}
         self._number = 0
-        self._looking = False
         self._num_moved = 0
         self._received_nbytes = 0
         self._balancedness = math.nan

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from anyio import CapacityLimiter, Event, notify_closing, to_thread, wait_readable
@@ -65,11 +66,9 @@ class SocketDoorbell:
             end.settimeout(0)
 
     def ring(self) -> None:
-        """Write a byte; if the pipe is full, it rings already."""
-        try:
+        """Write a byte. If the pipe is full, it rings already; if it is closed, nobody listens."""
+        with suppress(OSError):
             self._button.send(b"\0")
-        except (BlockingIOError, OSError):
-            return
 
     async def wait(self) -> None:
         """Wait for a byte, and take all there are."""
