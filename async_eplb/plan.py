@@ -107,10 +107,18 @@ def plan_layer(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopol
     :raises InvalidPlacement: if a map does not have one entry for each slot of the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
     """
-    old, new = _row(old, topology), _row(new, topology)
+    return plan_rank(old, new, topology, rank, layer_transfers(old, new, topology))
+
+
+def plan_rank(
+    old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopology, rank: int, transfers: Sequence[Transfer]
+) -> LayerPlan:
+    """Plan one layer for one rank, of which :func:`layer_transfers` is known already.
+
+    :raises InvalidPlacement: as :func:`plan_layer`
+    """
     slots = topology.slots_of(rank)
-    old_local, new_local = old[slots], new[slots]
-    transfers = layer_transfers(old, new, topology)
+    old_local, new_local = _row(old, topology)[slots], _row(new, topology)[slots]
     incoming = {t.logical_expert: t for t in transfers if t.dst_rank == rank}
 
     sources: list[SlotSource] = []

@@ -30,7 +30,7 @@ from async_eplb.plan import (
     SlotSource,
     layer_transfers,
     matching_groups,
-    plan_layer,
+    plan_rank,
     staged_slot_counts,
 )
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
@@ -327,7 +327,7 @@ class LayerStages:
         busiest = max(ends, default=0)
         return PlannedLayer(
             row=row,
-            plan=plan_layer(old, new, self._topology, self.rank),
+            plan=plan_rank(old, new, self._topology, self.rank, transfers),
             maps=self._expert_map.layer_maps(self._new, row),
             group_of={
                 (t.logical_expert, t.src_rank, t.dst_rank): group for t, group in zip(transfers, groups, strict=True)
