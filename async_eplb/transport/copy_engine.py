@@ -21,11 +21,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent
-from async_eplb.errors import BrokenTransport, BusyTransport, IpcUnavailable, TransferTimeout
+from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
-from async_eplb.transport.joining import join
+from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -36,7 +36,7 @@ _LOOKS = 32
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class CopyEngineTransport:
+class CopyEngineTransport(Member):
     """Moves weights between GPUs of one host by copies that receivers enqueue.
 
     Like all calls that concern a group, transports are constructed in the same order on all its ranks.
@@ -60,24 +60,13 @@ class CopyEngineTransport:
         within_host: bool = False,
         memory: Callable[[torch.device], PeerMemory] = CudaIpc,
     ) -> None:
-        self._rank, self._num_ranks, self._store = join(group)
+        super().__init__(group)
         self._within_host = within_host
         self._make_memory = memory
         self._link: _Link | None = None
-        self._state = "new"
 
     def __repr__(self) -> str:
         return f"<CopyEngineTransport rank {self._rank} of {self._num_ranks}, {self._state}>"
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return self._rank
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes of the group."""
-        return self._num_ranks
 
     @property
     def peers(self) -> frozenset[int]:
@@ -91,9 +80,7 @@ class CopyEngineTransport:
 
         :raises IpcUnavailable: if a rank cannot read those of another, on every rank
         """
-        if self._state != "new":
-            raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
-        self._state = "open"
+        self._open_once()
         return await workers.run("control", partial(self._connect, device, workers, weights, control_timeout_s))
 
     def _connect(

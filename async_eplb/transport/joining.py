@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from async_eplb.errors import BrokenTransport
+from async_eplb.errors import BrokenTransport, BusyTransport
 
 
 class Membership(NamedTuple):
@@ -32,3 +32,30 @@ def join(group: ProcessGroup | None) -> Membership:
     rank, store = dist.get_rank(group), group.get_group_store()
     number = store.add(f"async_eplb/transports/{rank}", 1)
     return Membership(rank, dist.get_world_size(group), PrefixStore(f"async_eplb/transport/{number}", store))
+
+
+class Member:
+    """What transports of a torch.distributed group share: their place in it, and that each is opened once."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self._rank, self._num_ranks, self._store = join(group)
+        self._state = "new"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the group."""
+        return self._num_ranks
+
+    def _open_once(self) -> None:
+        """Become open.
+
+        :raises BusyTransport: if it was opened before
+        """
+        if self._state != "new":
+            raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
+        self._state = "open"

@@ -14,10 +14,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent
-from async_eplb.errors import BrokenTransport, BusyTransport, TransferTimeout
+from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.transport.control import GlooControlGroup
-from async_eplb.transport.joining import join
+from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -27,7 +27,7 @@ _CONNECT_TIMEOUT_S = 300.0
 _NCCL_POLL_S = 0.0002
 
 
-class TorchDistTransport:
+class TorchDistTransport(Member):
     """Moves weights between the processes of a torch.distributed group.
 
     The group given is only used to find the other ranks: the transport opens communicators of its own, so that it
@@ -40,23 +40,12 @@ class TorchDistTransport:
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, backend: Backend | None = None) -> None:
-        self._rank, self._num_ranks, self._store = join(group)
+        super().__init__(group)
         self._backend = backend
         self._link: _Link | None = None
-        self._state = "new"
 
     def __repr__(self) -> str:
         return f"<TorchDistTransport rank {self._rank} of {self._num_ranks}, {self._backend}, {self._state}>"
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return self._rank
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes of the group."""
-        return self._num_ranks
 
     @property
     def launch_rule(self) -> LaunchRule:
@@ -77,9 +66,7 @@ class TorchDistTransport:
         control_timeout_s: float,
     ) -> ControlGroup:
         """Connect the data and the control group, pair by pair, before the first byte is moved."""
-        if self._state != "new":
-            raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
-        self._state = "open"
+        self._open_once()
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
         connect = partial(self._connect, device, workers, control_timeout_s)
