@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
-from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
@@ -80,14 +78,13 @@ class CopyEngineTransport(Member):
 
         :raises IpcUnavailable: if a rank cannot read those of another, on every rank
         """
-        self._open_once()
+        self._become_open()
         return await workers.run("control", partial(self._connect, device, workers, weights, control_timeout_s))
 
     def _connect(
         self, device: Device, workers: Workers, weights: ExpertWeights, control_timeout_s: float
     ) -> ControlGroup:
-        store = PrefixStore("control", self._store)
-        control = GlooControlGroup(store, self._rank, self._num_ranks, workers, timeout_s=control_timeout_s)
+        control = self._connect_control(workers, control_timeout_s)
         offer, failure = "", ""
         try:
             self._link = _Link(self._make_memory(device.torch_device), device, workers)
@@ -123,7 +120,8 @@ class CopyEngineTransport(Member):
 
     async def aclose(self) -> None:
         """Unmap the weights of all other ranks, and wait until they have unmapped this one's."""
-        link, self._link, self._state = self._link, None, "closed"
+        link, self._link = self._link, None
+        self._become_closed()
         if link is not None:
             await link.workers.run("exchange", partial(self._close, link))
 

@@ -16,7 +16,6 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
-from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
@@ -66,7 +65,7 @@ class TorchDistTransport(Member):
         control_timeout_s: float,
     ) -> ControlGroup:
         """Connect the data and the control group, pair by pair, before the first byte is moved."""
-        self._open_once()
+        self._become_open()
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
         connect = partial(self._connect, device, workers, control_timeout_s)
@@ -75,8 +74,7 @@ class TorchDistTransport(Member):
     def _connect(self, device: Device, workers: Workers, control_timeout_s: float) -> ControlGroup:
         make = _NcclLink if self._backend == "nccl" else _GlooLink
         self._link = make(PrefixStore("data", self._store), self._rank, self._num_ranks, device, workers)
-        store = PrefixStore("control", self._store)
-        return GlooControlGroup(store, self._rank, self._num_ranks, workers, timeout_s=control_timeout_s)
+        return self._connect_control(workers, control_timeout_s)
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post an exchange; with NCCL, behind the current stream of the calling thread."""
@@ -94,7 +92,7 @@ class TorchDistTransport(Member):
     async def aclose(self) -> None:
         """Close the data connections."""
         self._link = None
-        self._state = "closed"
+        self._become_closed()
 
 
 _Finish = Callable[[float], None]
