@@ -1,15 +1,17 @@
 """What serving on a GPU loses while experts move: step times of ranks that share one, with four ways of moving them.
 
 A step is what a model does between two boundaries: for each of its layers, a matrix product with a live expert, an
-all-to-all over NCCL, another product, another all-to-all; then the host waits for the device, as for a sampled token.
+all-to-all over NCCL, another product, another all-to-all; it is captured in a CUDA graph, as engines do for decoding.
+Then the host waits for the device, as for a sampled token.
 Experts have the shapes of DeepSeek-V3 in FP8, 44 MB in four tensors; each update brings some to every rank.
 
 - ``idle``: experts stay
+- ``ready``: the library is open, and experts stay
 - ``copy_engine``, ``nccl``: the library, updates one after another
 - ``blocking``: what engines do: between two steps, layer by layer, plan, exchange over NCCL, wait, copy
 
-Each rank's times count. ``device`` is from a step's boundary to its end on the device, ``host`` the same on the host's
-clock, ``boundary`` the host's time inside ``step()``. Ways alternate within a repetition, ratios are taken within it,
+Each rank's times count. ``device`` is from a step's boundary to its end on the device, ``host`` from one boundary to the
+next on the host's clock, with a turn of the event loop, ``boundary`` the host's time inside ``step()``. Ways alternate within a repetition, ratios are taken within it,
 and medians over repetitions are shown. A commit's ``excess`` is what its step takes beyond the median idle step and one
 flat copy of the same bytes, which all ranks make at once, as they do commits.
 
@@ -46,7 +48,7 @@ from async_eplb.launch import World, WorldRank
 from async_eplb.sample_model import random_placement
 from benchmarks._serving_modes import Background, Blocking, Experts, Mode, Pace
 
-_WAYS = ("idle", "copy_engine", "nccl", "blocking")
+_WAYS = ("idle", "ready", "copy_engine", "nccl", "blocking")
 _SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
 _WARM_UP = 30
 """Steps at the beginning that do not count."""
@@ -166,6 +168,8 @@ class _Rank:
         }
         self._tokens = torch.randn(options.tokens, _HIDDEN, device="cuda", dtype=torch.bfloat16) / 64
 
+        self._graph = self._captured()
+
     async def measure(self) -> list[dict[str, RankRun | float]]:
         """Return the repetitions' runs by way."""
         repetitions = []
@@ -204,7 +208,7 @@ class _Rank:
         pace = Pace(_WARM_UP, options.mb_per_step and options.mb_per_step * 1_000_000, 0)
         expert_map = ExpertMap(self._placement, self._topology, rank=self._rank, device=torch.device("cuda"))
         match way:
-            case "copy_engine":
+            case "copy_engine" | "ready":
                 return Background(experts, CopyEngineTransport(), pace)
             case "nccl":
                 return Background(experts, TorchDistTransport(nccl=NcclOptions(max_ctas=options.max_ctas)), pace)
@@ -218,24 +222,27 @@ class _Rank:
         gc.collect()
         gc.disable()
         marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        times: list[tuple[float, float, float]] = []
+        times: list[tuple[float, float]] = []
         updating: list[bool] = []
         segments = 0
         torch.cuda.synchronize()
         dist.barrier()
         async with mode.active():
+            start = time.perf_counter()
             for number in range(1, self._options.steps + 1):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 await anyio.lowlevel.checkpoint()
-                updating.append(mode.updating if isinstance(mode, Background) else True)
-                start = time.perf_counter()
+                updating.append(mode.updating or way == "ready" if isinstance(mode, Background) else True)
+                before = time.perf_counter()
                 begin.record()
                 await mode.step(number)
                 passed = time.perf_counter()
-                self._forward()
+                self._graph.replay()
                 end.record()
                 end.synchronize()
-                times.append((start, passed, time.perf_counter()))
+                now = time.perf_counter()
+                times.append((now - start, passed - before))
+                start = now
                 marks.append((begin, end))
                 if number == self._options.steps // 3:
                     segments = torch.cuda.memory_stats()["segment.all.allocated"]
@@ -246,17 +253,28 @@ class _Rank:
                 Step(
                     number,
                     begin.elapsed_time(end),
-                    (done - start) * 1e3,
-                    (passed - start) * 1e3,
+                    host_s * 1e3,
+                    boundary_s * 1e3,
                     is_updating,
                 )
-                for number, ((begin, end), (start, passed, done), is_updating) in enumerate(
+                for number, ((begin, end), (host_s, boundary_s), is_updating) in enumerate(
                     zip(marks, times, updating, strict=True), 1
                 )
             ],
             commits=dict(mode.commits) if isinstance(mode, Background) else {},
             num_new_segments=new_segments,
         )
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Return the graph of a pass; the first passes have made all that NCCL and the allocator need."""
+        for _ in range(3):
+            self._forward()
+        torch.cuda.synchronize()
+        dist.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            self._forward()
+        return graph
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
