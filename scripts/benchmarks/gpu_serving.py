@@ -1,19 +1,20 @@
 """What serving on a GPU loses while experts move: step times of ranks that share one, with four ways of moving them.
 
-A step is what a model does between two boundaries: for each of its layers, a matrix product with a live expert, an
-all-to-all over NCCL, another product, another all-to-all; it is captured in a CUDA graph, as engines do for decoding.
-Then the host waits for the device, as for a sampled token.
-Experts have the shapes of DeepSeek-V3 in FP8, 44 MB in four tensors; each update brings some to every rank.
+A step is what a model does between two boundaries: for each of its layers, a matrix product with a live expert, an all-
+to-all over NCCL, another product, another all-to-all; it is captured in a CUDA graph, as engines do for decoding. Then
+the host waits for the device, as for a sampled token. Experts have the shapes of DeepSeek-V3 in FP8, 44 MB in four
+tensors; each update brings some to every rank.
 
 - ``idle``: experts stay
 - ``ready``: the library is open, and experts stay
 - ``copy_engine``, ``nccl``: the library, updates one after another
 - ``blocking``: what engines do: between two steps, layer by layer, plan, exchange over NCCL, wait, copy
 
-Each rank's times count. ``device`` is from a step's boundary to its end on the device, ``host`` from one boundary to the
-next on the host's clock, with a turn of the event loop, ``boundary`` the host's time inside ``step()``. Ways alternate within a repetition, ratios are taken within it,
-and medians over repetitions are shown. A commit's ``excess`` is what its step takes beyond the median idle step and one
-flat copy of the same bytes, which all ranks make at once, as they do commits.
+Each rank's times count. ``device`` is from a step's boundary to its end on the device, ``host`` from one boundary to
+the next on the host's clock, with a turn of the event loop, ``boundary`` the host's time inside ``step()``. Ways
+alternate within a repetition, ratios are taken within it, and medians over repetitions are shown. A commit's ``excess``
+is what its step takes beyond the median idle step and one flat copy of the same bytes, which all ranks make at once, as
+they do commits.
 
 Needs a CUDA device. Ranks beyond the number of GPUs share them; start MPS first, or they take turns. NCCL then moves
 bytes through sockets.
