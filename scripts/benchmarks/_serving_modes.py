@@ -1,6 +1,5 @@
 """The ways of moving experts that the benchmark of serving compares, as what happens at an engine's step boundary."""
 
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from async_eplb import (
     ExpertWeights,
     LayerPlan,
     TorchDistTransport,
-    Transport,
     plan_layer,
 )
 from async_eplb.device import CpuDevice
@@ -104,13 +102,12 @@ class Pace:
     """How fast experts move beside serving.
 
     :param begin_at: boundary that the first update begins after
-    :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each pass at most, where there is a
-        limit
+    :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each pass at most
     :param rest: boundaries from the end of an update to the next
     """
 
     begin_at: int
-    max_nbytes_per_step: int | None
+    max_nbytes_per_step: int
     rest: int
 
 
@@ -150,6 +147,10 @@ class Blocking(Mode):
 
     async def step(self, number: int, /) -> None:
         """Move all layers if it is time to, on the serving thread."""
+        self.move(number)
+
+    def move(self, number: int) -> None:
+        """Do the same without an event loop."""
         if number in self._moves:
             old, new = self._moves[number]
             for layer in new.changed_layers(old):
@@ -177,22 +178,15 @@ class Blocking(Mode):
 
 
 class Background(Mode):
-    """Moves the experts beside serving, by the library.
+    """Moves the experts beside serving, by the library."""
 
-    :ivar commits: boundary → layers committed there
-    :ivar updating: whether an update is under way
-    """
-
-    def __init__(self, experts: Experts, transport: Transport, pace: Pace) -> None:
-        self.commits: Counter[int] = Counter()
-        self.updating = False
+    def __init__(self, experts: Experts, group: ProcessGroup, pace: Pace) -> None:
         self._updater = ExpertUpdater(
             experts.weights,
             experts.placement,
             experts.topology,
             rank=experts.rank,
-            transport=transport,
-            on_commit=lambda _: self.commits.update([self._updater.statistics().step]),
+            transport=TorchDistTransport(group),
         )
         super().__init__(experts, self._updater.expert_map)
         self._pace = pace
@@ -219,9 +213,7 @@ class Background(Mode):
         begin_at = self._pace.begin_at
         for _, target in self.experts.moves:
             await self._updater.until_step(begin_at)
-            self.updating = True
             await self._updater.begin(target, max_nbytes_per_step=self._pace.max_nbytes_per_step).wait()
-            self.updating = False
             begin_at = self._updater.statistics().step + self._pace.rest
         self._ended.set()
 
@@ -268,8 +260,7 @@ class IntoScratch(Mode):
             for layer, plan, peak_nbytes in layers:
                 while self._number < begin_at and not self._standing:
                     await self._news.wait()
-                limit = self._pace.max_nbytes_per_step or peak_nbytes
-                begin_at = self._number + -(-peak_nbytes // limit)
+                begin_at = self._number + -(-peak_nbytes // self._pace.max_nbytes_per_step)
                 await self._workers.run("transfer", partial(self.experts.copy_own, layer, plan))
                 exchange = Exchange(layer, (self.experts.messages(layer, plan),))
                 await self._transport.launch(exchange).wait(_TIMEOUT_S)

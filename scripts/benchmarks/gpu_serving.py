@@ -11,7 +11,7 @@ tensors; each update brings some to every rank.
 - ``blocking``: what engines do: between two steps, layer by layer, plan, exchange over NCCL, wait, copy
 
 Each rank's times count. ``device`` is from a step's boundary to its end on the device, ``host`` from one boundary to
-the next on the host's clock, with a turn of the event loop, ``boundary`` the host's time inside ``step()``. Ways
+the next on the host's clock, ``boundary`` the host's time inside ``step()``. Ways
 alternate within a repetition, ratios are taken within it, and medians over repetitions are shown. A commit's ``excess``
 is what its step takes beyond the median idle step and one flat copy of the same bytes, which all ranks make at once, as
 they do commits.
@@ -24,13 +24,14 @@ import argparse
 import gc
 import os
 import sys
+import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-import anyio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,11 +44,13 @@ from async_eplb import (
     ExpertMap,
     ExpertPlacement,
     NcclOptions,
+    SyncUpdater,
     TorchDistTransport,
+    Transport,
 )
 from async_eplb.launch import World, WorldRank
 from async_eplb.sample_model import random_placement
-from benchmarks._serving_modes import Background, Blocking, Experts, Mode, Pace
+from benchmarks._serving_modes import Blocking, Experts
 
 _WAYS = ("idle", "ready", "copy_engine", "nccl", "blocking")
 _SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
@@ -143,7 +146,83 @@ def measure(world: WorldRank, options: argparse.Namespace) -> list[dict[str, Ran
         os.environ["NCCL_IB_DISABLE"] = "1"
     torch.cuda.set_device(world.rank % torch.cuda.device_count())
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-    return anyio.run(_Rank(world, options).measure)
+    return _Rank(world, options).measure()
+
+
+class _Idle:
+    """Experts stay.
+
+    :ivar commits: boundary → layers committed there
+    :ivar updating: whether steps count at present
+    """
+
+    updating = True
+
+    def __init__(self) -> None:
+        self.commits: Counter[int] = Counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """When this returns, all experts are where they were before."""
+
+    def step(self, number: int) -> None:
+        """Do what is due before a pass."""
+
+
+class _Blocking(_Idle):
+    def __init__(self, experts: Experts, group: ProcessGroup, num_steps: int) -> None:
+        super().__init__()
+        boundaries = np.linspace(_WARM_UP + 1, num_steps, len(experts.targets), endpoint=False).astype(int)
+        expert_map = ExpertMap(experts.placement, experts.topology, rank=experts.rank, device=torch.device("cuda"))
+        self._blocking = Blocking(experts, expert_map, group, boundaries.tolist())
+
+    def step(self, number: int) -> None:
+        self._blocking.move(number)
+
+
+class _Ours(_Idle):
+    """The library, with a thread that begins one update after another from the end of the warm-up on."""
+
+    def __init__(self, experts: Experts, transport: Transport, options: argparse.Namespace) -> None:
+        super().__init__()
+        self._updater: SyncUpdater = SyncUpdater(
+            experts.weights,
+            experts.placement,
+            experts.topology,
+            rank=experts.rank,
+            transport=transport,
+            on_commit=lambda _: self.commits.update([self._updater.statistics().step]),
+        )
+        self._targets = experts.targets
+        self._max_nbytes_per_step = options.mb_per_step and options.mb_per_step * 1_000_000
+        self._warm = threading.Event()
+        self._thread = threading.Thread(target=self._update)
+        self.updating = not self._targets
+
+    def __enter__(self) -> Self:
+        self._updater.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._warm.set()
+        with self._updater.idle():
+            self._thread.join()
+        self._updater.__exit__(None, None, None)
+
+    def step(self, number: int) -> None:
+        self._updater.step(number)
+        if number == _WARM_UP:
+            self._warm.set()
+
+    def _update(self) -> None:
+        self._warm.wait()
+        for target in self._targets:
+            self.updating = True
+            self._updater.begin(target, max_nbytes_per_step=self._max_nbytes_per_step).wait()
+        self.updating = not self._targets
 
 
 class _Rank:
@@ -171,7 +250,7 @@ class _Rank:
 
         self._graph = self._captured()
 
-    async def measure(self) -> list[dict[str, RankRun | float]]:
+    def measure(self) -> list[dict[str, RankRun | float]]:
         """Return the repetitions' runs by way."""
         repetitions = []
         for number in range(self._options.runs):
@@ -179,7 +258,7 @@ class _Rank:
             order = (*self._options.ways[first:], *self._options.ways[:first])
             runs: dict[str, RankRun | float] = {"flat_copy_ms": self._flat_copy_ms()}
             for way in order:
-                runs[way] = await self._run(way)
+                runs[way] = self._run(way)
             repetitions.append(runs)
         return repetitions
 
@@ -200,50 +279,41 @@ class _Rank:
             rows.append(slots.reshape(-1))
         return ExpertPlacement.from_mapping(rows)
 
-    def _mode(self, way: str) -> Mode:
+    def _way(self, way: str) -> "_Idle":
         options = self._options
         num_updates = {"copy_engine": options.updates, "nccl": options.nccl_updates, "blocking": 4}.get(way, 0)
         there = self._targets[1 : num_updates // 2 + 1]
         and_back = [*there, *there[-2::-1], self._placement] if there else []
         experts = Experts(self._tensors, self._placement, and_back, self._topology, self._rank)
-        pace = Pace(_WARM_UP, options.mb_per_step and options.mb_per_step * 1_000_000, 0)
-        expert_map = ExpertMap(self._placement, self._topology, rank=self._rank, device=torch.device("cuda"))
         match way:
             case "copy_engine" | "ready":
-                return Background(experts, CopyEngineTransport(), pace)
+                return _Ours(experts, CopyEngineTransport(), options)
             case "nccl":
-                return Background(experts, TorchDistTransport(nccl=NcclOptions(max_ctas=options.max_ctas)), pace)
+                return _Ours(experts, TorchDistTransport(nccl=NcclOptions(max_ctas=options.max_ctas)), options)
             case "blocking":
-                boundaries = np.linspace(_WARM_UP + 1, options.steps, len(experts.targets), endpoint=False).astype(int)
-                return Blocking(experts, expert_map, self._moving_group, boundaries.tolist())
-        return Mode(experts, expert_map)
+                return _Blocking(experts, self._moving_group, options.steps)
+        return _Idle()
 
-    async def _run(self, way: str) -> RankRun:
-        mode = self._mode(way)
+    def _run(self, name: str) -> RankRun:
+        way = self._way(name)
         gc.collect()
         gc.disable()
         marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        times: list[tuple[float, float]] = []
-        updating: list[bool] = []
+        times: list[tuple[float, float, bool]] = []
         segments = 0
         torch.cuda.synchronize()
         dist.barrier()
-        async with mode.active():
-            start = time.perf_counter()
+        with way:
             for number in range(1, self._options.steps + 1):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                await anyio.lowlevel.checkpoint()
-                updating.append(mode.updating or way == "ready" if isinstance(mode, Background) else True)
-                before = time.perf_counter()
+                start = time.perf_counter()
                 begin.record()
-                await mode.step(number)
+                way.step(number)
                 passed = time.perf_counter()
                 self._graph.replay()
                 end.record()
                 end.synchronize()
-                now = time.perf_counter()
-                times.append((now - start, passed - before))
-                start = now
+                times.append((time.perf_counter() - start, passed - start, way.updating))
                 marks.append((begin, end))
                 if number == self._options.steps // 3:
                     segments = torch.cuda.memory_stats()["segment.all.allocated"]
@@ -251,18 +321,12 @@ class _Rank:
         gc.enable()
         return RankRun(
             steps=[
-                Step(
-                    number,
-                    begin.elapsed_time(end),
-                    host_s * 1e3,
-                    boundary_s * 1e3,
-                    is_updating,
-                )
-                for number, ((begin, end), (host_s, boundary_s), is_updating) in enumerate(
-                    zip(marks, times, updating, strict=True), 1
+                Step(number, begin.elapsed_time(end), host_s * 1e3, boundary_s * 1e3, updating)
+                for number, ((begin, end), (host_s, boundary_s, updating)) in enumerate(
+                    zip(marks, times, strict=True), 1
                 )
             ],
-            commits=dict(mode.commits) if isinstance(mode, Background) else {},
+            commits=dict(way.commits),
             num_new_segments=new_segments,
         )
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from async_eplb import ExpertMap, TorchDistTransport
+from async_eplb import ExpertMap
 from async_eplb.launch import World, WorldRank
 from async_eplb.load import LoadWindow
 from async_eplb.sample_model import random_placement
@@ -168,7 +168,7 @@ class _Rank:
         ]
         pace = Pace(_WARM_UP, round(float(np.mean(peaks)) / options.passes_per_layer), options.passes_per_layer)
         if way == "ours":
-            return Background(experts, TorchDistTransport(self.group), pace)
+            return Background(experts, self.group, pace)
         if way == "scratch":
             return IntoScratch(experts, expert_map, self.group, pace)
         if way == "blocking":
