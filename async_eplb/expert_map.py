@@ -105,7 +105,7 @@ class ExpertMap:
         together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
         if self.physical_to_logical_map.is_cuda:
             together = together.pin_memory()
-        parts = together.split([each.size for each in values])
+        parts = torch.split(together, [each.size for each in values])
         return LayerMaps(*(part.view(each.shape) for part, each in zip(parts, values, strict=True)))
 
     def publish(self, layer: int, maps: LayerMaps) -> None:
