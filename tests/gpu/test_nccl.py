@@ -96,7 +96,7 @@ def test_a_timeout_breaks_the_transport_alone() -> None:
 @pytest.mark.parametrize("num_ranks", [4, 8])
 def test_thousands_of_passes_beside_hundreds_of_updates(num_ranks: int, transport: str) -> None:
     """5,000 passes and 200 updates with hosts out of step: no hang, no torn layer, the same logits, the right bytes."""
-    soak = Soak(backend="nccl", transport=transport, num_updates=200, num_steps=5000)  # type: ignore[arg-type]
+    soak = Soak(backend="nccl", transport=transport, num_updates=200, num_steps=5000, num_layers=2)  # type: ignore[arg-type]
     results = World(num_ranks, timeout_s=800).run(soak_rank, soak)
     for result in results:
         assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
