@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ctas", type=int, default=NcclOptions().max_ctas, help="that NCCL may take")
     parser.add_argument("--mb-per-step", type=int, default=10, help="pace of the busiest rank; 0: none (default: 10)")
     parser.add_argument("--eager", action="store_true", help="launch the passes' kernels one by one, without a graph")
+    parser.add_argument(
+        "--switch-interval-ms",
+        type=float,
+        default=sys.getswitchinterval() * 1e3,
+        help="how long Python lets a thread wait for the others (default: Python's, 5)",
+    )
     parser.add_argument("--runs", type=int, default=3, help="repetitions; medians are shown (default: 3)")
     parser.add_argument("--ways", nargs="+", choices=_WAYS, default=_WAYS, help="what to compare (default: all)")
 
@@ -133,6 +139,7 @@ def _figures(ranks: tuple[dict[str, RankRun | float], ...], options: argparse.Na
             if way != "idle":
                 for figure, value in (("p50", p50), ("p99", p99)):
                     figures[f"{way}_{figure}_{name}_over_idle"] = value / figures[f"idle_{figure}_{name}"]
+        figures[f"{way}_longest_device_ms"] = max(step.device_ms for step in steps)
         figures[f"{way}_longest_boundary_ms"] = max(step.boundary_ms for step in steps)
         figures[f"{way}_p99_boundary_ms"] = float(np.percentile([step.boundary_ms for step in steps], 99))
         figures[f"{way}_steps"] = len(steps) / len(runs)
@@ -152,6 +159,7 @@ def measure(world: WorldRank, options: argparse.Namespace) -> list[dict[str, Ran
         os.environ["NCCL_IB_DISABLE"] = "1"
     torch.cuda.set_device(world.rank % torch.cuda.device_count())
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    sys.setswitchinterval(options.switch_interval_ms / 1e3)
     return _Rank(world, options).measure()
 
 
