@@ -15,7 +15,8 @@ class UpdateOptions:
     :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
         commit; ``"checksum"``: a checksum of its bytes too
     :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap
-    :param operations_per_group: sends and receives that a rank posts together at most
+    :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
+        posts no more at one step boundary, which bounds the serving thread's time
     :param transfer_timeout_s: deadline of one layer's exchange, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
