@@ -38,7 +38,9 @@ def _without_times(output: str) -> list[list[str]]:
 
 def test_the_table_of_options_is_complete() -> None:
     """Each option and its default; what is None or False there is named in words."""
-    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, flags=re.MULTILINE)
+    section = re.split(r"^## ", README, flags=re.MULTILINE)[1:]
+    (options,) = (each for each in section if each.startswith("Options of an update"))
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", options, flags=re.MULTILINE)
     table = {name: default for names, default in rows for name in re.findall(r"`(.*?)`", names)}
     words = {"None": "what fits", "False": "off"}
     defaults = {field.name: str(field.default).removesuffix(".0") for field in fields(UpdateOptions)}
