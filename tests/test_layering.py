@@ -8,6 +8,9 @@ import async_eplb
 LAYERS = [
     "errors",
     "events",
+    "event_reference",
+    "event_logger",
+    "json_log",
     "topology",
     "documents",
     "placement",
