@@ -43,6 +43,7 @@ LAYERS = [
     "rebalancer",
     "launch",
     "sample_model",
+    "report",
     "cli",
     "__main__",
     "testing",

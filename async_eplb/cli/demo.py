@@ -14,7 +14,7 @@ import anyio
 import numpy as np
 import torch
 
-from async_eplb.cli.render import in_bytes, print_table, progress
+from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
@@ -23,6 +23,7 @@ from async_eplb.launch import World, WorldRank
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
+from async_eplb.report.text import in_bytes
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.torch_dist import Backend, TorchDistTransport

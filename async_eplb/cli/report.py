@@ -1,0 +1,73 @@
+"""Reports of what logs say: text, JSON, comparisons, pictures."""
+
+import argparse
+import json
+import sys
+
+from async_eplb.report import read_events, summarize
+from async_eplb.report.conditions import parse_condition
+from async_eplb.report.text import comparison_lines, report_lines
+
+_DESCRIPTION = """\
+Read the JSON lines that ranks have logged, and say what their updates did: times, bytes, overlap,
+stalls, the slowest layers and links, ranks that lag. Lines of other programs may stand between.
+
+Exit status: 0, 1 if a --fail-if condition holds, 2 if there is nothing to report.
+"""
+
+_EPILOG = """\
+examples:
+  async_eplb demo --log-dir logs && async_eplb report logs
+  async_eplb report 'logs/*.jsonl.gz' --json
+  async_eplb report --compare before/ after/
+  async_eplb report logs --fail-if 'stall_p99_ms > 2' --fail-if 'num_failed > 0'
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``report`` to the command line."""
+    parser = commands.add_parser(
+        "report",
+        help="say what the updates in logs did",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="file, folder, glob, or - for standard input")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two logs side by side, with ratios B / A")
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 1 if a figure of --json is so: 'stall_p99_ms > 2'; may be given several times",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read, print and draw."""
+    if options.compare:
+        return _compare(options)
+    report_log = read_events(*(options.logs or ["-"]))
+    report = summarize(report_log)
+    figures = report.figures()
+    conditions = [parse_condition(text, figures) for text in options.fail_if]
+    if options.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print("\n".join(report_lines(report)))
+    broken = [why for why in (condition.broken_by(figures) for condition in conditions) if why]
+    for why in broken:
+        print(f"async_eplb: failed: {why}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    first, second = (summarize(read_events(name)) for name in options.compare)
+    if options.json:
+        print(json.dumps([report.to_json()["figures"] for report in (first, second)], indent=2))
+    else:
+        print("\n".join(comparison_lines(tuple(options.compare), first, second)))
+    return 0

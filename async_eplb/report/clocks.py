@@ -1,0 +1,92 @@
+"""One time line for all ranks of a run: how far each rank's monotonic clock is from the first one's.
+
+Ranks of one host share that clock. Those of another host are set by what all ranks learn in the same control round:
+that an update has begun, and that it is over. Both are logged within moments of each other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_eplb.events import UpdateFailed, UpdateFinished, UpdateStarted
+from async_eplb.report.columns import Table
+from async_eplb.report.reading import EventLog
+
+SAME_CLOCK_S = 0.1
+"""Clocks that are less apart are taken for one: such a rank is late, not its clock."""
+
+JUMP_S = 1.0
+"""A wall clock that leaves the monotonic one by more has been set."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clocks:
+    """Clocks of the ranks of one run.
+
+    :param origin_s: time of the run's first event, on the time line
+    :param offset_s: rank → seconds that its clock is ahead of the time line
+    :param error_s: how far ranks' anchors are from each other once they are set; what times can be wrong by
+    :param notes: what is wrong with clocks, in words
+    """
+
+    origin_s: float
+    offset_s: dict[int, float]
+    error_s: float
+    notes: tuple[str, ...]
+
+    def times_s(self, table: Table) -> NDArray[np.float64]:
+        """Return when events were emitted, in seconds from the run's first event."""
+        offsets = np.array([self.offset_s.get(int(rank), 0.0) for rank in np.unique(table["rank"])])
+        positions = np.searchsorted(np.unique(table["rank"]), table["rank"])
+        return np.asarray(table["monotonic_s"] - (offsets[positions] if len(offsets) else 0.0) - self.origin_s)
+
+
+def set_clocks(log: EventLog, run: int) -> Clocks:
+    """Return the clocks of a run.
+
+    :param run: number of the run in ``log.run_ids``
+    """
+    events = [table for table in (_of_run(table, run) for table in log.tables.values()) if len(table["rank"])]
+    rank, monotonic, wall = (
+        np.concatenate([table[key] for table in events]) for key in ("rank", "monotonic_s", "wall_s")
+    )
+    anchors = _anchors(log, run)
+    ranks = [int(each) for each in np.unique(rank)]
+    reference = max(ranks, key=lambda each: len(anchors.get(each, {})))
+    offsets, residuals, notes = {}, [0.0], []
+    for each in ranks:
+        mine = rank == each
+        drift = wall[mine] - monotonic[mine]
+        if np.ptp(drift) > JUMP_S:
+            notes.append(
+                f"rank {each}: its clocks moved apart by {np.ptp(drift):.1f} s; times are of the monotonic one"
+            )
+        shared = anchors.get(each, {}).keys() & anchors.get(reference, {}).keys()
+        apart = [anchors[each][key] - anchors[reference][key] for key in shared]
+        offset = float(np.median(apart)) if apart else _by_wall_clock(rank, monotonic, wall, each, reference)
+        offsets[each] = offset if abs(offset) > SAME_CLOCK_S else 0.0
+        residuals += [abs(value - offsets[each]) for value in apart]
+    starts = [float(monotonic[rank == each].min()) - offsets[each] for each in ranks]
+    return Clocks(min(starts), offsets, max(residuals), tuple(notes))
+
+
+def _of_run(table: Table, run: int) -> Table:
+    mine = table["run_id"] == run
+    return {name: table[name][mine] for name in ("rank", "generation", "monotonic_s", "wall_s")}
+
+
+def _anchors(log: EventLog, run: int) -> dict[int, dict[tuple[str, int], float]]:
+    anchors: dict[int, dict[tuple[str, int], float]] = {}
+    for name, kind in ((UpdateStarted.name, "start"), (UpdateFinished.name, "end"), (UpdateFailed.name, "end")):
+        table = _of_run(log.tables[name], run)
+        for rank, generation, time_s in zip(table["rank"], table["generation"], table["monotonic_s"], strict=True):
+            anchors.setdefault(int(rank), {})[kind, int(generation)] = float(time_s)
+    return anchors
+
+
+def _by_wall_clock(
+    rank: NDArray[np.int64], monotonic: NDArray[np.float64], wall: NDArray[np.float64], each: int, reference: int
+) -> float:
+    apart = [float(np.median((monotonic - wall)[rank == one])) for one in (each, reference)]
+    return apart[0] - apart[1]
