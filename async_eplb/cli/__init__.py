@@ -1,6 +1,7 @@
 """The command line: ``python -m async_eplb``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EplbError as error:
         print(f"async_eplb: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        return 0
     except KeyboardInterrupt:
         print("async_eplb: interrupted", file=sys.stderr)
         return 130

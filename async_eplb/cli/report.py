@@ -3,10 +3,16 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from async_eplb.report import read_events, summarize
+from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
+from async_eplb.report.page import write_page
+from async_eplb.report.pictures import draw_matrix, draw_timeline
+from async_eplb.report.runs import runs_of
+from async_eplb.report.spans import pick_update, updates_of
 from async_eplb.report.text import comparison_lines, report_lines
+from async_eplb.report.trace import write_trace
 
 _DESCRIPTION = """\
 Read the JSON lines that ranks have logged, and say what their updates did: times, bytes, overlap,
@@ -43,6 +49,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="CONDITION",
         help="exit with 1 if a figure of --json is so: 'stall_p99_ms > 2'; may be given several times",
     )
+    for name, suffix, what in (
+        ("timeline", "png", "ranks by time, stages in colour: .png or .svg"),
+        ("matrix", "png", "bytes from rank to rank: .png or .svg"),
+        ("trace", "json", "a trace for Perfetto and chrome://tracing"),
+        ("html", "html", "all of it in one page that works from disk"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"draw {what}, as in {name}.{suffix}")
+    parser.add_argument("--update", type=int, metavar="N", help="number of the update to draw (default: the last)")
     parser.set_defaults(run=run)
 
 
@@ -50,10 +64,11 @@ def run(options: argparse.Namespace) -> int:
     """Read, print and draw."""
     if options.compare:
         return _compare(options)
-    report_log = read_events(*(options.logs or ["-"]))
-    report = summarize(report_log)
+    log = read_events(*(options.logs or ["-"]))
+    report = summarize(log)
     figures = report.figures()
     conditions = [parse_condition(text, figures) for text in options.fail_if]
+    _draw(log, report, options)
     if options.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
@@ -62,6 +77,20 @@ def run(options: argparse.Namespace) -> int:
     for why in broken:
         print(f"async_eplb: failed: {why}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _draw(log: EventLog, report: Report, options: argparse.Namespace) -> None:
+    runs = runs_of(log)
+    if options.timeline:
+        draw_timeline(*pick_update(runs, options.update), options.timeline)
+    if options.matrix:
+        run, generation = pick_update(runs, options.update)
+        draw_matrix(run.traffic(generation), options.matrix, title=f"update {generation}: bytes from rank to rank")
+    if options.trace:
+        drawn = [pick_update(runs, options.update)] if options.update else list(updates_of(runs))
+        write_trace(drawn, options.trace)
+    if options.html:
+        write_page(runs, report, options.html)
 
 
 def _compare(options: argparse.Namespace) -> int:

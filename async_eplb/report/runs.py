@@ -43,10 +43,10 @@ class Run:
         """Return the nodes that ranks are on."""
         return np.asarray(ranks // max(self.num_ranks // self.num_nodes, 1))
 
-    def traffic(self) -> Traffic:
-        """Return the bytes that all ranks received from each other, in all updates."""
+    def traffic(self, generation: int | None = None) -> Traffic:
+        """Return the bytes that all ranks received from each other, in one update or all."""
         nbytes = np.zeros((self.num_ranks, self.num_ranks), dtype=np.int64)
-        links = self._links["received"]
+        links = self.links("received", generation)
         known = (links["peer"] >= 0) & (links["peer"] < self.num_ranks)
         np.add.at(nbytes, (links["peer"][known], links["rank"][known]), links["nbytes"][known])
         return Traffic(nbytes, self.num_nodes)
