@@ -1,7 +1,8 @@
 """A trace of all ranks in the Trace Event format: for Perfetto and chrome://tracing.
 
-A process is a rank, a thread is a stage. Flow arrows lead from a sender's transfer of a layer to the receiver's. Layers
-wait for their commit at the same time, so waits are asynchronous events.
+A process is a rank, a thread is a stage; readers want thread numbers that no other process has. Flow arrows lead from a
+sender's transfer of a layer to the receiver's. Layers wait for their commit at the same time, so waits are asynchronous
+events.
 Format: "Trace Event Format", Google, 2016 (the Chromium project's document).
 """
 
@@ -16,7 +17,7 @@ from async_eplb.report.runs import Run
 from async_eplb.report.spans import STAGES, Spans, stage_spans
 
 _TRACKS = (*STAGES, "fence")
-_RANKS_PER_RUN = 1 << 20
+_RANKS_PER_RUN = 1 << 16
 
 
 def write_trace(updates: list[tuple[Run, int]], path: Path) -> None:
@@ -36,7 +37,7 @@ def trace_events(updates: list[tuple[Run, int]]) -> Iterator[dict[str, Any]]:
     runs = list({id(run): run for run, _ in updates}.values())
     flow_id = 0
     for number, run in enumerate(runs):
-        first_pid = number * _RANKS_PER_RUN
+        first_pid = number * _RANKS_PER_RUN + 1
         yield from _names(run, first_pid, many=len(runs) > 1)
         mine = [(generation, stage_spans(run, generation)) for each, generation in updates if each is run]
         origin_s = min(float(s.starts_s.min()) for _, spans in mine for s in spans.values() if len(s))
@@ -54,24 +55,27 @@ def _names(run: Run, first_pid: int, *, many: bool) -> Iterator[dict[str, Any]]:
     nodes = run.node_of(np.arange(run.num_ranks))
     for rank in range(run.num_ranks):
         name = f"rank {rank} (node {nodes[rank]})" + (f" of {run.run_id[:8]}" if many else "")
-        about = {"ph": "M", "pid": first_pid + rank, "tid": 0}
+        pid = first_pid + rank
+        about = {"ph": "M", "pid": pid, "tid": _tid(pid, _TRACKS[0])}
         yield {**about, "name": "process_name", "args": {"name": name}}
-        yield {**about, "name": "process_sort_index", "args": {"sort_index": first_pid + rank}}
-        for tid, stage in enumerate(_TRACKS):
-            yield {**about, "tid": tid, "name": "thread_name", "args": {"name": stage}}
-            yield {**about, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
+        yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}
+        for index, stage in enumerate(_TRACKS):
+            track = {**about, "tid": _tid(pid, stage)}
+            yield {**track, "name": "thread_name", "args": {"name": stage}}
+            yield {**track, "name": "thread_sort_index", "args": {"sort_index": index}}
 
 
 def _slices(spans: Spans, stage: str, generation: int, first_pid: int, origin_s: float) -> Iterator[dict[str, Any]]:
     what = "step" if stage == "fence" else "layer"
-    starts, lengths = _us(spans.starts_s - origin_s), _us(spans.ends_s - spans.starts_s)
-    for rank, layer, start, length in zip(spans.ranks, spans.layers, starts, lengths, strict=True):
+    starts, ends = _us(spans.starts_s - origin_s), _us(spans.ends_s - origin_s)
+    for rank, layer, start, end in zip(spans.ranks, spans.layers, starts, ends, strict=True):
+        pid = first_pid + int(rank)
         yield {
             "ph": "X",
-            "pid": first_pid + int(rank),
-            "tid": _TRACKS.index(stage),
+            "pid": pid,
+            "tid": _tid(pid, stage),
             "ts": float(start),
-            "dur": float(length),
+            "dur": round(float(end - start), 3),
             "cat": stage,
             "name": f"{stage} {layer}",
             "args": {"update": generation, what: int(layer)},
@@ -81,12 +85,13 @@ def _slices(spans: Spans, stage: str, generation: int, first_pid: int, origin_s:
 def _waits(spans: Spans, stage: str, generation: int, first_pid: int, origin_s: float) -> Iterator[dict[str, Any]]:
     starts, ends = _us(spans.starts_s - origin_s), _us(spans.ends_s - origin_s)
     for rank, layer, start, end in zip(spans.ranks, spans.layers, starts, ends, strict=True):
+        pid = first_pid + int(rank)
         about = {
-            "pid": first_pid + int(rank),
-            "tid": _TRACKS.index(stage),
+            "pid": pid,
+            "tid": _tid(pid, stage),
             "cat": stage,
             "name": f"{stage} {layer}",
-            "id": f"{first_pid + int(rank)}.{generation}.{layer}",
+            "id2": {"local": f"{generation}.{layer}"},
             "args": {"update": generation, "layer": int(layer)},
         }
         yield {**about, "ph": "b", "ts": float(start)}
@@ -110,13 +115,17 @@ def _flows(
         about = {
             "cat": "flow",
             "name": "expert weights",
-            "tid": _TRACKS.index("transfer"),
             "args": {"nbytes": nbytes, "layer": layer, "from": src, "to": dst},
         }
+        here, there = ({"pid": pid, "tid": _tid(pid, "transfer")} for pid in (first_pid + src, first_pid + dst))
         yield (
-            {**about, "ph": "s", "pid": first_pid + src, "ts": sender[0]},
-            {**about, "ph": "f", "bp": "e", "pid": first_pid + dst, "ts": receiver[1]},
+            {**about, **here, "ph": "s", "ts": sender[0]},
+            {**about, **there, "ph": "f", "bp": "e", "ts": receiver[1]},
         )
+
+
+def _tid(pid: int, stage: str) -> int:
+    return pid * len(_TRACKS) + _TRACKS.index(stage)
 
 
 def _us(seconds: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":

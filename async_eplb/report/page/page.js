@@ -66,7 +66,7 @@ const timeline = {
   },
   lane() {
     const ranks = this.update.num_ranks;
-    return ranks <= 16 ? 34 : ranks <= 64 ? 12 : Math.max(2, Math.min(6, 900 / ranks));
+    return ranks <= 16 ? 42 : ranks <= 64 ? 12 : Math.max(2, Math.min(6, 900 / ranks));
   },
   draw() {
     const ranks = this.update.num_ranks, lane = this.lane();
@@ -105,9 +105,9 @@ const timeline = {
     if (lane >= 30) {
       const { rank, layer, start, end } = this.spans.transfer;
       pen.fillStyle = "#fff";
-      pen.font = "9px system-ui, 'DejaVu Sans', sans-serif";
+      pen.font = "8px system-ui, 'DejaVu Sans', sans-serif";
       for (let at = 0; at < rank.length; at++) {
-        if ((end[at] - start[at]) * scale > 20) pen.fillText(layer[at], x((start[at] + end[at]) / 2), rank[at] * lane + 1.85 * inner);
+        if ((end[at] - start[at]) * scale > 20) pen.fillText(layer[at], x((start[at] + end[at]) / 2), rank[at] * lane + 1.5 * inner + 2.5);
       }
       pen.font = "12px system-ui, 'DejaVu Sans', sans-serif";
     }
@@ -188,8 +188,8 @@ const matrix = {
   draw() {
     const { ranks, nodes, cells } = data.traffic[timeline.update.run];
     const wide = Math.min(this.canvas.parentElement.clientWidth - 32, 520);
-    const { pen } = surface(this.canvas, Math.max(wide, 200));
-    const size = (Math.max(wide, 200) - this.left - this.bottom) / ranks, peak = Math.max(1, ...cells.map((cell) => cell[2]));
+    const size = (Math.max(wide, 200) - this.left - 8) / ranks, peak = Math.max(1, ...cells.map((cell) => cell[2]));
+    const { pen } = surface(this.canvas, this.top + size * ranks + this.bottom);
     this.size = size;
     this.cells = new Map(cells.map(([src, dst, nbytes]) => [src * ranks + dst, nbytes]));
     this.ranks = ranks;
@@ -239,7 +239,7 @@ const matrix = {
 function drawBalance() {
   const canvas = byId("balance"), run = data.updates.length ? timeline.update.run_id : null;
   const points = data.rebalances.filter((each) => each.run_id === run);
-  const { pen, width, height } = surface(canvas, 240);
+  const { pen, width, height } = surface(canvas, points.length ? 240 : 1);
   byId("balance-note").textContent = points.length
     ? "Mean over the maximum of ranks' loads, mean of layers; 1 is best. Steps are placements that were moved to."
     : "No rebalance is in this log: placements came from elsewhere.";
@@ -291,9 +291,9 @@ function drawCards() {
     ["transfer", inMs(update.transfer_ms), "slowest rank, all layers"],
     ["wait", inMs(update.wait_ms), "slowest rank, all layers"],
     ["commit", inMs(update.commit_ms), inBytes(update.committed_nbytes)],
-    ["stall of a step", `${inMs(update.stall_p99_ms)}`, update.num_stalls ? `p99; p50 ${inMs(update.stall_p50_ms)}, max ${inMs(update.stall_max_ms)}` : "nobody was served"],
+    ["stall of a step", `${inMs(update.stall_p99_ms)}`, update.num_stalls ? `p99; p50 ${inMs(update.stall_p50_ms)}, max ${inMs(update.stall_max_ms)}` : "the model stood still"],
     ["waits at fences", update.num_fence_waits, `${inMs(update.fence_wait_ms)} together`, update.num_fence_waits ? "bad" : ""],
-    ["balancedness", `${inUnits(update.balancedness_before)} → ${inUnits(update.balancedness_after)}`, "mean of layers"],
+    ["balancedness", known(update.balancedness_before) ? `${inUnits(update.balancedness_before)} → ${inUnits(update.balancedness_after)}` : "–", known(update.balancedness_before) ? "mean of layers" : "no rebalance in the log"],
     ["paid back", known(update.break_even_steps) ? `${update.break_even_steps.toFixed(0)} steps` : "–", known(update.saved_ms_per_step) ? `${inMs(update.saved_ms_per_step)} saved a step` : "no estimate in the log"],
   ];
   for (const [label, value, note, kind] of rows) {
@@ -306,9 +306,9 @@ function drawCards() {
 }
 
 /* Tables whose columns sort: [title, key, format]. */
-function sortable(table, columns, rows, start) {
+function sortable(table, columns, rows, start, down = true) {
   const head = table.tHead, body = table.tBodies[0];
-  let sorted = start, down = true;
+  let sorted = start;
   const render = () => {
     const ordered = [...rows()].sort((a, b) => (down ? -1 : 1) * (a[sorted] < b[sorted] ? -1 : a[sorted] > b[sorted] ? 1 : 0));
     body.textContent = "";
@@ -367,7 +367,7 @@ function fill() {
   sortable(byId("links"), [
     ["from", "src_rank"], ["to", "dst_rank"], ["link", "within_node", (same) => (same ? "same node" : "across nodes")],
     ["bytes", "nbytes", inBytes], ["speed", "nbytes_per_s", (value) => `${inBytes(value)}/s`],
-  ], () => data.links, "nbytes");
+  ], () => data.links, "nbytes_per_s", false);
   sortable(byId("ranks"), [
     ["rank", "rank"], ["after the median", "lag_ms", (value) => (value < 0 ? "−" : "") + inMs(Math.abs(value))], ["last in", "num_last"], ["layers", "num_layers"],
   ], () => data.ranks, "lag_ms");
