@@ -11,6 +11,8 @@ LAYERS = [
     "event_reference",
     "event_logger",
     "json_log",
+    "metrics",
+    "tracing",
     "topology",
     "documents",
     "placement",

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from async_eplb.cli.follow import follow
 from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
 from async_eplb.report.page import write_page
@@ -26,6 +27,8 @@ examples:
   async_eplb demo --log-dir logs && async_eplb report logs
   async_eplb report 'logs/*.jsonl.gz' --json
   async_eplb report --compare before/ after/
+  async_eplb report logs --html report.html --trace trace.json
+  async_eplb report logs --follow
   async_eplb report logs --fail-if 'stall_p99_ms > 2' --fail-if 'num_failed > 0'
 """
 
@@ -56,6 +59,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("html", "html", "all of it in one page that works from disk"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"draw {what}, as in {name}.{suffix}")
+    parser.add_argument("--follow", action="store_true", help="show updates as they happen, until Ctrl-C")
     parser.add_argument("--update", type=int, metavar="N", help="number of the update to draw (default: the last)")
     parser.set_defaults(run=run)
 
@@ -64,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     """Read, print and draw."""
     if options.compare:
         return _compare(options)
+    if options.follow:
+        return follow(options.logs or ["."])
     log = read_events(*(options.logs or ["-"]))
     report = summarize(log)
     figures = report.figures()

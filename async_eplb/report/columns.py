@@ -25,7 +25,18 @@ Table = dict[str, NDArray[Any]]
 """Columns of equal length, by name; rows in no particular order."""
 
 _CHUNK = 1 << 15
-_LIMIT = 1 << 62
+_ANY = (-(1 << 62), 1 << 62)
+_BOUNDS = {
+    "generation": (0, 1 << 38),
+    "step": (0, 1 << 38),
+    "layer": (0, 1 << 20),
+    "rank": (0, 1 << 14),
+    "num_ranks": (1, 1 << 14),
+    "num_nodes": (1, 1 << 14),
+    "num_layers": (0, 1 << 20),
+    "num_unchanged_layers": (0, 1 << 20),
+}
+"""Least value and limit of what sizes arrays: a damaged number must not."""
 
 COMMON = {"run_id": "int", "generation": "int", "rank": "int", "step": "int", "monotonic_s": "float", "wall_s": "float"}
 _LAYER = {**COMMON, "layer": "int", "duration_ms": "float"}
@@ -157,19 +168,20 @@ class TableBuilder:
 
     def _fit(self, rows: list[tuple[Any, ...]]) -> bool:
         columns = dict(zip(self._columns, zip(*rows, strict=True), strict=False))
-        return all(_fits(values, self._columns[name]) for name, values in columns.items()) and all(
+        return all(_fits(values, self._columns[name], name) for name, values in columns.items()) and all(
             list(map(len, columns[peers])) == list(map(len, columns[nbytes]))
             for peers, nbytes in self._links.values()
             if columns
         )
 
 
-def _fits(values: Sequence[Any], kind: str) -> bool:
-    """Return whether all values are of a kind, and fit into an array of it."""
+def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
+    """Return whether all values are of a kind, and in the bounds of their name."""
     if not set(map(type, values)) <= _TYPES[kind]:
         return False
     if kind == "int":
-        return bool(min(values) > -_LIMIT and max(values) < _LIMIT)
+        least, limit = _BOUNDS.get(name, _ANY)
+        return bool(min(values) >= least and max(values) < limit)
     if kind == "float":
         return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
     if kind == "ints":

@@ -126,7 +126,7 @@ class EventReader:
         tables = {name: builder.table() for name, builder in self._builders.items()}
         transfers = self._builders[LayerTransferred.name]
         malformed = tuple(
-            LeftOut(name, "a value is not of its key's type", builder.num_malformed)
+            LeftOut(name, "a value that its key cannot have", builder.num_malformed)
             for name, builder in self._builders.items()
             if builder.num_malformed
         )

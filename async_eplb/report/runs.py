@@ -29,6 +29,8 @@ class Run:
         self.num_ranks = int(
             max(started["num_ranks"].max(initial=1), *(t["rank"].max(initial=0) + 1 for t in self._tables.values()))
         )
+        if self.num_ranks % self.num_nodes:
+            self.num_nodes = 1
         self.generations = [int(each) for each in np.unique(np.concatenate(numbers))]
 
     def events(self, name: str, generation: int | None = None) -> Table:
