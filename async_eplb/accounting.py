@@ -125,8 +125,8 @@ def transfer_event(
 
     :param expert_nbytes: bytes of one expert in all tensors of the layer
     """
-    sent = _nbytes_by_rank((send.dst_rank for send in plan.sends), expert_nbytes)
-    received = _nbytes_by_rank((recv.src_rank for recv in plan.recvs), expert_nbytes)
+    sent = _nbytes_by_rank([send.dst_rank for send in plan.sends], expert_nbytes)
+    received = _nbytes_by_rank([recv.src_rank for recv in plan.recvs], expert_nbytes)
     sent_nodes, received_nodes = _by_node(sent, topology), _by_node(received, topology)
     sent_nbytes, received_nbytes = sum(sent.values()), sum(received.values())
     node = topology.node_of(rank)
@@ -153,11 +153,15 @@ def transfer_event(
 
 
 def _nbytes_by_rank(peers: Iterable[int], expert_nbytes: int) -> dict[int, int]:
-    return {peer: count * expert_nbytes for peer, count in sorted(Counter(peers).items())}
+    nbytes: dict[int, int] = {}
+    for peer in sorted(peers):
+        nbytes[peer] = nbytes.get(peer, 0) + expert_nbytes
+    return nbytes
 
 
 def _by_node(nbytes_by_rank: dict[int, int], topology: EPTopology) -> list[int]:
     nodes = [0] * topology.num_nodes
+    ranks_per_node = topology.num_ranks_per_node
     for rank, nbytes in nbytes_by_rank.items():
-        nodes[topology.node_of(rank)] += nbytes
+        nodes[rank // ranks_per_node] += nbytes
     return nodes

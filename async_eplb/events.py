@@ -8,6 +8,7 @@ choice; importing this package configures nothing.
 import logging
 import time
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Protocol
 
 import structlog
@@ -274,12 +275,13 @@ def field_names(event: type[Event]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(event))
 
 
-_FIELDS = {event: field_names(event) for event in EVENTS}
+_FIELDS = {event: (field_names(event), attrgetter(*field_names(event))) for event in EVENTS}
 
 
 def stamped(event: Event) -> dict[str, Any]:
     """Return an event's fields as flat keys, with the schema's version and the time of both clocks."""
-    values = {name: getattr(event, name) for name in _FIELDS[type(event)]}
+    names, get = _FIELDS[type(event)]
+    values: dict[str, Any] = dict(zip(names, get(event), strict=True))
     values["schema_version"] = SCHEMA_VERSION
     values["monotonic_s"] = time.monotonic()
     values["wall_s"] = time.time()
@@ -289,6 +291,18 @@ def stamped(event: Event) -> dict[str, Any]:
 def emit(logger: Logger, event: Event) -> None:
     """Log an event under its name. The logger's owner has bound ``run_id``."""
     getattr(logger, event.level)(event.name, **stamped(event))
+
+
+_STANDARD_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+
+class _StandardLogger(structlog.stdlib.BoundLogger):
+    """Standard logging that does nothing for a level that is off, not even run processors."""
+
+    def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **values: Any) -> Any:  # noqa: ANN401
+        if self._logger.isEnabledFor(_STANDARD_LEVELS[method_name]):
+            return super()._proxy_to_logger(method_name, event, *args, **values)
+        return None
 
 
 def default_logger() -> Logger:
@@ -301,7 +315,7 @@ def default_logger() -> Logger:
         return logger
     wrapped: Logger = structlog.wrap_logger(
         logging.getLogger("async_eplb"),
-        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[structlog.stdlib.render_to_log_kwargs],
+        wrapper_class=_StandardLogger,
     )
     return wrapped

@@ -65,12 +65,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             [sys.executable, "-c", _READ, log_dir], check=True, capture_output=True, text=True, env=_one_core()
         ).stdout
         figures: dict[str, object] = json.loads(output)
+        adds_up = figures.pop("received_nbytes") == nbytes
         size = sum(path.stat().st_size for path in log_dir.iterdir())
     return {
         "num_events": num_events,
         "log_mb": size / 1e6,
         **figures,
-        "bytes_add_up": figures.pop("received_nbytes") == nbytes,
+        "bytes_add_up": adds_up,
     }
 
 
