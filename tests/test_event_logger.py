@@ -1,5 +1,7 @@
 """Events turned down by kind, and shown to observers."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +49,21 @@ def test_observers_see_what_is_off_and_what_was_bound() -> None:
         ("eplb.update.failed", "some run"),
     ]
     assert seen[1] == {key: value for key, value in capture.entries[0].items() if key != "log_level"}
+
+
+def test_importing_brings_no_extra_and_configures_nothing() -> None:
+    """Neither structlog nor standard logging; nor does a report load what draws."""
+    code = """
+import logging, sys
+before = (list(logging.root.handlers), logging.root.level)
+import async_eplb, async_eplb.report, async_eplb.metrics, async_eplb.tracing, async_eplb.json_log, structlog
+assert not structlog.is_configured()
+assert (list(logging.root.handlers), logging.root.level) == before
+assert not logging.getLogger("async_eplb").handlers
+loaded = {"matplotlib", "prometheus_client", "opentelemetry", "rich"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("levels", [{"eplb.fence.missed": "off"}, {"eplb.fence.waited": "loud"}])

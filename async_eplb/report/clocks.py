@@ -4,6 +4,7 @@ Ranks of one host share that clock. Those of another host are set by what all ra
 that an update has begun, and that it is over. Both are logged within moments of each other.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,21 +55,29 @@ def set_clocks(log: EventLog, run: int) -> Clocks:
     anchors = _anchors(log, run)
     ranks = [int(each) for each in np.unique(rank)]
     reference = max(ranks, key=lambda each: len(anchors.get(each, {})))
-    offsets, residuals, notes = {}, [0.0], []
+    offsets: dict[int, float] = {}
+    residuals, jumped = [0.0], {}
     for each in ranks:
         mine = rank == each
         drift = wall[mine] - monotonic[mine]
         if np.ptp(drift) > JUMP_S:
-            notes.append(
-                f"rank {each}: its clocks moved apart by {np.ptp(drift):.1f} s; times are of the monotonic one"
-            )
+            jumped[each] = float(np.ptp(drift))
         shared = anchors.get(each, {}).keys() & anchors.get(reference, {}).keys()
         apart = [anchors[each][key] - anchors[reference][key] for key in shared]
         offset = float(np.median(apart)) if apart else _by_wall_clock(rank, monotonic, wall, each, reference)
         offsets[each] = offset if abs(offset) > SAME_CLOCK_S else 0.0
         residuals += [abs(value - offsets[each]) for value in apart]
     starts = [float(monotonic[rank == each].min()) - offsets[each] for each in ranks]
-    return Clocks(min(starts), offsets, max(residuals), tuple(notes))
+    return Clocks(min(starts), offsets, max(residuals), tuple(_notes(jumped)))
+
+
+def _notes(jumped: dict[int, float]) -> Iterator[str]:
+    if jumped:
+        ranks = ", ".join(map(str, list(jumped)[:8])) + (f" and {len(jumped) - 8} more" if len(jumped) > 8 else "")  # noqa: PLR2004
+        yield (
+            f"the wall clock left the monotonic one by up to {max(jumped.values()):.1f} s on rank {ranks}: "
+            "one of them was set, and times may be wrong"
+        )
 
 
 def _of_run(table: Table, run: int) -> Table:

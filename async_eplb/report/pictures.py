@@ -8,7 +8,7 @@ import numpy as np
 
 from async_eplb.errors import InvalidOptions, MissingExtra
 from async_eplb.report.runs import Run
-from async_eplb.report.spans import COLOURS, STAGES, Spans, stage_spans
+from async_eplb.report.spans import COLOURS, FROM_BELOW, MAX_LANES, STAGES, Spans, stage_spans
 from async_eplb.report.text import in_bytes
 from async_eplb.report.values import Traffic
 
@@ -20,6 +20,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 _LANE = 0.84
 """Height of a rank's lane, of 1."""
 _MAX_LABELS = 40
+_MAX_TICKS = 20
 _MAX_NUMBERED = 500
 _MAX_ANNOTATED = 16
 
@@ -34,8 +35,12 @@ def draw_timeline(run: Run, generation: int, path: Path) -> None:
     figure, axes = _figure(path, (13.0, min(max(3.2, 0.42 * run.num_ranks + 1.6), 14.0)))
     start_s = min(float(each.starts_s.min()) for each in spans.values() if len(each))
     height = _LANE / len(STAGES)
-    for line, stage in enumerate(STAGES):
-        _draw(axes, spans[stage], start_s, line * height, height * 0.92, COLOURS[stage])
+    if run.num_ranks <= MAX_LANES:
+        for line, stage in enumerate(STAGES):
+            _draw(axes, spans[stage], start_s, line * height, height * 0.92, COLOURS[stage])
+    else:
+        for stage in FROM_BELOW:
+            _draw(axes, spans[stage], start_s, 0.0, _LANE, COLOURS[stage])
     _draw(axes, spans["fence"], start_s, 0.0, _LANE, COLOURS["fence"])
     drawn = [stage for stage in (*STAGES, "fence") if len(spans[stage])]
     axes.legend(
@@ -47,7 +52,9 @@ def draw_timeline(run: Run, generation: int, path: Path) -> None:
         frameon=False,
     )
     for border in range(1, run.num_nodes):
-        axes.axhline(border * run.num_ranks / run.num_nodes - (1 - _LANE) / 2, color="#555", linewidth=0.8)
+        axes.axhline(
+            border * run.num_ranks / run.num_nodes - (1 - _LANE) / 2, color="#555", linewidth=_line(run.num_nodes)
+        )
     shown = range(0, run.num_ranks, -(-run.num_ranks // _MAX_LABELS))
     axes.set_yticks([rank + _LANE / 2 for rank in shown], [f"rank {rank}" for rank in shown])
     axes.set_ylim(run.num_ranks - (1 - _LANE) / 2, -(1 - _LANE) / 2)
@@ -86,8 +93,8 @@ def draw_matrix(traffic: Traffic, path: Path, *, title: str) -> None:
             axes.text(dst, src, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "#222")
     for border in range(1, traffic.num_nodes):
         for draw in (axes.axhline, axes.axvline):
-            draw(border * per_node - 0.5, color="#333", linewidth=1.0)
-    step = -(-num_ranks // _MAX_LABELS)
+            draw(border * per_node - 0.5, color="#333", linewidth=_line(traffic.num_nodes))
+    step = -(-num_ranks // _MAX_TICKS)
     axes.set_xticks(range(0, num_ranks, step))
     axes.set_yticks(range(0, num_ranks, step))
     axes.set_xlabel("to rank")
@@ -132,6 +139,11 @@ def _number_layers(axes: "Axes", transfers: Spans, start_s: float, offset: float
 
 def _shape(run: Run) -> str:
     return f"{run.num_ranks} ranks on {run.num_nodes} node{'s' if run.num_nodes > 1 else ''}"
+
+
+def _line(num_nodes: int) -> float:
+    """Return the width of lines between nodes: thin where there are many."""
+    return min(1.0, 8.0 / num_nodes)
 
 
 def _patch(colour: str) -> Any:  # noqa: ANN401 - an extra's type

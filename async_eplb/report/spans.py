@@ -13,6 +13,12 @@ from async_eplb.report.runs import Run
 
 STAGES = ("plan", "transfer", "wait", "commit")
 
+MAX_LANES = 64
+"""Ranks up to which each stage has a line of its own in a timeline; with more, stages are drawn over each other."""
+
+FROM_BELOW = ("wait", "plan", "transfer", "commit")
+"""Stages as they are drawn over each other."""
+
 COLOURS = {"plan": "#7c6cc4", "transfer": "#2a7ab9", "wait": "#d5d9de", "commit": "#e07b39", "fence": "#c0272d"}
 """Of the stages, in all pictures."""
 

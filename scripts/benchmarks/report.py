@@ -81,13 +81,13 @@ def make_log(log_dir: Path, num_ranks: int, num_layers: int, num_updates: int) -
     shape = (num_updates, num_layers, num_ranks)
     sources = (np.arange(num_ranks) + rng.integers(1, max(num_ranks, 2), size=(*shape[:2], 1))) % num_ranks
     times = rng.gamma(4.0, 1.0, size=(*shape, 3))
-    start = time.monotonic()
+    start, wall = time.monotonic(), time.time()
     num_events = 0
     for rank in range(num_ranks):
         with (log_dir / f"rank-{rank}.jsonl").open("w") as file:
             for event, at_s in _events(rank, num_ranks, sources, times):
                 values = {"event": event.name, "run_id": "made", **stamped(event)}
-                values["monotonic_s"] = start + at_s
+                values |= {"monotonic_s": start + at_s, "wall_s": wall + at_s}
                 file.write(json.dumps(values) + "\n")
                 num_events += 1
     return num_events, int(np.prod(shape)) * _EXPERT_NBYTES

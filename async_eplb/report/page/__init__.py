@@ -10,7 +10,7 @@ import numpy as np
 
 from async_eplb.report.rankings import layer_reports
 from async_eplb.report.runs import Run
-from async_eplb.report.spans import COLOURS, STAGES, stage_spans
+from async_eplb.report.spans import COLOURS, FROM_BELOW, MAX_LANES, STAGES, stage_spans
 from async_eplb.report.values import Report
 
 MAX_SPANS = 400_000
@@ -37,6 +37,8 @@ def page_data(runs: list[Run], report: Report) -> dict[str, Any]:
     return {
         "stages": _TRACKS,
         "colours": COLOURS,
+        "max_lanes": MAX_LANES,
+        "from_below": FROM_BELOW,
         "updates": updates,
         "spans": _latest_spans(runs, updates),
         "traffic": [_traffic(run) for run in runs],

@@ -92,14 +92,15 @@ const timeline = {
     pen.beginPath();
     pen.rect(this.left, 0, width - this.left - 8, foot);
     pen.clip();
-    stages.forEach((stage, index) => {
-      const fence = stage === "fence";
+    const apart = ranks <= data.max_lanes;
+    (apart ? stages : [...data.from_below, "fence"]).forEach((stage, index) => {
+      const full = !apart || stage === "fence";
       const { rank, start, end } = this.spans[stage];
       pen.fillStyle = data.colours[stage];
       for (let at = 0; at < rank.length; at++) {
         if (end[at] < this.from || start[at] > this.to) continue;
         const from = x(start[at]), size = Math.max((end[at] - start[at]) * scale - (scale * (end[at] - start[at]) > 3 ? 0.6 : 0), 0.6);
-        pen.fillRect(from, rank[at] * lane + (fence ? 0 : index * inner), size, fence ? lane * 0.86 : Math.max(inner * 0.94, 0.5));
+        pen.fillRect(from, rank[at] * lane + (full ? 0 : index * inner), size, full ? Math.max(lane * 0.86, 0.8) : inner * 0.94);
       }
     });
     if (lane >= 30) {
@@ -118,7 +119,7 @@ const timeline = {
       pen.fillStyle = "#1c2530";
       if (rank % every === 0) pen.fillText(`rank ${rank}`, this.left - 8, rank * lane + Math.max(lane * 0.5, 6) + 3);
       if (rank && rank % perNode === 0) {
-        pen.fillStyle = "#77818c";
+        pen.fillStyle = this.update.num_nodes > 16 ? "#d3d8de" : "#77818c";
         pen.fillRect(0, rank * lane - 1.5, width, 1);
       }
     }
@@ -143,10 +144,13 @@ const timeline = {
     const box = this.canvas.getBoundingClientRect(), lane = this.lane();
     const at = this.timeAt(event.clientX), rank = Math.floor((event.clientY - box.top) / lane);
     const line = Math.floor(((event.clientY - box.top) - rank * lane) / (lane * 0.86 / 4));
-    const stage = data.stages[Math.min(line, 3)], spans = this.spans[stage];
-    for (let index = 0; index < spans.rank.length; index++) {
-      if (spans.rank[index] === rank && spans.start[index] <= at && at <= spans.end[index]) {
-        return `rank ${rank}, layer ${spans.layer[index]}: ${stage}\n${inMs(spans.end[index] - spans.start[index])} from ${inMs(spans.start[index])}`;
+    const apart = this.update.num_ranks <= data.max_lanes;
+    for (const stage of apart ? [data.stages[Math.min(line, 3)]] : [...data.from_below].reverse()) {
+      const spans = this.spans[stage];
+      for (let index = 0; index < spans.rank.length; index++) {
+        if (spans.rank[index] === rank && spans.start[index] <= at && at <= spans.end[index]) {
+          return `rank ${rank}, layer ${spans.layer[index]}: ${stage}\n${inMs(spans.end[index] - spans.start[index])} from ${inMs(spans.start[index])}`;
+        }
       }
     }
     return "";
@@ -201,13 +205,13 @@ const matrix = {
       pen.fillStyle = `hsl(${200 + 15 * share} ${45 + 30 * share}% ${90 - 62 * share}%)`;
       pen.fillRect(this.left + dst * size, this.top + src * size, Math.max(size - gap, 0.7), Math.max(size - gap, 0.7));
     }
-    pen.fillStyle = "#333";
+    pen.fillStyle = nodes > 16 ? "#33333340" : "#333";
     for (let border = 1; border < nodes; border++) {
       const at = border * ranks / nodes * size - 0.5;
       pen.fillRect(this.left + at, this.top, 1, size * ranks);
       pen.fillRect(this.left, this.top + at, size * ranks, 1);
     }
-    const every = Math.ceil(22 / size);
+    const every = Math.ceil(30 / size);
     pen.fillStyle = "#5d6875";
     for (let rank = 0; rank < ranks; rank += every) {
       pen.textAlign = "right";
