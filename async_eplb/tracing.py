@@ -58,7 +58,7 @@ class Spans:
         elif name in _STAGES:
             if key in self._updates:
                 self._stage(key, event)
-            else:
+            elif name == LayerPlanned.name:
                 self._early.setdefault(key, []).append(event)
         elif name in _ENDS:
             self._end(key, event)

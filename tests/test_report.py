@@ -217,6 +217,9 @@ def test_two_runs_are_compared(serving: Path, processes: Path, capsys: pytest.Ca
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     (row,) = (line for line in lines if line[0] == "num_updates")
     assert row == ["num_updates", "2", "1", "0.5"]
+    assert main(["report", "--compare", str(serving), str(processes), "--fail-if", "num_updates == 1"]) == 1
+    assert main(["report", "--compare", str(serving), str(processes), "--fail-if", "num_updates == 2"]) == 0
+    assert main(["report", str(serving), "--compare", str(serving), str(processes)]) == 2
 
 
 @pytest.mark.parametrize(

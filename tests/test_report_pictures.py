@@ -91,6 +91,14 @@ def test_a_missing_package_is_named_with_its_extra(
     assert f"pip install 'async-eplb[{extra}]'" in line
 
 
+def test_a_picture_that_cannot_be_written_is_refused(serving: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each kind, and status 2."""
+    for kind, name in (("timeline", "t.png"), ("matrix", "m.svg"), ("trace", "t.json"), ("html", "r.html")):
+        assert main(["report", str(serving), f"--{kind}", f"/nowhere/{name}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"/nowhere/{name} cannot be written" in line
+
+
 def test_a_log_without_transfers_has_nothing_to_draw(serving: Path) -> None:
     """It says so."""
     log = read_events(str(serving))

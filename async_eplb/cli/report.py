@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from async_eplb.cli.follow import follow
+from async_eplb.errors import InvalidOptions
 from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
 from async_eplb.report.page import write_page
@@ -50,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="append",
         default=[],
         metavar="CONDITION",
-        help="exit with 1 if a figure of --json is so: 'stall_p99_ms > 2'; may be given several times",
+        help="exit with 1 if a figure of --json (with --compare, of B) is so: 'stall_p99_ms > 2'; may be repeated",
     )
     for name, suffix, what in (
         ("timeline", "png", "ranks by time, stages in colour: .png or .svg"),
@@ -66,26 +67,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Read, print and draw."""
-    if options.compare:
-        return _compare(options)
     if options.follow:
         return follow(options.logs or ["."])
-    log = read_events(*(options.logs or ["-"]))
-    report = summarize(log)
+    report = _compare(options) if options.compare else _report(options)
     figures = report.figures()
     conditions = [parse_condition(text, figures) for text in options.fail_if]
-    _draw(log, report, options)
-    if options.json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        print("\n".join(report_lines(report)))
     broken = [why for why in (condition.broken_by(figures) for condition in conditions) if why]
     for why in broken:
         print(f"async_eplb: failed: {why}", file=sys.stderr)
     return 1 if broken else 0
 
 
+def _report(options: argparse.Namespace) -> Report:
+    log = read_events(*(options.logs or ["-"]))
+    report = summarize(log)
+    try:
+        _draw(log, report, options)
+    except OSError as error:
+        raise InvalidOptions(f"{error.filename} cannot be written: {error.strerror}", option="picture") from error
+    if options.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print("\n".join(report_lines(report)))
+    return report
+
+
 def _draw(log: EventLog, report: Report, options: argparse.Namespace) -> None:
+    if not any((options.timeline, options.matrix, options.trace, options.html)):
+        return
     runs = runs_of(log)
     if options.timeline:
         draw_timeline(*pick_update(runs, options.update), options.timeline)
@@ -99,10 +108,12 @@ def _draw(log: EventLog, report: Report, options: argparse.Namespace) -> None:
         write_page(runs, report, options.html)
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> Report:
+    if options.logs:
+        raise InvalidOptions(f"--compare takes two logs, and {options.logs[0]} is a third", option="compare")
     first, second = (summarize(read_events(name)) for name in options.compare)
     if options.json:
         print(json.dumps([report.to_json()["figures"] for report in (first, second)], indent=2))
     else:
         print("\n".join(comparison_lines(tuple(options.compare), first, second)))
-    return 0
+    return second

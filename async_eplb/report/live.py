@@ -20,6 +20,8 @@ from async_eplb.events import (
     UpdateStarted,
 )
 
+_MAX_READ = 1 << 24
+
 MAX_UPDATES = 8
 """Updates that are remembered: the last ones."""
 
@@ -137,7 +139,7 @@ class Tail:
                 if state.st_ino != number or state.st_size < offset:
                     offset, rest = 0, b""
                 file.seek(offset)
-                data = file.read()
+                data = file.read(_MAX_READ)
         except FileNotFoundError:
             return []
         *lines, left = (rest + data).split(b"\n")

@@ -74,12 +74,12 @@ def draw_matrix(traffic: Traffic, path: Path, *, title: str) -> None:
     :raises InvalidOptions: if the file's name says no format that can be drawn
     :raises MissingExtra: without matplotlib
     """
-    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415 - an extra
-
     num_ranks = len(traffic.nbytes)
     per_node = num_ranks // traffic.num_nodes
     size = min(max(5.2, 0.52 * num_ranks + 2.2), 12.0)
     figure, axes = _figure(path, (size * 1.12, size))
+    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415 - an extra
+
     shown = np.ma.masked_equal(traffic.nbytes, 0)
     image = axes.imshow(shown, cmap="YlGnBu", vmin=0, vmax=max(int(traffic.nbytes.max()), 1), interpolation="nearest")
     axes.set_facecolor("#f6f7f9")
