@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from logs import NUM_LAYERS, SERVING, events_of, log_of_processes, log_of_serving, rewrite
 
 from async_eplb import EPTopology, ExpertPlacement, plan_layer
@@ -16,6 +18,7 @@ from async_eplb.cli import main
 from async_eplb.errors import InvalidOptions
 from async_eplb.report import Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
+from async_eplb.report.rankings import medians
 from async_eplb.report.runs import runs_of
 from async_eplb.sample_model import SampleModel
 
@@ -119,6 +122,15 @@ def test_a_clock_that_was_set_is_told_of(serving: Path, tmp_path: Path) -> None:
     (fault,) = report.faults
     assert fault.startswith("the wall clock left the monotonic one by up to 3600.0 s on rank 1: ")
     assert [update.duration_ms for update in report.updates] == [u.duration_ms for u in report_of(serving).updates]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-1e6, 1e6)), min_size=1))
+def test_medians_of_groups_are_those_of_numpy(pairs: list[tuple[int, float]]) -> None:
+    """Of groups of any sizes, in any order."""
+    keys, groups = np.unique([key for key, _ in pairs], return_inverse=True)
+    values = np.array([value for _, value in pairs])
+    expected = [np.median(values[groups == number]) for number in range(len(keys))]
+    assert medians(groups.reshape(-1), values) == pytest.approx(expected)
 
 
 def test_a_rank_that_lags_is_named(serving: Path, tmp_path: Path) -> None:

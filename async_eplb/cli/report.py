@@ -43,7 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("logs", nargs="*", metavar="LOG", help="file, folder, glob, or - for standard input")
+    parser.add_argument(
+        "logs", nargs="*", metavar="LOG", help="file, folder, glob, or - for standard input (default: -)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two logs side by side, with ratios B / A")
     parser.add_argument(

@@ -80,7 +80,7 @@ def lagging_ranks(runs: Iterable[Run], number: int) -> tuple[RankReport, ...]:
         if not len(moved["rank"]):
             continue
         _, index = np.unique(_keys(moved), return_inverse=True)
-        lag_ms = (moved["time_s"] - _medians(index.reshape(-1), moved["time_s"])[index.reshape(-1)]) * 1e3
+        lag_ms = (moved["time_s"] - medians(index.reshape(-1), moved["time_s"])[index.reshape(-1)]) * 1e3
         last = np.zeros(len(lag_ms), dtype=bool)
         order = np.lexsort((lag_ms, index.reshape(-1)))
         last[order[np.flatnonzero(np.append(np.diff(index.reshape(-1)[order]) != 0, True))]] = True
@@ -113,8 +113,8 @@ def _looked_up(num_ranks: int, table: Table, keys: NDArray[np.int64], ranks: NDA
     return np.where(full[order][at] == wanted, table["duration_ms"][order][at], 0.0)
 
 
-def _medians(groups: NDArray[np.intp], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the median of each group's values; groups are numbered from 0 without gaps."""
+def medians(groups: NDArray[np.intp], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the median of each group's values: float64 ``[groups]``; groups are numbered from 0 without gaps."""
     order = np.lexsort((values, groups))
     counts = np.bincount(groups)
     starts = np.cumsum(counts) - counts
