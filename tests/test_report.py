@@ -114,6 +114,20 @@ def test_ranks_of_other_hosts_are_put_on_one_time_line(serving: Path, tmp_path: 
     assert report_of(elsewhere).faults == ()
 
 
+def test_a_late_rank_of_the_same_host_keeps_its_clock(serving: Path, tmp_path: Path) -> None:
+    """It hears of each update a second after the others, and that is how it is shown."""
+    late = Path(shutil.copytree(serving, tmp_path / "late"))
+    rewrite(
+        late,
+        lambda e: {**e, **{clock: e[clock] + (e["rank"] == 3) for clock in ("monotonic_s", "wall_s")}},
+    )
+    report = report_of(late)
+    assert runs_of(read_events(str(late)))[0].clocks.offset_s[3] == 0
+    assert report.clock_error_ms == 0
+    assert report.lagging_ranks[0].rank == 3
+    assert report.lagging_ranks[0].lag_ms == pytest.approx(1000, abs=100)
+
+
 def test_a_clock_that_was_set_is_told_of(serving: Path, tmp_path: Path) -> None:
     """Times stay those of the monotonic clock."""
     moved = Path(shutil.copytree(serving, tmp_path / "moved"))

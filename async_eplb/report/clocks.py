@@ -1,7 +1,8 @@
 """One time line for all ranks of a run: how far each rank's monotonic clock is from the first one's.
 
-Ranks of one host share that clock. Those of another host are set by what all ranks learn in the same control round:
-that an update has begun, and that it is over. Both are logged within moments of each other.
+Ranks of one host share that clock: their wall clock is ahead of it by the same time, that of the host's start. Those of
+another host are set by what all ranks learn in the same control round: that an update has begun, and that it is over.
+Both are logged within moments of each other.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,17 @@ from async_eplb.events import UpdateFailed, UpdateFinished, UpdateStarted
 from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog
 
+SAME_HOST_S = 0.01
+"""Hosts that started within so many seconds are taken for one."""
+
 SAME_CLOCK_S = 0.1
 """Clocks that are less apart are taken for one: such a rank is late, not its clock."""
 
 JUMP_S = 1.0
 """A wall clock that leaves the monotonic one by more has been set."""
+
+
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +34,8 @@ class Clocks:
 
     :param origin_s: time of the run's first event, on the time line
     :param offset_s: rank → seconds that its clock is ahead of the time line
-    :param error_s: how far ranks' anchors are from each other once they are set; what times can be wrong by
+    :param error_s: how far the anchors of ranks of other hosts are from the first one's once they are set; what times
+        can be wrong by
     :param notes: what is wrong with clocks, in words
     """
 
@@ -55,27 +63,30 @@ def set_clocks(log: EventLog, run: int) -> Clocks:
     anchors = _anchors(log, run)
     ranks = [int(each) for each in np.unique(rank)]
     reference = max(ranks, key=lambda each: len(anchors.get(each, {})))
+    starts_s = {each: wall[rank == each] - monotonic[rank == each] for each in ranks}
+    jumps = {each: float(np.ptp(start_s)) for each, start_s in starts_s.items() if np.ptp(start_s) > JUMP_S}
     offsets: dict[int, float] = {}
-    residuals, jumped = [0.0], {}
+    residuals = [0.0]
     for each in ranks:
-        mine = rank == each
-        drift = wall[mine] - monotonic[mine]
-        if np.ptp(drift) > JUMP_S:
-            jumped[each] = float(np.ptp(drift))
+        by_wall_clock = float(np.median(starts_s[reference]) - np.median(starts_s[each]))
         shared = anchors.get(each, {}).keys() & anchors.get(reference, {}).keys()
         apart = [anchors[each][key] - anchors[reference][key] for key in shared]
-        offset = float(np.median(apart)) if apart else _by_wall_clock(rank, monotonic, wall, each, reference)
-        offsets[each] = offset if abs(offset) > SAME_CLOCK_S else 0.0
-        residuals += [abs(value - offsets[each]) for value in apart]
+        offset = float(np.median(apart)) if apart else by_wall_clock
+        if abs(by_wall_clock) < SAME_HOST_S or abs(offset) < SAME_CLOCK_S:
+            offsets[each] = 0.0
+        else:
+            offsets[each] = offset
+            residuals += [abs(value - offset) for value in apart]
     starts = [float(monotonic[rank == each].min()) - offsets[each] for each in ranks]
-    return Clocks(min(starts), offsets, max(residuals), tuple(_notes(jumped)))
+    return Clocks(min(starts), offsets, max(residuals), tuple(_notes(jumps)))
 
 
-def _notes(jumped: dict[int, float]) -> Iterator[str]:
-    if jumped:
-        ranks = ", ".join(map(str, list(jumped)[:8])) + (f" and {len(jumped) - 8} more" if len(jumped) > 8 else "")  # noqa: PLR2004
+def _notes(jumps: dict[int, float]) -> Iterator[str]:
+    if jumps:
+        more = len(jumps) - _MAX_NAMED
+        ranks = ", ".join(map(str, list(jumps)[:_MAX_NAMED])) + (f" and {more} more" if more > 0 else "")
         yield (
-            f"the wall clock left the monotonic one by up to {max(jumped.values()):.1f} s on rank {ranks}: "
+            f"the wall clock left the monotonic one by up to {max(jumps.values()):.1f} s on rank {ranks}: "
             "one of them was set, and times may be wrong"
         )
 
@@ -92,10 +103,3 @@ def _anchors(log: EventLog, run: int) -> dict[int, dict[tuple[str, int], float]]
         for rank, generation, time_s in zip(table["rank"], table["generation"], table["monotonic_s"], strict=True):
             anchors.setdefault(int(rank), {})[kind, int(generation)] = float(time_s)
     return anchors
-
-
-def _by_wall_clock(
-    rank: NDArray[np.int64], monotonic: NDArray[np.float64], wall: NDArray[np.float64], each: int, reference: int
-) -> float:
-    apart = [float(np.median((monotonic - wall)[rank == one])) for one in (each, reference)]
-    return apart[0] - apart[1]

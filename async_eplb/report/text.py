@@ -30,7 +30,8 @@ def report_lines(report: Report) -> Iterator[str]:
     yield from _section("slowest layers", _layer_rows(report.slowest_layers))
     yield from _section("slowest links", _link_rows(report.slowest_links))
     yield from _section("ranks that lag", _rank_rows(report.lagging_ranks))
-    yield f"times of different ranks are right to {report.clock_error_ms:.1f} ms"
+    if report.clock_error_ms:
+        yield f"times of ranks of different hosts are right to {in_ms(report.clock_error_ms)}"
     for title, lines in (("faults", report.faults), ("left out", report.left_out)):
         if lines:
             yield ""

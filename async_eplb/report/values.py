@@ -129,7 +129,7 @@ class Report:
     :param lagging_ranks: last first
     :param faults: updates that failed, dropped lines, and what is wrong with clocks, in words
     :param left_out: lines of the log that nothing here counts, in words
-    :param clock_error_ms: what times of different ranks can be wrong by
+    :param clock_error_ms: what times of ranks of different hosts can be wrong by; 0 if there is one host
     """
 
     updates: tuple[UpdateReport, ...]

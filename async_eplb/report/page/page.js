@@ -344,7 +344,7 @@ function fill() {
     const list = element("ul", undefined, byId("notes"));
     for (const note of notes.slice(0, 30)) element("li", note, list);
   }
-  byId("subtitle").textContent = `${data.updates.length} update${data.updates.length === 1 ? "" : "s"}; times of different ranks are right to ${inMs(data.clock_error_ms)}`;
+  byId("subtitle").textContent = `${data.updates.length} update${data.updates.length === 1 ? "" : "s"}${data.clock_error_ms ? `; times of ranks of different hosts are right to ${inMs(data.clock_error_ms)}` : ""}`;
   const select = byId("update");
   data.updates.forEach((update, index) => {
     const option = element("option", `${update.generation} of ${update.run_id.slice(0, 8)}: ${update.outcome}, ${inMs(update.duration_ms)}`, select);
