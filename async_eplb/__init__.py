@@ -15,6 +15,7 @@ from async_eplb.transport import (
     CopyEngineTransport,
     HybridTransport,
     MemoryTransport,
+    NcclOptions,
     TorchDistTransport,
     Transport,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "LayerPlan",
     "LoadWindow",
     "MemoryTransport",
+    "NcclOptions",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",
