@@ -1,8 +1,10 @@
 """Move the expert weights of a Mixture-of-Experts model between GPUs while it serves."""
 
 from async_eplb.errors import EplbError
+from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted
 from async_eplb.expert_map import ExpertMap
+from async_eplb.json_log import configure_json_logging
 from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
@@ -26,6 +28,7 @@ __all__ = [
     "CopyEngineTransport",
     "EPTopology",
     "EplbError",
+    "EventLogger",
     "ExpertLoad",
     "ExpertMap",
     "ExpertPlacement",
@@ -45,5 +48,6 @@ __all__ = [
     "UpdateOptions",
     "UpdateSummary",
     "UpdaterStatistics",
+    "configure_json_logging",
     "plan_layer",
 ]

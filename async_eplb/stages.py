@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement import LaunchRule, Mode
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.events import (
@@ -80,6 +80,7 @@ class LayerStages:
     :param old: placement that the live weights have
     :param new: placement that they shall have
     :param after: work of the caller that comes before live weights are read
+    :param step: returns how many boundaries this rank has passed
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class LayerStages:
         logger: Logger,
         options: UpdateOptions,
         after: DeviceEvent,
+        step: Callable[[], int],
     ) -> None:
         self.tally = Tally()
         self._generation = generation
@@ -116,6 +118,7 @@ class LayerStages:
         self._logger = logger
         self._options = options
         self.callers_work = after
+        self.step = step
 
     @property
     def launch_rule(self) -> LaunchRule:
@@ -140,13 +143,17 @@ class LayerStages:
         """Break the transport, so that no rank waits for an exchange that cannot finish."""
         self._transport.abort()
 
-    def log_start(self, pool: StagingPool, rows: Sequence[int]) -> None:
+    def log_start(self, pool: StagingPool, rows: Sequence[int], mode: Mode) -> None:
         """Say that the update begins."""
         emit(
             self._logger,
             UpdateStarted(
                 generation=self._generation,
                 rank=self.rank,
+                step=self.step(),
+                mode=mode.value,
+                num_ranks=self._topology.num_ranks,
+                num_nodes=self._topology.num_nodes,
                 num_layers=len(rows),
                 num_unchanged_layers=self._old.num_layers - len(rows),
                 staging_nbytes=pool.nbytes,
@@ -158,6 +165,7 @@ class LayerStages:
                 UpdateInputsLogged(
                     generation=self._generation,
                     rank=self.rank,
+                    step=self.step(),
                     num_ranks=self._topology.num_ranks,
                     num_nodes=self._topology.num_nodes,
                     num_ranks_per_node=self._topology.num_ranks_per_node,
@@ -188,6 +196,7 @@ class LayerStages:
                 generation=self._generation,
                 rank=self.rank,
                 layer=row,
+                step=self.step(),
                 duration_ms=duration_ms,
                 num_same_gpu=counts[SlotSource.SAME_GPU],
                 num_free_rider=counts[SlotSource.FREE_RIDER],
@@ -260,6 +269,7 @@ class LayerStages:
             self.rank,
             layer=layer.planned.row,
             generation=self._generation,
+            step=self.step(),
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
             ms=layer.watch.ms(),
         )
@@ -387,6 +397,7 @@ class LayerStages:
             generation=self._generation,
             rank=self.rank,
             layer=planned.row,
+            step=self.step(),
             slot_sources=[source.value for source in plan.slot_sources],
             local_copies=[asdict(copy) for copy in plan.local_copies],
             recvs=[asdict(recv) for recv in plan.recvs],

@@ -196,7 +196,7 @@ class UpdateRun:
                 alone=True,
             )
         if self._driver.begun and self.error is None:
-            self.stages.log_start(self._pool, self.rows)
+            self.stages.log_start(self._pool, self.rows, self.mode)
 
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -351,6 +351,7 @@ class UpdateRun:
             return UpdateFailed(
                 generation=self.generation,
                 rank=self.stages.rank,
+                step=self.stages.step(),
                 duration_ms=self.duration_ms,
                 error=type(self.error).__name__,
                 error_message=str(self.error),
@@ -360,6 +361,7 @@ class UpdateRun:
         return UpdateFinished(
             generation=self.generation,
             rank=self.stages.rank,
+            step=self.stages.step(),
             num_layers=len(self.rows),
             duration_ms=self.duration_ms,
             overlap=tally.overlap(self.duration_ms),

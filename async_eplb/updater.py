@@ -81,7 +81,8 @@ class ExpertUpdater:
         self._placement = placement
         self._device = device or device_for(weights.device)
         self._workers = workers or ThreadWorkers()
-        self._logger = logger or default_logger()
+        self.run_id = transport.run_id
+        self._logger = (logger or default_logger()).bind(run_id=self.run_id)
         self._on_layer = on_commit or (lambda _layer: None)
         self._verifier = Verifier(Verify(self.options.verify), weights, rank)
         require_groups(self._verifier.weights, self.options)
@@ -359,6 +360,7 @@ class ExpertUpdater:
             logger=self._logger,
             options=self.options,
             after=after or self._device.record(),
+            step=lambda: self._driver.step,
         )
 
         def count(committed: LayerCommitted) -> None:

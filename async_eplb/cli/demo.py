@@ -1,28 +1,29 @@
 """The demo: real processes move a model's expert weights, then check every byte."""
 
 import argparse
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
-import structlog
 import torch
-from structlog.typing import EventDict, Processor, WrappedLogger
 
-from async_eplb.cli.render import in_bytes, print_table, progress
+from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
+from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
+from async_eplb.json_log import JsonLog
 from async_eplb.launch import World, WorldRank
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
+from async_eplb.report.text import in_bytes
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.torch_dist import Backend, TorchDistTransport
@@ -174,28 +175,14 @@ async def _move(rank: int, job: Job, weights: ExpertWeights, logger: Logger) -> 
 
 def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
     """Return a logger that tells the parent of each stage, and writes events as JSON lines if asked to."""
+    path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
+    log = stack.enter_context(JsonLog(path, level="debug"))
 
-    def tell_parent(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    def tell_parent(event: Mapping[str, Any]) -> None:
         if event["event"] in _STAGES:
             world.send(_STAGES[event["event"]])
-        if log_dir is None:
-            raise structlog.DropEvent
-        return event
 
-    path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
-    file = stack.enter_context(Path(path).open("w"))  # noqa: SIM115 - the stack closes it
-    processors: list[Processor] = [
-        tell_parent,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.JSONRenderer(),
-    ]
-    logger: Logger = structlog.wrap_logger(
-        structlog.WriteLogger(file),
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-    )
-    return logger
+    return EventLogger(log.logger(), observers=[tell_parent])
 
 
 def _job(options: argparse.Namespace) -> Job:

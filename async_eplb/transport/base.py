@@ -137,6 +137,11 @@ class Transport(Protocol):
         """Processes of the EP group."""
         ...
 
+    @property
+    def run_id(self) -> str:
+        """Names the life of this transport in logs; equal on all ranks, and in no other run."""
+        ...
+
     async def open(
         self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
     ) -> ControlGroup:

@@ -1,6 +1,7 @@
 """A transport inside one event loop, for tests and simulation: real bytes, scheduled delays and faults."""
 
 import random
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class _World:
         self.num_ranks = num_ranks
         self.schedule = schedule
         self.random = random.Random(schedule.seed)  # noqa: S311 - repeatable delays, not secrets
+        self.run_id = uuid.uuid4().hex
         self.weights: dict[int, ExpertWeights] = {}
         self.mail: dict[_MessageKey, _Mail] = {}
         self.rounds: dict[int, dict[int, list[int]]] = {}
@@ -152,6 +154,11 @@ class MemoryTransport:
     def num_ranks(self) -> int:
         """Ranks of the world."""
         return self._world.num_ranks
+
+    @property
+    def run_id(self) -> str:
+        """Name of the world in logs."""
+        return self._world.run_id
 
     @property
     def needs_ordered_launch(self) -> bool:
