@@ -82,6 +82,7 @@ class LayerDecided(Event):
     recvs: list[dict[str, int]]
     sends: list[dict[str, int]]
     fan_outs: list[dict[str, int]]
+    relays: list[dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
