@@ -6,7 +6,7 @@ from async_eplb.expert_map import ExpertMap
 from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import LayerPlan, SlotSource, plan_layer
+from async_eplb.plan import LayerPlan, Planner, SlotSource, plan_layer, plan_update, relabel
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
 from async_eplb.transport import (
@@ -35,6 +35,7 @@ __all__ = [
     "LayerPlan",
     "LoadWindow",
     "MemoryTransport",
+    "Planner",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",
@@ -44,4 +45,6 @@ __all__ = [
     "UpdateSummary",
     "UpdaterStatistics",
     "plan_layer",
+    "plan_update",
+    "relabel",
 ]

@@ -41,6 +41,13 @@ class InvalidOptions(EplbError, ValueError):
     option: str
 
 
+class MissingDependency(EplbError, ImportError):
+    """What was asked for needs a package that an extra of this one installs."""
+
+    package: str
+    extra: str
+
+
 class InvalidGroups(EplbError, ValueError):
     """Groups of experts are not equally large."""
 

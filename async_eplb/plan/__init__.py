@@ -3,6 +3,7 @@
 from async_eplb.plan.planner import Planner
 from async_eplb.plan.posting import PostedLayer, PostedUpdate
 from async_eplb.plan.reference import Transfer, layer_transfers, plan_layer
+from async_eplb.plan.relabel import relabel
 from async_eplb.plan.transfers import Transfers
 from async_eplb.plan.update import UpdatePlan, plan_update
 from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
@@ -23,4 +24,5 @@ __all__ = [
     "layer_transfers",
     "plan_layer",
     "plan_update",
+    "relabel",
 ]

@@ -5,6 +5,7 @@ ranges are found by binary search: no loop over layers, experts or slots.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,9 +145,9 @@ def _lowest_slots(maps: Ints, chosen: Bools, num_experts: int, slots: int) -> tu
     """Return ascending keys, (layer · experts + expert) · ranks + rank, and the lowest of the chosen slots of each."""
     num_layers, physical = maps.shape
     fits = 2 * num_layers * num_experts * physical < np.iinfo(np.int32).max
-    dtype = np.int32 if fits else np.int64
-    expert = maps.astype(dtype) + np.arange(num_layers, dtype=dtype)[:, None] * dtype(num_experts)
-    keys = np.sort((expert * dtype(physical) + np.arange(physical, dtype=dtype))[chosen])
+    dtype = np.dtype(np.int32 if fits else np.int64)
+    expert: npt.NDArray[Any] = maps.astype(dtype) + np.arange(num_layers, dtype=dtype)[:, None] * num_experts
+    keys: Ints = np.sort((expert * physical + np.arange(physical, dtype=dtype))[chosen])
     owner = keys // slots
     lowest = np.ones(len(keys), dtype=np.bool_)
     np.not_equal(owner[1:], owner[:-1], out=lowest[1:])

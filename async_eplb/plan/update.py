@@ -81,7 +81,7 @@ class UpdatePlan(Sequence[LayerPlan]):
         self._copies = LayerColumns(layer[here], self._num_layers, held[here].argmax(axis=1), slot[here])
         staged = (wanted[~here] == after[layer[~here]]).argmax(axis=1)
         self._fan_outs = LayerColumns(layer[~here], self._num_layers, staged, slot[~here])
-        self._codes: list[list[int]] = codes.tolist()
+        self._codes = [row.tolist() for row in codes]
         staged_codes = [_CODES[s] for s in (SlotSource.SAME_GPU, SlotSource.SAME_NODE, SlotSource.CROSS_NODE)]
         self._num_staged: list[int] = np.isin(codes, staged_codes).sum(axis=1).tolist()
 
