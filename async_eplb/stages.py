@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -392,11 +392,11 @@ class LayerStages:
             rank=self.rank,
             layer=planned.row,
             slot_sources=[source.value for source in plan.slot_sources],
-            local_copies=[asdict(copy) for copy in plan.local_copies],
-            recvs=[asdict(recv) for recv in plan.recvs],
-            sends=[asdict(send) for send in plan.sends],
-            fan_outs=[asdict(fan_out) for fan_out in plan.fan_outs],
-            relays=[asdict(relay) for relay in plan.relays],
+            local_copies=[copy._asdict() for copy in plan.local_copies],
+            recvs=[recv._asdict() for recv in plan.recvs],
+            sends=[send._asdict() for send in plan.sends],
+            fan_outs=[fan_out._asdict() for fan_out in plan.fan_outs],
+            relays=[relay._asdict() for relay in plan.relays],
         )
 
 

@@ -83,3 +83,23 @@ def test_the_serving_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert figures["ours_p99_over_scratch_p99"] == figures["ours_p99_ms"] / figures["scratch_p99_ms"]
     assert figures["blocking_stall_over_ours_stall"] == figures["blocking_stall_ms"] / figures["ours_stall_ms"]
     assert figures["ours_updates_within_passes"] == 2
+
+
+def test_the_planner_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Times of both methods, whose plans it has found equal, and what relabelling and relays save."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "2", "--seeds", "1", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "planner", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for shape in ("288_8", "288_32", "320_320", "1024_128"):
+        assert 0 < figures[f"{shape}_columns_ms"]
+        assert (
+            figures[f"{shape}_plan_layer_over_plan"] == figures[f"{shape}_plan_layer_ms"] / figures[f"{shape}_plan_ms"]
+        )
+    for shape in ("288_8", "288_32"):
+        assert figures[f"{shape}_relabel_receives"] <= figures[f"{shape}_replan_receives"] <= 1
+        for target in ("replan", "relabel", "incremental"):
+            chunked, balanced = (figures[f"{shape}_{target}_{way}_busiest"] for way in ("chunked", "balanced"))
+            assert balanced <= chunked
+            relayed = figures[f"{shape}_{target}_relayed_crossings"]
+            assert relayed <= figures[f"{shape}_{target}_chunked_crossings"]

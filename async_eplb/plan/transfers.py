@@ -97,19 +97,16 @@ def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
     missing = held_key.take(own, mode="clip") != key if len(held_key) else np.ones(len(key), dtype=np.bool_)
     key, slot = key[missing], slot[missing]
 
-    near_key, near_held = key // topology.num_ranks_per_node, held_key // topology.num_ranks_per_node
-    first = np.searchsorted(near_held, near_key)
-    count = np.searchsorted(near_held, near_key, side="right") - first
+    near, near_held = key // topology.num_ranks_per_node, held_key // topology.num_ranks_per_node
+    first, count = _ranges(near_held, near, own[missing])
     same_node = count > 0
     expert = key // topology.num_ranks
     if not same_node.all():
-        far_expert, expert_held = expert[~same_node], held_key // topology.num_ranks
-        first[~same_node] = np.searchsorted(expert_held, far_expert)
-        count[~same_node] = np.searchsorted(expert_held, far_expert, side="right") - first[~same_node]
-        order = np.argsort(expert * 2 + ~same_node, kind="stable")
-        key, slot, expert, first, count, same_node = (
-            column[order] for column in (key, slot, expert, first, count, same_node)
-        )
+        far = ~same_node
+        first[far], count[far] = _ranges(held_key // topology.num_ranks, expert[far], own[missing][far])
+        order = np.argsort(expert * 2 + far, kind="stable")
+        key, slot, expert = key[order], slot[order], expert[order]
+        first, count, same_node = first[order], count[order], same_node[order]
     layer = expert // num_experts
     needs = Needs(
         layer=layer,
@@ -126,19 +123,38 @@ def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
     return needs
 
 
+def _ranges(held: Ints, wanted: Ints, place: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Find the range of equal entries of ``held`` for each wanted one: (first, count), 0 where there is none.
+
+    :param held: ascending
+    :param place: where something that belongs to each wanted entry would be inserted, so that its range is beside it
+    """
+    if not len(held):
+        return np.zeros_like(place), np.zeros_like(place)
+    starts = np.flatnonzero(np.concatenate([[True], held[1:] != held[:-1]]))
+    sizes = np.diff(starts, append=len(held))
+    after = held.take(place, mode="clip") == wanted
+    found = np.where(after, place, place - 1)
+    found_any = held.take(found, mode="clip") == wanted
+    first, count = (np.repeat(column, sizes).take(found, mode="clip") for column in (starts, sizes))
+    return first, np.where(found_any, count, 0)
+
+
 def in_chunks(needs: Needs) -> npt.NDArray[np.intp]:
     """Choose holders as :func:`plan_layer` does: destinations in rank order, cut into one chunk for each source."""
-    if not len(needs.rank):
-        return needs.first
-    same_sources = (needs.first[1:] == needs.first[:-1]) & (needs.count[1:] == needs.count[:-1])
-    boundary = np.concatenate([[True], ~same_sources | (needs.same_node[1:] != needs.same_node[:-1])])
-    starts = np.flatnonzero(boundary)
-    sizes = np.diff(starts, append=len(needs.rank))
-    index = np.arange(len(needs.rank)) - np.repeat(starts, sizes)
-    size, longer = np.divmod(np.repeat(sizes, sizes), needs.count)
+    holder = needs.first.copy()
+    several = np.flatnonzero(needs.count > 1)
+    if not len(several):
+        return holder
+    first, count, same_node = needs.first[several], needs.count[several], needs.same_node[several]
+    same_sources = (first[1:] == first[:-1]) & (count[1:] == count[:-1]) & (same_node[1:] == same_node[:-1])
+    starts = np.flatnonzero(np.concatenate([[True], ~same_sources]))
+    sizes = np.diff(starts, append=len(several))
+    index = np.arange(len(several)) - np.repeat(starts, sizes)
+    size, longer = np.divmod(np.repeat(sizes, sizes), count)
     in_longer = index < longer * (size + 1)
-    chunk = np.where(in_longer, index // (size + 1), (index - longer) // np.maximum(size, 1))
-    return needs.first + chunk
+    holder[several] += np.where(in_longer, index // (size + 1), (index - longer) // np.maximum(size, 1))
+    return holder
 
 
 def _lowest_slots(maps: Ints, chosen: Bools, num_experts: int, slots: int) -> tuple[Ints, Ints]:

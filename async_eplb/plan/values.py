@@ -1,7 +1,11 @@
-"""What one rank sends, receives and copies for one layer: the values that every planner returns."""
+"""What one rank sends, receives and copies for one layer: the values that every planner returns.
+
+The small ones are named tuples: an update has thousands, and they are made for half of a dataclass's cost.
+"""
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class SlotSource(Enum):
@@ -18,16 +22,14 @@ class SlotSource(Enum):
     CROSS_NODE = "cross_node"
 
 
-@dataclass(frozen=True, slots=True)
-class LocalCopy:
+class LocalCopy(NamedTuple):
     """Copy live slot ``src_slot`` into the staging of ``dst_slot``, on one rank."""
 
     src_slot: int
     dst_slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recv:
+class Recv(NamedTuple):
     """Receive an expert from ``src_rank`` into the staging of ``dst_slot``."""
 
     logical_expert: int
@@ -35,8 +37,7 @@ class Recv:
     dst_slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Send the live slot ``src_slot`` to ``dst_rank``."""
 
     logical_expert: int
@@ -44,8 +45,7 @@ class Send:
     src_slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class FanOut:
+class FanOut(NamedTuple):
     """Commit the staging of ``staged_slot`` to ``dst_slot`` too."""
 
     staged_slot: int
