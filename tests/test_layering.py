@@ -14,6 +14,7 @@ LAYERS = [
     "load",
     "policy",
     "plan",
+    "simulate",
     "workers",
     "agreement",
     "driver",

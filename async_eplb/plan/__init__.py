@@ -4,7 +4,7 @@ from async_eplb.plan.planner import Planner
 from async_eplb.plan.posting import PostedLayer, PostedUpdate
 from async_eplb.plan.reference import Transfer, layer_transfers, plan_layer
 from async_eplb.plan.relabel import relabel
-from async_eplb.plan.transfers import Transfers
+from async_eplb.plan.transfers import Needs, Transfers, find_needs
 from async_eplb.plan.update import UpdatePlan, plan_update
 from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 
@@ -12,6 +12,7 @@ __all__ = [
     "FanOut",
     "LayerPlan",
     "LocalCopy",
+    "Needs",
     "Planner",
     "PostedLayer",
     "PostedUpdate",
@@ -21,6 +22,7 @@ __all__ = [
     "Transfer",
     "Transfers",
     "UpdatePlan",
+    "find_needs",
     "layer_transfers",
     "plan_layer",
     "plan_update",

@@ -26,7 +26,8 @@ from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.plan.transfers import Ints
 from async_eplb.topology import EPTopology
 
-_Assign = Callable[[npt.NDArray[Any]], tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
+Assign = Callable[[npt.NDArray[Any]], tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
+"""Costs → rows and columns of the cheapest assignment."""
 
 
 def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) -> ExpertPlacement:
@@ -40,7 +41,7 @@ def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) ->
     :raises InvalidPlacement: if one does not fit the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
     """
-    assign = _linear_sum_assignment()
+    assign = linear_assignment()
     if old.num_layers != new.num_layers:
         raise LayerCountMismatch(
             f"the new placement has {new.num_layers} layers, the old one {old.num_layers}",
@@ -59,7 +60,7 @@ def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) ->
     return ExpertPlacement.from_mapping(result, new.num_logical_experts)
 
 
-def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: _Assign) -> npt.NDArray[np.intp]:
+def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign) -> npt.NDArray[np.intp]:
     """Return which rank of the new placement each rank shall be: ``[ranks]``.
 
     :param held: ``[ranks, slots]``
@@ -120,12 +121,16 @@ def _numbered(maps: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
     return order, (row + ranked + 1) * slots + before
 
 
-def _linear_sum_assignment() -> _Assign:
+def linear_assignment() -> Assign:
+    """Return scipy's linear assignment.
+
+    :raises MissingDependency: without scipy
+    """
     try:
         from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise MissingDependency(
             "relabel needs scipy: install async-eplb[planning]", package="scipy", extra="planning"
         ) from error
-    assign: _Assign = linear_sum_assignment
+    assign: Assign = linear_sum_assignment
     return assign

@@ -5,9 +5,9 @@ Loads are gamma-distributed (shape 1) and drift by a lognormal factor (sigma 0.1
 also ``incremental``'s from the old one.
 
 Times are medians of all layers for one rank, in one thread, by the wall clock: ``columns`` until a layer's plan can be
-asked for, ``plan`` until all plans are made, ``posted`` with their groups too (64 transfers at most), as the pipeline asks for them; ``balanced``, ``relayed`` and
-``rounds`` (one peer) as ``plan``. ``slot_by_slot`` is the reference method, ``plan_layer`` the library's readable one;
-both are timed for some of the layers and multiplied.
+asked for, ``plan`` until all plans are made, ``posted`` with their groups too (64 transfers at most), as the pipeline
+asks for them; ``balanced``, ``relayed`` and ``rounds`` (one peer) as ``plan``. ``slot_by_slot`` is the reference
+method, ``plan_layer`` the library's readable one; both are timed for some of the layers and multiplied.
 
 Savings are means over layers and seeds: receives as shares of all slots; crossings, of experts between nodes, as
 shares of all slots; ``busiest`` the transfers of the rank that sends most.
