@@ -9,7 +9,8 @@ slots of a rank do. Among these, choose what receives fewest experts across node
    places can be chosen for fewest receives in all, a linear assignment of ranks for each pair of nodes.
 2. The pair's cost is (receives across nodes, receives in all), as one number that orders like the pair; nodes are
    assigned by a second linear assignment. So the result is optimal among all these trades, with receives counted as
-   :func:`plan_layer` plans them: once for each rank and expert.
+   :func:`plan_layer` plans them: once for each rank and expert. To solve few pairs of many, each first counts as if
+   every rank could keep what it shares most; those that the assignment then chooses are solved, until all chosen are.
 3. Slots of a rank that keep their expert keep their place, and the others follow in ascending order.
 
 Linear assignments are scipy's, a shortest augmenting path method (Crouse, 2016).
@@ -72,20 +73,22 @@ def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign)
     node_holds = holds.reshape(num_nodes, per_node, num_experts).any(axis=1)
     kept = holds.astype(np.float32) @ wants.T.astype(np.float32)  # experts that rank i keeps as new rank j
     near = node_holds.astype(np.float32) @ wants.T.astype(np.float32)  # and that its node holds
-    near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2)
-
-    kept_of_nodes = np.zeros((num_nodes, num_nodes))
-    inner = np.tile(np.arange(per_node), (num_nodes, num_nodes, 1))
+    near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2, dtype=np.float64)
     blocks = kept.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(1, 2)
-    for here in range(num_nodes):
-        for there in range(num_nodes):
-            if blocks[here, there].any():
-                ranks, places = assign(-blocks[here, there])
-                kept_of_nodes[here, there] = blocks[here, there][ranks, places].sum()
-                inner[here, there] = places
     weight = held.size + 1  # more than all receives: experts that stay on their node count first
-    _, node = assign(-(near_of_nodes * weight + kept_of_nodes))
-    return np.asarray((node[:, None] * per_node + inner[np.arange(num_nodes), node]).reshape(-1))
+    of_node = np.arange(num_nodes)
+    most_kept = np.minimum(blocks.max(axis=3).sum(axis=2), blocks.max(axis=2).sum(axis=2)).astype(np.float64)
+    known = most_kept == 0
+    inner = np.tile(np.arange(per_node), (num_nodes, num_nodes, 1))
+    while True:
+        _, node = assign(-(near_of_nodes * weight + most_kept))
+        unknown = np.flatnonzero(~known[of_node, node])
+        if not len(unknown):
+            return np.asarray((node[:, None] * per_node + inner[of_node, node]).reshape(-1))
+        for here, there in zip(unknown, node[unknown], strict=True):
+            ranks, inner[here, there] = assign(-blocks[here, there])
+            most_kept[here, there] = blocks[here, there][ranks, inner[here, there]].sum()
+            known[here, there] = True
 
 
 def _membership(maps: Ints, num_experts: int) -> npt.NDArray[np.bool_]:
