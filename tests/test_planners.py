@@ -16,6 +16,7 @@ from async_eplb import EPTopology, UpdateOptions
 from async_eplb.agreement import LaunchRule
 from async_eplb.errors import InvalidOptions, PlacementDisagreement
 from async_eplb.plan import Planner, Transfers
+from async_eplb.plan.balance import balanced
 from async_eplb.sample_model import random_placement
 from async_eplb.transport import MemorySchedule
 
@@ -59,6 +60,25 @@ def fewest_at_most(options: Sequence[Sequence[int]]) -> int:
         while not place(item, set()):
             limit += 1
     return limit if options else 0
+
+
+@given(st.data())
+def test_the_fullest_bin_is_as_empty_as_it_can_be(data: st.DataObject) -> None:
+    """In every layer, wherever the search begins; found in another way."""
+    num_layers, num_bins, num_options = (data.draw(st.integers(1, most)) for most in (3, 6, 8))
+    bins = data.draw(st.lists(st.integers(0, num_bins - 1), min_size=num_options, max_size=num_options))
+    ranges = data.draw(
+        st.lists(st.tuples(*[st.integers(0, num_options - 1)] * 2, st.integers(0, num_layers - 1)), max_size=25)
+    )
+    first, last, layer = (np.array([entry[i] for entry in ranges], dtype=np.intp) for i in range(3))
+    first, count = np.minimum(first, last), abs(last - first) + 1
+    nothing = np.zeros((num_layers, num_bins), dtype=np.int64)
+    chosen = balanced(first, first, count, layer, np.array(bins), nothing)
+    assert ((first <= chosen) & (chosen < first + count)).all()
+    for each in range(num_layers):
+        options = [bins[f : f + c] for f, c in zip(first[layer == each], count[layer == each], strict=True)]
+        fullest = max(Counter(bins[option] for option in chosen[layer == each]).values(), default=0)
+        assert fullest == fewest_at_most(options)
 
 
 @given(updates(), st.sampled_from(["balanced", "relayed"]))

@@ -5,8 +5,8 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from updates import Update, updates
+from hypothesis import given
+from updates import Update, random_update, updates
 
 from async_eplb import EPTopology, ExpertPlacement, relabel
 from async_eplb.errors import InvalidPlacement, LayerCountMismatch
@@ -40,24 +40,22 @@ def test_ranks_and_nodes_have_what_those_of_the_new_placement_have(update: Updat
         assert receives(old, result, update.topology) <= receives(old, new, update.topology)
 
 
-@settings(max_examples=50)
-@given(updates(max_layers=1))
-def test_no_other_choice_of_places_receives_less(update: Update) -> None:
-    """Against all trades of ranks within nodes and of nodes, where there are few."""
-    topology = update.topology
-    nodes, size = topology.num_nodes, topology.num_ranks_per_node
-    if nodes * size > 6:
-        return
-    old, new = update.rows(0)
-    ranks = np.array(new).reshape(nodes, size, -1)
-    choices = [
-        [place for node, inside in zip(order, insides, strict=True) for place in ranks[node][list(inside)].ravel()]
-        for order in permutations(range(nodes))
-        for insides in product(permutations(range(size)), repeat=nodes)
-    ]
-    best = min(receives(old, choice, topology) for choice in choices)
-    result = relabel(update.old, update.new, topology).physical_to_logical_map[0].tolist()
-    assert receives(old, result, topology) == best
+@pytest.mark.parametrize("topology", [EPTopology(4, 2, 3), EPTopology(6, 3, 2), EPTopology(4, 1, 3)], ids=str)
+def test_no_other_choice_of_places_receives_less(topology: EPTopology) -> None:
+    """Across nodes first, then in all; against all trades of ranks within nodes and of nodes, where there are few."""
+    nodes, size, layers = topology.num_nodes, topology.num_ranks_per_node, 60
+    update = random_update(np.random.default_rng(0), topology, layers, 2 * topology.num_physical_experts // 3)
+    result = relabel(update.old, update.new, topology).physical_to_logical_map
+    orders = list(product(permutations(range(nodes)), product(permutations(range(size)), repeat=nodes)))
+    for layer in range(layers):
+        old, new = update.rows(layer)
+        ranks = np.array(new).reshape(nodes, size, -1)
+        choices = [
+            [place for node, inside in zip(order, insides, strict=True) for place in ranks[node][list(inside)].ravel()]
+            for order, insides in orders
+        ]
+        best = min(receives(old, choice, topology) for choice in choices)
+        assert receives(old, result[layer].tolist(), topology) == best
 
 
 @given(updates())
