@@ -36,7 +36,9 @@ def draw(path: Path, title: str, outcomes: Outcomes) -> None:
     for axes, num_ranks in zip(below.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         _draw_layers(axes, num_ranks, outcomes[num_ranks])
     below.axes[0].set_ylabel("ms of a layer")
-    below.axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    below.legend(
+        *below.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8, frameon=False
+    )
     figure.savefig(path, dpi=130)
 
 
