@@ -1,7 +1,7 @@
 """What a caller can choose about updates."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from async_eplb.agreement import MAX_LEAD
 from async_eplb.errors import InvalidOptions
@@ -32,7 +32,7 @@ class UpdateOptions:
     """
 
     verify: str = "off"
-    planner: Planner = field(default_factory=Planner)
+    planner: Planner = Planner()  # noqa: RUF009 - it is immutable
     staging_depth: int = 2
     operations_per_group: int = 256
     transfer_timeout_s: float = 30.0
