@@ -7,6 +7,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.errors import BrokenTransport, BusyTransport
+from async_eplb.transport.control import GlooControlGroup
+from async_eplb.workers import Workers
 
 
 class Membership(NamedTuple):
@@ -35,11 +37,12 @@ def join(group: ProcessGroup | None) -> Membership:
 
 
 class Member:
-    """What transports of a torch.distributed group share: their place in it, and that each is opened once."""
+    """What transports of a torch.distributed group share: their place in it, a control group, and being opened once."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self._rank, self._num_ranks, self._store = join(group)
         self._state = "new"
+        self._control: GlooControlGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -51,7 +54,7 @@ class Member:
         """Processes of the group."""
         return self._num_ranks
 
-    def _open_once(self) -> None:
+    def _become_open(self) -> None:
         """Become open.
 
         :raises BusyTransport: if it was opened before
@@ -59,3 +62,18 @@ class Member:
         if self._state != "new":
             raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
         self._state = "open"
+
+    def _connect_control(self, workers: Workers, timeout_s: float) -> GlooControlGroup:
+        """Connect the control group, whether the caller of ``open`` keeps it or not.
+
+        It is kept until the transport is closed: one that is dropped takes its connections with it, and slower ranks
+        may still be making theirs.
+        """
+        store = PrefixStore("control", self._store)
+        self._control = GlooControlGroup(store, self._rank, self._num_ranks, workers, timeout_s=timeout_s)
+        return self._control
+
+    def _become_closed(self) -> None:
+        """Become closed, without a control group."""
+        self._control = None
+        self._state = "closed"
