@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import anyio
 import numpy as np
 import pytest
 import trio
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from updates import PLANNERS, Update, random_update, updates
 
-from async_eplb import EPTopology, UpdateOptions
+from async_eplb import EPTopology, ExpertUpdater, UpdateOptions
 from async_eplb.agreement import LaunchRule
 from async_eplb.errors import InvalidOptions, PlacementDisagreement
 from async_eplb.plan import Planner, Transfers
@@ -182,6 +183,33 @@ def test_every_planner_moves_every_byte(planner: Planner) -> None:
                 assert all(rank.updater.placement == new for rank in ranks)
                 for rank in ranks:
                     rank.assert_consistent()
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("planner", PLANNERS, ids=str)
+def test_every_planner_moves_every_byte_while_serving(planner: Planner) -> None:
+    """Launched at agreed boundaries, one group of an exchange after another."""
+    topology = EPTopology(6, 2, 4)
+    rng = np.random.default_rng(1)
+    old, new = (random_placement(rng, 3, topology.num_physical_experts, 14) for _ in range(2))
+    options = UpdateOptions(planner=planner, verify="checksum", operations_per_group=20)
+    schedule = MemorySchedule(message_jitter_s=0.1, control_s=0.01, launch_rule=LaunchRule.ORDERED)
+
+    async def serve(updater: ExpertUpdater) -> None:
+        handle = updater.begin(new)
+        while updater.statistics().updating:
+            await updater.step()
+            await anyio.sleep(0.5)
+        await handle.wait()
+
+    async def update() -> None:
+        async with memory_world(old, topology, options=options, schedule=schedule) as ranks:
+            outcomes = await together([lambda u=rank.updater: serve(u) for rank in ranks])  # type: ignore[misc]
+            assert outcomes == [None] * topology.num_ranks
+            for rank in ranks:
+                assert rank.updater.placement == new
+                rank.assert_consistent()
 
     trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
 

@@ -198,8 +198,6 @@ class _MemoryExchange:
         self._sends = [message for group in exchange.groups for message in group.sends]
         recvs = [message for group in exchange.groups for message in group.recvs]
         self._peers = frozenset(message.peer for message in (*recvs, *self._sends)) | {rank}
-        if self._groups:
-            self._post(self._groups[0])
 
     def _send_key(self, message: Message) -> _MessageKey:
         return (self._rank, message.peer, self._row, message.tag)
