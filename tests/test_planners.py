@@ -194,13 +194,13 @@ def test_every_planner_moves_every_byte_while_serving(planner: Planner) -> None:
     rng = np.random.default_rng(1)
     old, new = (random_placement(rng, 3, topology.num_physical_experts, 14) for _ in range(2))
     options = UpdateOptions(planner=planner, verify="checksum", operations_per_group=20)
-    schedule = MemorySchedule(message_jitter_s=0.1, control_s=0.01, launch_rule=LaunchRule.ORDERED)
+    schedule = MemorySchedule(message_jitter_s=1.0, control_s=0.01, launch_rule=LaunchRule.ORDERED)
 
     async def serve(updater: ExpertUpdater) -> None:
         handle = updater.begin(new)
         while updater.statistics().updating:
             await updater.step()
-            await anyio.sleep(0.5)
+            await anyio.sleep(0.05)  # so that a group is launched long before the one before it has arrived
         await handle.wait()
 
     async def update() -> None:
