@@ -8,7 +8,7 @@ from async_eplb.json_log import configure_json_logging
 from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import LayerPlan, SlotSource, plan_layer
+from async_eplb.plan import LayerPlan, Planner, SlotSource, plan_layer, plan_update, relabel
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
 from async_eplb.transport import (
@@ -40,6 +40,7 @@ __all__ = [
     "LoadWindow",
     "MemoryTransport",
     "NcclOptions",
+    "Planner",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",
@@ -50,4 +51,6 @@ __all__ = [
     "UpdaterStatistics",
     "configure_json_logging",
     "plan_layer",
+    "plan_update",
+    "relabel",
 ]

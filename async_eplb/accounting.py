@@ -125,7 +125,7 @@ def transfer_event(
 
     :param expert_nbytes: bytes of one expert in all tensors of the layer
     """
-    sent = _nbytes_by_rank([send.dst_rank for send in plan.sends], expert_nbytes)
+    sent = _nbytes_by_rank([send.dst_rank for send in (*plan.sends, *plan.relays)], expert_nbytes)
     received = _nbytes_by_rank([recv.src_rank for recv in plan.recvs], expert_nbytes)
     sent_nodes, received_nodes = _by_node(sent, topology), _by_node(received, topology)
     sent_nbytes, received_nbytes = sum(sent.values()), sum(received.values())

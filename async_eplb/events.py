@@ -118,6 +118,7 @@ class LayerDecided(Event):
     recvs: Annotated[list[dict[str, int]], "receives, in slot order"]
     sends: Annotated[list[dict[str, int]], "sends, in the order of logical experts"]
     fan_outs: Annotated[list[dict[str, int]], "slots that get what another slot receives"]
+    relays: Annotated[list[dict[str, int]], "sends from staging of what this rank receives"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,14 @@ from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
 from async_eplb.accounting import UpdaterStatistics, UpdateSummary
-from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
+from async_eplb.admission import (
+    changed_rows,
+    require_groups,
+    require_ranks,
+    require_relays,
+    require_slots,
+    update_digest,
+)
 from async_eplb.agreement import Agreement, Decision, Mode
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
@@ -337,6 +344,7 @@ class ExpertUpdater:
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         weights = self._verifier.weights
+        require_relays(self.options, self._transport)
         rows = changed_rows(
             self._placement,
             new_placement,

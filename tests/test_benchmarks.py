@@ -108,3 +108,22 @@ def test_the_report_benchmark_reads_what_it_made(tmp_path: Path) -> None:
     assert figures["num_events"] == 16 * 2 * (3 * 3 + 2)
     assert figures["num_updates"] == 2
     assert figures["bytes_add_up"] is True
+
+
+def test_the_planner_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Times of both methods, whose plans it has found equal, and what relabelling and relays save."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "2", "--seeds", "1", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "planner", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for shape in ("288_8", "288_32", "320_320", "1024_128"):
+        assert figures[f"{shape}_columns_ms"] > 0
+        assert (
+            figures[f"{shape}_plan_layer_over_plan"] == figures[f"{shape}_plan_layer_ms"] / figures[f"{shape}_plan_ms"]
+        )
+    for shape in ("288_8", "288_32"):
+        assert figures[f"{shape}_relabel_receives"] <= figures[f"{shape}_replan_receives"] <= 1
+        for target in ("replan", "relabel", "incremental"):
+            relayed = figures[f"{shape}_{target}_relayed_crossings"]
+            assert relayed <= figures[f"{shape}_{target}_chunked_crossings"]
+            assert figures[f"288_8_{target}_balanced_busiest"] <= figures[f"288_8_{target}_chunked_busiest"]

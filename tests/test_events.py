@@ -105,6 +105,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
             {"logical_expert": 5, "dst_rank": 3, "src_slot": 5},
         ],
         "fan_outs": [{"staged_slot": 2, "dst_slot": 3}],
+        "relays": [],
     },
     {
         **stamped("eplb.layer.transferred"),

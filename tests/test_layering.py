@@ -19,6 +19,7 @@ LAYERS = [
     "load",
     "policy",
     "plan",
+    "simulate",
     "workers",
     "agreement",
     "driver",

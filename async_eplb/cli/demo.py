@@ -14,6 +14,7 @@ import anyio
 import numpy as np
 import torch
 
+from async_eplb.cli.numbers import natural, positive
 from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.event_logger import EventLogger
@@ -94,18 +95,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ranks", type=_positive, metavar="N", help="processes, one for each GPU of the EP group (default: 4)"
+        "--ranks", type=positive, metavar="N", help="processes, one for each GPU of the EP group (default: 4)"
     )
     parser.add_argument(
         "--nodes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="pretend nodes that the ranks are on (default: 2; 1 if ranks are odd)",
     )
-    parser.add_argument("--layers", type=_positive, metavar="N", help="MoE layers (default: 8)")
-    parser.add_argument("--experts", type=_positive, metavar="N", help="logical experts of each layer (default: 16)")
+    parser.add_argument("--layers", type=positive, metavar="N", help="MoE layers (default: 8)")
+    parser.add_argument("--experts", type=positive, metavar="N", help="logical experts of each layer (default: 16)")
     parser.add_argument(
-        "--replicas", type=_positive, metavar="N", help="physical experts of each layer (default: 1.5 for each expert)"
+        "--replicas", type=positive, metavar="N", help="physical experts of each layer (default: 1.5 for each expert)"
     )
     parser.add_argument(
         "--placement",
@@ -113,7 +114,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="placement to move to: .json or .pt with physical_to_logical_map [layers, physical experts], as serving "
         "engines write it; layers, experts and replicas are the file's",
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and placement (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of weights and placement (default: 0)")
     parser.add_argument(
         "--backend",
         choices=("auto", "gloo", "nccl"),
@@ -271,21 +272,3 @@ def _rows(job: Job, results: list[RankResult]) -> Iterable[tuple[str, str]]:
     yield "overlap", f"{max(s.overlap for s in summaries):.2f} (stage time over duration)"
     wrong = sum(len(result.wrong_slots) for result in results)
     yield "verdict", "right" if wrong == 0 else f"{wrong} of {job.new.physical_to_logical_map.size} slots wrong"
-
-
-def _positive(text: str) -> int:
-    return _whole(text, at_least=1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, at_least=0)
-
-
-def _whole(text: str, *, at_least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = at_least - 1
-    if value < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
-    return value

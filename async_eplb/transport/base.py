@@ -44,7 +44,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MessageGroup:
-    """Messages that are posted together, in this order; the same group number matches on every rank."""
+    """Messages that are posted together, in this order; the same group number matches on every rank.
+
+    What a group receives is in place before the sends of the next one are read.
+    """
 
     sends: tuple[Message, ...]
     recvs: tuple[Message, ...]

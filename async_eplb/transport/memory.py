@@ -14,7 +14,7 @@ from torch import Tensor
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange, Voter
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Voter
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -201,13 +201,10 @@ class _MemoryExchange:
         self._world = world
         self._rank = rank
         self._row = exchange.row
-        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        self._groups = exchange.groups
         self._sends = [message for group in exchange.groups for message in group.sends]
-        self._peers = frozenset(message.peer for message in (*self._recvs, *self._sends)) | {rank}
-        for message in self._sends:
-            mail = world.mail_for(self._send_key(message))
-            mail.data = message.data
-            mail.posted.set()
+        recvs = [message for group in exchange.groups for message in group.recvs]
+        self._peers = frozenset(message.peer for message in (*recvs, *self._sends)) | {rank}
 
     def _send_key(self, message: Message) -> _MessageKey:
         return (self._rank, message.peer, self._row, message.tag)
@@ -215,14 +212,22 @@ class _MemoryExchange:
     def _recv_key(self, message: Message) -> _MessageKey:
         return (message.peer, self._rank, self._row, message.tag)
 
+    def _post(self, group: MessageGroup) -> None:
+        for message in group.sends:
+            mail = self._world.mail_for(self._send_key(message))
+            mail.data = message.data
+            mail.posted.set()
+
     async def wait(self, timeout_s: float) -> None:
         try:
             with self._world.interruptible(self._peers), fail_after(timeout_s):
                 await anyio.sleep(self._world.schedule.exchange_s)
-                for message in self._recvs:
-                    await self._receive(message)
-                for message in self._sends:
-                    await self._world.mail_for(self._send_key(message)).delivered.wait()
+                for group in self._groups:
+                    self._post(group)
+                    for message in group.recvs:
+                        await self._receive(message)
+                    for message in group.sends:
+                        await self._world.mail_for(self._send_key(message)).delivered.wait()
         except TimeoutError as error:
             self._world.leave(self._rank)
             raise TransferTimeout(
@@ -255,8 +260,8 @@ class _OneSidedExchange(_MemoryExchange):
     """Reads what peers have in their slots whenever a message is due, whether they have launched, or have gone."""
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
-        super().__init__(world, rank, Exchange(exchange.row, ()))
-        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        pulls = tuple(MessageGroup((), group.recvs) for group in exchange.groups)
+        super().__init__(world, rank, Exchange(exchange.row, pulls))
         self._peers = frozenset({rank})
 
     async def _receive(self, message: Message) -> None:
