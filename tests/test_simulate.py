@@ -170,7 +170,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "async_eplb.cli.plot", raising=False)
     assert main(["simulate", "--layers", "1", *arguments]) == 2
-    assert f"install async-eplb[{extra}]" in capsys.readouterr().err
+    assert f"install 'async-eplb[{extra}]'" in capsys.readouterr().err
 
 
 def test_relabelling_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from async_eplb import ExpertWeights, NcclOptions, TorchDistTransport, UpdateOpt
 from async_eplb.device import CudaDevice
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.launch import World
+from async_eplb.plan import Planner
 from async_eplb.testing import WorldRank, check_transport, run_world
 from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.workers import ThreadWorkers
@@ -50,6 +51,15 @@ def test_every_pass_sees_whole_layers(operations_per_group: int) -> None:
     for result in results:
         assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert result.commits == results[0].commits
+        assert len(result.commits) == soak.num_updates * soak.num_layers
+
+
+def test_relays_keep_layers_whole() -> None:
+    """What crosses nodes once is passed on inside the node, from staging, in a later group."""
+    options = UpdateOptions(verify="checksum", planner=Planner("relayed"))
+    soak = Soak(backend="nccl", num_nodes=2, num_updates=8, options=options)
+    for result in run_world(soak_rank, 4, soak):
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 
