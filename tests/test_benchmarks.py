@@ -28,7 +28,7 @@ def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("name", ["commit", "transports"])
+@pytest.mark.parametrize("name", ["commit", "gpu-serving", "multi-gpu", "transports"])
 def test_a_benchmark_of_the_gpu_says_what_it_needs(name: str) -> None:
     """Without a CUDA device it measures nothing and exits with 2."""
     command = [sys.executable, str(ROOT / "scripts" / "benchmarks"), name]

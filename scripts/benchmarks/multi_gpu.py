@@ -1,0 +1,345 @@
+"""What the GPUs of one host do with expert weights: links, whole updates over each transport, serving beside them.
+
+- ``links``: one tensor from a rank to another, pair by pair and all ranks at once (each sends to the next, then each to
+  all), by a copy through CUDA IPC and by NCCL
+- ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
+  drifted, over each transport, exclusively; experts have the shapes of DeepSeek-V3 in FP8, 44 MB. GB/s are what the
+  rank that receives most receives in the whole time; a ratio is to its flat copy or bare batch from all ranks at once
+- ``trace``: what the device did in one update over the copy engine: copies and kernels between launch and staging
+- ``serving``: ``scripts/bench gpu-serving`` with these ranks
+- ``soak``: passes with updates beside them, as the tests make them, over each transport
+
+Every byte is compared after each part. With fewer GPUs than ranks, ranks share them and NCCL takes them for hosts of
+their own: that tries the script, and its figures say nothing about links. Start MPS first.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from async_eplb import (
+    CopyEngineTransport,
+    EPTopology,
+    ExpertLoad,
+    ExpertPlacement,
+    ExpertWeights,
+    HybridTransport,
+    SyncUpdater,
+    TorchDistTransport,
+    Transport,
+)
+from async_eplb.launch import World, WorldRank
+from async_eplb.policy import hierarchical, incremental
+from benchmarks import gpu_serving
+
+_EXPERT_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
+_EXPERT_NBYTES = sum(int(np.prod(shape)) for shape in _EXPERT_SHAPES)
+_TRANSPORTS: dict[str, Callable[[], Transport]] = {
+    "nccl": TorchDistTransport,
+    "copy_engine": CopyEngineTransport,
+    "hybrid": HybridTransport,
+}
+_RAW = {"nccl": "nccl", "copy_engine": "ipc", "hybrid": "ipc"}
+_DRIFT = 0.1
+"""Standard deviation of the logarithm of what each expert's load is multiplied by."""
+
+Figures = dict[str, float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how much is measured."""
+    parser.add_argument("--ranks", type=int, help="of the world (default: the GPUs, or 4 if there is one)")
+    parser.add_argument("--layers", type=int, default=8, help="of the model (default: 8)")
+    parser.add_argument("--slots", type=int, default=36, help="experts of a layer on each rank (default: 36)")
+    parser.add_argument("--link-mb", type=int, default=256, help="of a tensor that links carry (default: 256)")
+    parser.add_argument("--nccl-link-mb", type=int, default=256, help="the same over NCCL (default: 256)")
+    parser.add_argument("--runs", type=int, default=5, help="of each; medians are shown (default: 5)")
+    parser.add_argument("--soak-updates", type=int, default=200, help="of each soak (default: 200)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace of rank 0 there")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="what to measure")
+
+
+def run(options: argparse.Namespace) -> Figures:
+    """Return figures of all parts."""
+    if not torch.cuda.is_available():
+        print("scripts/bench multi-gpu needs a CUDA device, and there is none", file=sys.stderr)
+        raise SystemExit(2)
+    options.ranks = options.ranks or max(torch.cuda.device_count(), 4 if torch.cuda.device_count() == 1 else 1)
+    figures: Figures = {"num_gpus": torch.cuda.device_count(), "num_ranks": options.ranks}
+    for part in options.parts:
+        start = time.perf_counter()
+        figures |= {f"{part}_{name}": value for name, value in _PARTS[part](options).items()}
+        print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    for transport, raw in _RAW.items():
+        for kind in ("full", "incremental"):
+            update, bare = f"update_{transport}_{kind}_gb_per_s", f"links_{raw}_to_all_gb_per_s"
+            if update in figures and bare in figures:
+                figures[f"update_{transport}_{kind}_over_raw"] = figures[update] / figures[bare]
+    return figures
+
+
+def be_rank(world: WorldRank) -> torch.device:
+    """Take a GPU, which ranks beyond their number share."""
+    if torch.cuda.device_count() < world.num_ranks:
+        os.environ.update(NCCL_HOSTID=f"rank-{world.rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    return device
+
+
+# --- Links
+
+
+def _links(options: argparse.Namespace) -> Figures:
+    return World(options.ranks, timeout_s=600).run(measure_links, options)[0]
+
+
+def measure_links(world: WorldRank, options: argparse.Namespace) -> Figures:
+    """Be one rank; return the same figures on all."""
+    device = be_rank(world)
+    figures: Figures = {}
+    ranks = range(world.num_ranks)
+    for name, make, size_mb in (("ipc", _ipc, options.link_mb), ("nccl", _nccl, options.nccl_link_mb)):
+        nbytes = size_mb * 1_000_000 // world.num_ranks * world.num_ranks
+        target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        copy = make(world, torch.full_like(target, world.rank), target)
+        pairs = [(src, dst) for src in ranks for dst in ranks if src != dst]
+        speeds = [_speed(copy, [pair], nbytes, options.runs) for pair in pairs]
+        figures |= {
+            f"{name}_slowest_pair_gb_per_s": min(speeds),
+            f"{name}_median_pair_gb_per_s": median(speeds),
+            f"{name}_fastest_pair_gb_per_s": max(speeds),
+        }
+        ring = [(rank, (rank + 1) % world.num_ranks) for rank in ranks]
+        figures[f"{name}_ring_gb_per_s"] = _speed(copy, ring, nbytes, options.runs)
+        share = nbytes // world.num_ranks
+        figures[f"{name}_to_all_gb_per_s"] = _speed(copy, pairs, share, options.runs) * (world.num_ranks - 1)
+        for received, src in zip(target.view(-1, share), (rank for rank in ranks if rank != world.rank), strict=False):
+            if not (received == src).all():
+                raise RuntimeError(f"rank {world.rank} did not receive what rank {src} sent over {name}")
+    return figures
+
+
+_Copy = Callable[[Sequence[tuple[int, int]], int], None]
+"""Copies so many bytes for each pair of ranks, all pairs at once."""
+
+
+def _speed(copy: _Copy, pairs: Sequence[tuple[int, int]], nbytes: int, runs: int) -> float:
+    """Return GB/s of one pair while all are under way, as the slowest rank sees it."""
+    times = []
+    for _ in range(runs + 1):
+        torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        copy(pairs, nbytes)
+        torch.cuda.synchronize()
+        seconds = torch.tensor([time.perf_counter() - start])
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        times.append(float(seconds))
+    return nbytes / median(times[1:]) / 1e9
+
+
+def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
+    shared: list[tuple[Callable[..., Tensor], tuple[object, ...]] | None] = [None] * world.num_ranks
+    dist.all_gather_object(shared, reduce_tensor(source))  # type: ignore[no-untyped-call]
+    peers = {rank: entry[0](*entry[1]) for rank, entry in enumerate(shared) if rank != world.rank and entry is not None}
+    streams = {rank: torch.cuda.Stream() for rank in peers}  # type: ignore[no-untyped-call]
+
+    def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
+        for index, src in enumerate(src for src, dst in pairs if dst == world.rank):
+            with torch.cuda.stream(streams[src]):
+                target[index * nbytes : (index + 1) * nbytes].copy_(peers[src][:nbytes])
+
+    return copy
+
+
+def _nccl(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
+    group = dist.new_group(backend="nccl")
+
+    def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
+        sends = [dist.P2POp(dist.isend, source[:nbytes], dst, group) for src, dst in pairs if src == world.rank]
+        recvs = [
+            dist.P2POp(dist.irecv, target[index * nbytes : (index + 1) * nbytes], src, group)
+            for index, src in enumerate(src for src, dst in pairs if dst == world.rank)
+        ]
+        for work in dist.batch_isend_irecv([*sends, *recvs]) if sends or recvs else []:
+            work.wait()
+
+    everyone = [(src, dst) for src in range(world.num_ranks) for dst in range(world.num_ranks) if src != dst]
+    copy(everyone, 1)
+    torch.cuda.synchronize()
+    return copy
+
+
+# --- Updates
+
+
+def _updates(options: argparse.Namespace) -> Figures:
+    figures: Figures = {}
+    for transport in _TRANSPORTS:
+        ranks = World(options.ranks, timeout_s=600).run(measure_updates, options, transport)
+        figures |= {name: max(rank[name] for rank in ranks) for name in ranks[0] if name.endswith("_ms")}
+        for kind in ("full", "incremental"):
+            received = max(rank[f"{transport}_{kind}_received_mb"] for rank in ranks)
+            ms = figures[f"{transport}_{kind}_ms"]
+            figures |= {
+                f"{transport}_{kind}_received_mb": received,
+                f"{transport}_{kind}_ms_per_layer": ms / options.layers,
+                f"{transport}_{kind}_gb_per_s": received / ms,
+            }
+    return figures
+
+
+def measure_updates(world: WorldRank, options: argparse.Namespace, transport: str) -> Figures:
+    """Be one rank; return times of updates there and back, and what they receive."""
+    experts = _Experts(world, options)
+    figures: Figures = {}
+    with experts.updater(_TRANSPORTS[transport]()) as updater:
+        for kind, target in experts.targets.items():
+            times, received = [], 0
+            for _ in range(options.runs):
+                for placement in (target, experts.placement):
+                    dist.barrier()
+                    start = time.perf_counter()
+                    summary = updater.update(placement)
+                    if placement is target:
+                        times.append((time.perf_counter() - start) * 1e3)
+                        received = summary.received_nbytes_within_node + summary.received_nbytes_across_nodes
+                    experts.require(placement)
+            figures |= {f"{transport}_{kind}_ms": median(times), f"{transport}_{kind}_received_mb": received / 1e6}
+    return figures
+
+
+class _Experts:
+    """One rank's experts, whose every byte is known from layer and expert."""
+
+    def __init__(self, world: WorldRank, options: argparse.Namespace) -> None:
+        self._device = be_rank(world)
+        self._rank = world.rank
+        self._topology = EPTopology(world.num_ranks, 1, options.slots)
+        physical = self._topology.num_physical_experts
+        rng = np.random.default_rng(0)
+        before = rng.gamma(1.0, size=(options.layers, physical * 8 // 9)) * 1000
+        after = before * np.exp(_DRIFT * rng.standard_normal(before.shape))
+        self.placement = hierarchical(ExpertLoad.from_counts(before), self._topology, num_groups=1)
+        drifted = ExpertLoad.from_counts(after)
+        self.targets = {
+            "full": hierarchical(drifted, self._topology, num_groups=1),
+            "incremental": incremental(drifted, self.placement, self._topology),
+        }
+        generator = torch.Generator().manual_seed(0)
+        self._bytes = [
+            torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(self._device)
+            for shape in _EXPERT_SHAPES
+        ]
+        self.tensors = {
+            layer: [torch.stack([self._content(layer, int(expert), each) for expert in row]) for each in self._bytes]
+            for layer, row in enumerate(self._held(self.placement))
+        }
+        torch.cuda.synchronize()
+
+    def updater(self, transport: Transport) -> SyncUpdater:
+        """Return an updater of the live weights."""
+        return SyncUpdater(
+            ExpertWeights(self.tensors), self.placement, self._topology, rank=self._rank, transport=transport
+        )
+
+    def require(self, placement: ExpertPlacement) -> None:
+        """Compare every byte of every slot."""
+        for layer, row in enumerate(self._held(placement)):
+            for slot, expert in enumerate(row):
+                for live, each in zip(self.tensors[layer], self._bytes, strict=True):
+                    if not torch.equal(live[slot], self._content(layer, int(expert), each)):
+                        raise RuntimeError(f"rank {self._rank}, layer {layer}, slot {slot} is not expert {expert}")
+
+    def _held(self, placement: ExpertPlacement) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
+        return placement.physical_to_logical_map[:, self._topology.slots_of(self._rank)]
+
+    @staticmethod
+    def _content(layer: int, expert: int, each: Tensor) -> Tensor:
+        """Return bytes that differ between any two experts of a model: by a sum, and by a rotation."""
+        return (each + layer * 31 + expert).flatten().roll(expert // 256 + layer).view(each.shape)
+
+
+# --- The trace of one update
+
+
+def _trace(options: argparse.Namespace) -> Figures:
+    return World(options.ranks, timeout_s=600).run(trace_update, options)[0]
+
+
+def trace_update(world: WorldRank, options: argparse.Namespace) -> Figures:
+    """Be one rank; return what the device did while a layer was pulled, copied and committed."""
+    experts = _Experts(world, options)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with TemporaryDirectory() as folder, experts.updater(CopyEngineTransport()) as updater:
+        updater.update(experts.targets["full"])
+        updater.update(experts.placement)
+        dist.barrier()
+        with torch.profiler.profile(activities=activities) as profile:
+            updater.update(experts.targets["full"])
+        file = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(file))
+        if options.trace is not None and world.rank == 0:
+            options.trace.write_bytes(file.read_bytes())
+        events = json.loads(file.read_text())["traceEvents"]
+        experts.require(experts.targets["full"])
+    kinds = Counter(event.get("cat") for event in events)
+    kernels = Counter(event["name"] for event in events if event.get("cat") == "kernel")
+    commits = sum(count for name, count in kernels.items() if "commit" in name)
+    return {
+        "copies": kinds["gpu_memcpy"],
+        "commit_kernels": commits,
+        "other_kernels": kernels.total() - commits,
+        "update_layers": options.layers,
+    }
+
+
+# --- Serving, and the soak
+
+
+def _serving(options: argparse.Namespace) -> Figures:
+    parser = argparse.ArgumentParser()
+    gpu_serving.add_arguments(parser)
+    return gpu_serving.run(parser.parse_args(["--ranks", str(options.ranks), "--runs", "2"]))
+
+
+def _soak(options: argparse.Namespace) -> Figures:
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    from soak import Soak, soak_rank  # noqa: PLC0415 - the tests' own
+
+    figures: Figures = {}
+    for name in ("dist", "copy"):
+        soak = Soak(backend="nccl", transport=name, num_updates=options.soak_updates, num_layers=2)
+        results = World(options.ranks, timeout_s=300).run(soak_rank, soak)
+        figures |= {
+            f"{name}_passes": results[0].num_steps,
+            f"{name}_updates": results[0].num_updates,
+            f"{name}_faults": sum(
+                each.torn + each.disagreeing + each.other_logits + len(each.wrong_slots) for each in results
+            ),
+        }
+    return figures
+
+
+_PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "links": _links,
+    "update": _updates,
+    "trace": _trace,
+    "serving": _serving,
+    "soak": _soak,
+}
