@@ -51,14 +51,16 @@ class PlannedLayer:
 
 @dataclass(slots=True, eq=False)
 class LayerInFlight:
-    """A layer that has a staging buffer, from its launch until its commit has finished on the device."""
+    """A layer that has a staging buffer, until its commit has finished on the device."""
 
     planned: PlannedLayer
     buffer: StagingBuffer
     exchange: Exchange
     commit: Callable[[], int]
-    watch: Stopwatch
-    """Started when the layer got its buffer, and anew when it was staged."""
+    load_ms: float
+    """Time of laying out its staging and copying this rank's own slots there."""
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Started anew when its transfer's turn came, and when it was staged."""
     pending: list[PendingExchange] = field(default_factory=list)
     """The launched parts of the exchange."""
     copy_ms: float = 0.0
@@ -238,7 +240,7 @@ class LayerStages:
                 return commit
 
         commit = await self._workers.run("transfer", copy_own_slots)
-        return LayerInFlight(planned, buffer, exchange, commit, watch)
+        return LayerInFlight(planned, buffer, exchange, commit, load_ms=watch.ms())
 
     def launch(self, layer: LayerInFlight, part: Exchange) -> None:
         """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
@@ -275,7 +277,7 @@ class LayerStages:
             generation=self._generation,
             step=self.step(),
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
-            ms=layer.watch.ms(),
+            ms=layer.load_ms + layer.watch.ms(),
         )
         self.tally.add_transfer(event)
         emit(self._logger, event)

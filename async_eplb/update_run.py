@@ -2,8 +2,9 @@
 
 ::
 
-    plan      N+1 ──(0 slots)──┐
-    transfer               N ──┤ staging pool: backpressure
+    plan      N+2 ──(0 slots)──┐
+    load      N+1 ──(0 slots)──┤ staging pool: backpressure
+    transfer               N ──┤
     agree                  N ──┤ control rounds, while N+1 is being transferred
     commit               N-1 ──┘ at an agreed step boundary; in the exclusive mode at once
 
@@ -145,10 +146,12 @@ class UpdateRun:
         with CancelScope(shield=True):
             await self._begin()
             planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
-            with planned_in, planned_out:
+            loaded_in, loaded_out = create_memory_object_stream[LayerInFlight](0)
+            with planned_in, planned_out, loaded_in, loaded_out:
                 async with create_task_group() as tasks:
                     tasks.start_soon(self._guard, lambda: self._plan(planned_in))
-                    tasks.start_soon(self._guard, lambda: self._transfer(planned_out))
+                    tasks.start_soon(self._guard, lambda: self._load(planned_out, loaded_in))
+                    tasks.start_soon(self._guard, lambda: self._transfer(loaded_out))
                     tasks.start_soon(self._guard, self._commit)
                     await self._guard(self._until_begun)
                     await self._news.until(lambda: self._driver.over)
@@ -222,31 +225,62 @@ class UpdateRun:
                 except BrokenResourceError:
                     return
 
-    async def _transfer(self, planned: MemoryObjectReceiveStream[PlannedLayer]) -> None:
+    async def _load(
+        self, planned: MemoryObjectReceiveStream[PlannedLayer], loaded: MemoryObjectSendStream[LayerInFlight]
+    ) -> None:
+        """Prepare each layer's transfer while the one before is under way, and offer it to the other ranks."""
         driver = self._driver
         await self._news.until(lambda: driver.begun)
-        with planned:
+        with planned, loaded:
+            index = 0
             async for planned_layer in planned:
-                index = len(self._staged)
                 buffer = await self._pool.acquire()
                 await self._keep_pace(planned_layer)
                 if index >= driver.limit or driver.over:
                     return
                 layer = await self.stages.load(planned_layer, buffer)
-                if self.stages.launch_rule.needs_order and self.mode is Mode.SERVING:
+                if self._launches_at_steps:
                     parts = layer.exchange.parts()
                     self._launchable += [(layer, part) for part in parts]
                     driver.offer(len(parts))
-                    await self._news.until(lambda: len(layer.pending) == len(parts) or index >= driver.limit)  # noqa: B023 - awaited here
-                    if len(layer.pending) < len(parts):
-                        return
-                else:
-                    if self.stages.launch_rule.needs_grant and not await self._is_granted(index):
-                        return
-                    await self.stages.launch_from_background(layer)
+                elif self.stages.launch_rule.needs_grant:
+                    driver.offer(1)
+                try:
+                    await loaded.send(layer)
+                except BrokenResourceError:
+                    return
+                index += 1
+
+    async def _transfer(self, loaded: MemoryObjectReceiveStream[LayerInFlight]) -> None:
+        with loaded:
+            async for layer in loaded:
+                if not await self._is_launched(layer, len(self._staged)):
+                    return
                 await self.stages.receive(layer)
                 self._staged.append(layer)
-                driver.advance(staged=1)
+                self._driver.advance(staged=1)
+
+    @property
+    def _launches_at_steps(self) -> bool:
+        """Whether transfers begin at agreed boundaries, on the serving thread."""
+        return self.stages.launch_rule.needs_order and self.mode is Mode.SERVING
+
+    async def _is_launched(self, layer: LayerInFlight, index: int) -> bool:
+        """Launch a layer, or see it launched; return whether that was, or False if it will not be moved."""
+        driver = self._driver
+        layer.watch = Stopwatch()
+        if self._launches_at_steps:
+            num_parts = len(layer.exchange.parts())
+            await self._news.until(lambda: len(layer.pending) == num_parts or index >= driver.limit)
+            return len(layer.pending) == num_parts
+        if self.stages.launch_rule.needs_grant:
+            await self._news.until(lambda: driver.launched > index or index >= driver.limit)
+            if driver.launched <= index:
+                return False
+        elif index >= driver.limit or driver.over:
+            return False
+        await self.stages.launch_from_background(layer)
+        return True
 
     async def _keep_pace(self, layer: PlannedLayer) -> None:
         """Wait for as many steps as the layers before may take; all ranks count the same bytes."""
@@ -255,13 +289,6 @@ class UpdateRun:
         driver = self._driver
         await until_step(driver, self._news, self._paced_until, unless=lambda: driver.standing or driver.over)
         self._paced_until = driver.step + -(-layer.peak_nbytes // self._max_nbytes_per_step)
-
-    async def _is_granted(self, index: int) -> bool:
-        """Grant a layer to the other ranks; return whether they all have, or False if it will not be moved."""
-        driver = self._driver
-        driver.offer(1)
-        await self._news.until(lambda: driver.launched > index or index >= driver.limit)
-        return driver.launched > index
 
     async def _commit(self) -> None:
         """Follow each layer from its agreed commit until the device has finished it, also after a failure."""
