@@ -17,6 +17,9 @@ way (granted and ordered launches: nothing beyond what was agreed to be launched
 number is known to all ranks alike and becomes the update's length: what may be under way is finished and committed,
 nothing else is begun, and no posted exchange is left without its other side. After a FAILED nothing more is agreed at
 all, but what was agreed before is still committed, everywhere.
+
+A layer is launched in parts where launches are ordered: one at a boundary, at successive ones, so that what a boundary
+costs the serving thread is bounded.
 """
 
 from collections.abc import Sequence
@@ -145,7 +148,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """At ``boundary``, first commit all layers up to ``committed``, then launch all up to ``launched``."""
+    """At ``boundary``, first commit all layers up to ``committed``, then launch all parts up to ``launched``.
+
+    Parts are counted over all layers of the update.
+    """
 
     boundary: int
     committed: int
@@ -164,9 +170,8 @@ class _Counts:
 class Agreement:
     """The agreement of one EP group, seen from one rank, over the life of an updater.
 
-    The owner advances :attr:`staged`, :attr:`launchable` and :attr:`committed`, hands in :meth:`ballot` for every
-    round and gives what the round returned to :meth:`receive`; and passes step boundaries with
-    :meth:`pass_boundary`.
+    The owner advances :attr:`staged` and :attr:`committed`, adds to :attr:`parts`, hands in :meth:`ballot` for every
+    round and gives what the round returned to :meth:`receive`; and passes step boundaries with :meth:`pass_boundary`.
 
     :param lead: boundaries from the last one passed to a new fence, at least 1; it adapts to waits
     :param launch_rule: when a layer's transfer may begin
@@ -198,7 +203,8 @@ class Agreement:
         self.limit = total
         self.window = window
         self.staged = 0
-        self.launchable = 0
+        self.parts: tuple[int, ...] = ()
+        """Of each launchable layer, how many it is launched in; the same on all ranks."""
         self.committed = 0
         self.agreed = 0
         self.launched = 0
@@ -215,6 +221,11 @@ class Agreement:
             f"<Agreement generation {self.generation}: {self.staged} staged, {self.agreed} agreed, "
             f"{self.committed} committed of {self.limit}, {self.status.name}, step {self.step}, fence {self.fence}>"
         )
+
+    @property
+    def launchable(self) -> int:
+        """Layers that have a plan and buffers here."""
+        return len(self.parts)
 
     def begin(self, mode: Mode, *, digest: int, total: int, window: int) -> None:
         """Begin the next update.
@@ -251,7 +262,7 @@ class Agreement:
     def ballot(self) -> Ballot:
         """Return what this rank says in the round that it now joins, and hold to its fence until the result."""
         if self._fence_wanted:
-            ahead = max(self.step + self.lead, self.last_boundary)
+            ahead = max(self.step + self.lead, self.last_boundary + self.launch_rule.needs_order)
             self.fence = self.step + 1 if self.standing else ahead
         return Ballot(
             generation=self.generation,
@@ -381,15 +392,20 @@ class Agreement:
         return max(staged, self.agreed), max(launchable, self.launched)
 
     def _agree(self, boundary: int) -> None:
+        before = self._parts_launched()
         self.agreed, self.launched = self._everywhere()
-        self.last_boundary = boundary
-        earlier = tuple(decision for decision in self.decisions if decision.boundary < boundary)
-        launched = self.launched if self.launch_rule.needs_order else 0
-        self.decisions = (*earlier, Decision(boundary, self.agreed, launched))
+        later = range(before + 1, self._parts_launched() + 1) or (before,)
+        decisions = (Decision(boundary + n, self.agreed, launched) for n, launched in enumerate(later))
+        self.decisions = (*(each for each in self.decisions if each.boundary < boundary), *decisions)
+        self.last_boundary = self.decisions[-1].boundary
         self._calm += 1
         if self._calm >= _CALM_DECISIONS:
             self._calm = 0
             self.lead = max(self._least_lead, self.lead // 2)
+
+    def _parts_launched(self) -> int:
+        """Return the parts of the layers whose launch at boundaries is agreed."""
+        return sum(self.parts[: self.launched]) if self.launch_rule.needs_order else 0
 
     def _under_way(self) -> int:
         """Return the layers whose transfer can have begun on any rank."""

@@ -112,12 +112,17 @@ class Driver:
         with self._lock:
             self._agreement.end(broken=broken)
 
-    def advance(self, *, staged: int = 0, launchable: int = 0, committed: int = 0) -> None:
+    def advance(self, *, staged: int = 0, committed: int = 0) -> None:
         """Count layers."""
         with self._lock:
             self._agreement.staged += staged
-            self._agreement.launchable += launchable
             self._agreement.committed += committed
+        self._wake()
+
+    def offer(self, parts: int) -> None:
+        """Say that one more layer can be launched here, in so many parts."""
+        with self._lock:
+            self._agreement.parts = (*self._agreement.parts, parts)
         self._wake()
 
     def cancel(self) -> None:

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class LayerInFlight:
     commit: Callable[[], int]
     watch: Stopwatch
     """Started when the layer got its buffer, and anew when it was staged."""
-    pending: PendingExchange | None = None
-    """The exchange, once it is launched."""
+    pending: list[PendingExchange] = field(default_factory=list)
+    """The launched parts of the exchange."""
     copy_ms: float = 0.0
     """Host time of enqueuing the commit copies."""
     nbytes: int = 0
@@ -227,20 +227,20 @@ class LayerStages:
         commit = await self._workers.run("transfer", copy_own_slots)
         return LayerInFlight(planned, buffer, exchange, commit, watch)
 
-    def launch(self, layer: LayerInFlight) -> None:
-        """Post a layer's exchange, behind the transfer stream; called in the thread whose launches are ordered.
+    def launch(self, layer: LayerInFlight, part: Exchange) -> None:
+        """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
 
         :raises BrokenTransport: if the transport is not open
         """
         with self._device.transferring():
-            layer.pending = self._transport.launch(layer.exchange)
+            layer.pending.append(self._transport.launch(part))
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
         """Post a layer's exchange beside whatever the model does."""
         if self.launch_rule.needs_order:
-            await self._workers.run("transfer", lambda: self.launch(layer))
+            await self._workers.run("transfer", lambda: self.launch(layer, layer.exchange))
         else:
-            self.launch(layer)
+            self.launch(layer, layer.exchange)
 
     async def receive(self, layer: LayerInFlight) -> None:
         """Wait until a launched layer's staging is full and what it holds is right.
@@ -248,9 +248,9 @@ class LayerStages:
         :raises BrokenTransport: if the exchange fails
         :raises VerificationError: if something else arrived than should have
         """
-        if layer.pending is None:
-            raise RuntimeError(f"layer {layer.planned.row} was not launched")
-        await layer.pending.wait(self._options.transfer_timeout_s)
+        deadline = time.monotonic() + self._options.transfer_timeout_s
+        for pending in layer.pending:
+            await pending.wait(max(deadline - time.monotonic(), 0.001))
         await self._workers.run("transfer", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
         event = transfer_event(

@@ -27,6 +27,7 @@ from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
 from async_eplb.placement import ExpertPlacement
 from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
 from async_eplb.staging import BufferState, StagingPool
+from async_eplb.transport.base import Exchange
 from async_eplb.workers import News, Workers
 
 
@@ -83,7 +84,7 @@ class UpdateRun:
         self._on_finish = on_finish
         self._prepared = False
         self._cancel_early = False
-        self._launchable: list[LayerInFlight] = []
+        self._launchable: list[tuple[LayerInFlight, Exchange]] = []
         self._num_launched = 0
         self._staged: list[LayerInFlight] = []
         self._num_finished = 0
@@ -127,7 +128,7 @@ class UpdateRun:
             self._fail(failure)
         try:
             while self._num_launched < decision.launched and self.error is None:
-                self.stages.launch(self._launchable[self._num_launched])
+                self.stages.launch(*self._launchable[self._num_launched])
                 self._num_launched += 1
         except Exception as error:  # noqa: BLE001 - the update fails, serving does not
             self._fail(error)
@@ -233,10 +234,11 @@ class UpdateRun:
                     return
                 layer = await self.stages.load(planned_layer, buffer)
                 if self.stages.launch_rule.needs_order and self.mode is Mode.SERVING:
-                    self._launchable.append(layer)
-                    driver.advance(launchable=1)
-                    await self._until_launched_or_dropped(layer, index)
-                    if layer.pending is None:
+                    parts = layer.exchange.parts()
+                    self._launchable += [(layer, part) for part in parts]
+                    driver.offer(len(parts))
+                    await self._news.until(lambda: len(layer.pending) == len(parts) or index >= driver.limit)  # noqa: B023 - awaited here
+                    if len(layer.pending) < len(parts):
                         return
                 else:
                     if self.stages.launch_rule.needs_grant and not await self._is_granted(index):
@@ -257,12 +259,9 @@ class UpdateRun:
     async def _is_granted(self, index: int) -> bool:
         """Grant a layer to the other ranks; return whether they all have, or False if it will not be moved."""
         driver = self._driver
-        driver.advance(launchable=1)
+        driver.offer(1)
         await self._news.until(lambda: driver.launched > index or index >= driver.limit)
         return driver.launched > index
-
-    async def _until_launched_or_dropped(self, layer: LayerInFlight, index: int) -> None:
-        await self._news.until(lambda: layer.pending is not None or index >= self._driver.limit)
 
     async def _commit(self) -> None:
         """Follow each layer from its agreed commit until the device has finished it, also after a failure."""

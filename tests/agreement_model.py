@@ -61,6 +61,7 @@ class World:
 
     :param leads: of each rank, so as many as there are ranks
     :param layers: of each update
+    :param parts: that a layer is launched in, where launches are ordered
     :param window: staging buffers of each rank
     :param skew: steps that a rank can be ahead of the slowest
     :param one_sided: whether a transfer ends without its other side
@@ -72,6 +73,7 @@ class World:
 
     leads: tuple[int, ...]
     layers: int
+    parts: int = 1
     window: int = 1
     skew: int = 1
     mode: Mode = Mode.SERVING
@@ -102,8 +104,9 @@ class Rank:
     :param mail: the ballot that it gave to the open round, or the ballots of the round that it is to receive
     :param before: layers committed by earlier updates
     :param transfers: layers whose transfer has begun
+    :param launches: parts launched, of which a layer's transfer begins with the last
     :param commits: layers whose commit is enqueued
-    :param history: ``(launched, commits)`` after each boundary from the one that all ranks have passed to the last
+    :param history: ``(launches, commits)`` after each boundary from the one that all ranks have passed to the last
         that this one has
     :param left: whether a round showed that a rank leaves; no other follows
     :param gone: whether it was this one
@@ -113,6 +116,7 @@ class Rank:
     mail: Ballot | tuple[Ballot, ...] | None = None
     before: int = 0
     transfers: int = 0
+    launches: int = 0
     commits: int = 0
     history: tuple[tuple[int, int], ...] = ((0, 0),)
     left: bool = False
@@ -141,7 +145,7 @@ class Rank:
 
     def key(self) -> tuple[object, ...]:
         """Return what tells it from others."""
-        counts = (self.before, self.transfers, self.commits)
+        counts = (self.before, self.transfers, self.launches, self.commits)
         return (*vars(self.agreement).values(), self.mail, *counts, self.history, self.left, self.gone)
 
 
@@ -227,14 +231,14 @@ class Actions:
         leaves = any(ballot.status is Status.LEAVING for ballot in ballots) and agreement.status is Status.LEAVING
         rank = replace(rank, agreement=agreement, mail=None, left=bool(verdict.left), gone=leaves)
         if self.world.mode is Mode.EXCLUSIVE:
-            return self._execute(rank, Decision(0, verdict.agreed, verdict.launched))
+            return self._execute(rank, Decision(0, verdict.agreed, verdict.launched * self.world.parts))
         return self._execute(rank, agreement.drain()) if leaves else rank
 
     def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
         agreement, world = rank.agreement, self.world
         room = min(agreement.limit, world.layers, agreement.committed + world.window)
         if world.launch_rule is not LaunchRule.AT_ONCE and agreement.launchable < room:
-            yield Do.PLAN, _with(rank, launchable=agreement.launchable + 1)
+            yield Do.PLAN, _with(rank, parts=(*agreement.parts, world.parts))
         if world.launch_rule is LaunchRule.GRANTED:
             room = min(room, agreement.launched)
         if not world.ordered_launch and rank.transfers == rank.staged < rank.before + room:
@@ -256,8 +260,9 @@ class Actions:
             yield Do.STAND, _with(rank, standing=True)
         if agreement.may_pass():
             passed = self._execute(replace(rank, agreement=agreement), agreement.pass_boundary())
-            launched = passed.transfers if self.world.ordered_launch else 0
-            yield Do.PASS, replace(passed, history=(*rank.history, (launched, passed.commits)))
+            if passed.launches > rank.launches + 1 and not self.world.stands:
+                raise Violation(f"{rank} is to launch {passed.launches - rank.launches} parts at one boundary")
+            yield Do.PASS, replace(passed, history=(*rank.history, (passed.launches, passed.commits)))
 
     def _disturbed(self, do: Do, rank: Rank) -> Rank:
         agreement = copy(rank.agreement)
@@ -280,13 +285,14 @@ class Actions:
             raise Violation(f"{rank} is to commit up to {commits}")
         if not self.world.ordered_launch:
             return replace(rank, commits=commits)
-        transfers = rank.before + decision.launched
-        if not rank.transfers <= transfers <= rank.before + rank.agreement.launchable:
-            raise Violation(f"{rank} is to launch up to {transfers}")
-        return replace(rank, commits=commits, transfers=transfers)
+        parts = self.world.parts
+        launches = rank.before * parts + decision.launched
+        if not rank.launches <= launches <= (rank.before + rank.agreement.launchable) * parts:
+            raise Violation(f"{rank} is to launch up to {launches}")
+        return replace(rank, commits=commits, launches=launches, transfers=launches // parts)
 
 
-def _with(rank: Rank, **values: int) -> Rank:
+def _with(rank: Rank, **values: int | tuple[int, ...]) -> Rank:
     agreement = copy(rank.agreement)
     for name, value in values.items():
         setattr(agreement, name, value)

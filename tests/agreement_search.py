@@ -5,13 +5,13 @@ joined it, reaches each rank on its own, and a rank joins the next when it has r
 
 What is checked in every state: no decision is for a boundary that was passed; layers are committed in order and only
 when they are staged everywhere; granted ones are read only when every rank has granted them; ranks that have passed the
-same boundary had, when they did, launched and committed the same layers; nobody takes the update to be over before all
-layers are committed on all devices. At the end, all have committed the same layers, and nothing else was begun. From
-every state the end can be reached, and boundaries without a fence by rounds alone. In a finite graph, that the end can
-be reached from everywhere means that it is reached if nothing that can happen again and again is put off for ever; what
-need not happen (a disturbance, a rank that stands while there is traffic) is not used on the way. A rank stands only
-when the others have passed as many boundaries as it has, for its last forward pass has ended; others may have gone on
-by then.
+same boundary had, when they did, launched the same parts and committed the same layers; a boundary launches one part,
+unless ranks stood before it; nobody takes the update to be over before all layers are committed on all devices. At the
+end, all have committed the same layers, and nothing else was begun. From every state the end can be reached, and
+boundaries without a fence by rounds alone. In a finite graph, that the end can be reached from everywhere means that it
+is reached if nothing that can happen again and again is put off for ever; what need not happen (a disturbance, a rank
+that stands while there is traffic) is not used on the way. A rank stands only when the others have passed as many
+boundaries as it has, for its last forward pass has ended; others may have gone on by then.
 
 What keeps the number of states finite:
 

@@ -165,13 +165,14 @@ def test_a_later_decision_leaves_earlier_ones() -> None:
 
 
 def test_ordered_launches_are_decided_too() -> None:
-    """At one boundary, first commits, then launches."""
+    """At one boundary, first commits, then one part of what is launched; other parts follow at the next ones."""
     agreement = serving(launch_rule=LaunchRule.ORDERED)
+    agreement.parts = (2, 1, 1)
     ballot = replace(READY, staged=1, launchable=3)
     agreement.receive([ballot, ballot])
     verdict = agreement.receive([replace(ballot, fence=1), replace(ballot, launchable=2, fence=1)])
     assert verdict == Verdict(boundary=1, agreed=1, launched=2)
-    assert passed(agreement, 1) == [Decision(1, committed=1, launched=2)]
+    assert passed(agreement, 3) == [Decision(n, committed=1, launched=n) for n in (1, 2, 3)]
 
 
 def test_launches_are_nobodys_matter_without_order() -> None:
@@ -542,8 +543,8 @@ def test_a_wait_starts_the_count_again() -> None:
         ({}, False),
         ({"staged": 1}, True),
         ({"committed": 1}, True),
-        ({"launchable": 1}, False),
-        ({"launchable": 1, "launch_rule": LaunchRule.ORDERED}, True),
+        ({"parts": (1,)}, False),
+        ({"parts": (1,), "launch_rule": LaunchRule.ORDERED}, True),
         ({"status": Status.CANCEL}, True),
         ({"status": Status.FAILED}, True),
         ({"status": Status.LEAVING, "running": False}, True),

@@ -23,6 +23,8 @@ WORLDS = {
     "three ranks, one-sided transfers": World(leads=(1, 1, 1), layers=2, one_sided=True),
     "three ranks, ordered launches": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.ORDERED),
     "ordered launches, two buffers": World(leads=(1, 2), layers=2, window=2, launch_rule=LaunchRule.ORDERED),
+    "launches in parts": World(leads=(1, 2), layers=2, parts=2, window=2, launch_rule=LaunchRule.ORDERED),
+    "three ranks, launches in parts": World(leads=(1, 1, 1), layers=1, parts=3, launch_rule=LaunchRule.ORDERED),
     "three ranks, granted transfers": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
     "granted, two buffers": World(leads=(1, 2), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
     "granted, two updates": World(
@@ -43,6 +45,9 @@ WORLDS = {
     ),
     "cancelled before grants": World(
         leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
+    ),
+    "cancelled between parts": World(
+        leads=(1, 1), layers=2, parts=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
     ),
     "failed": World(leads=(1, 1, 1), layers=1, at_once=False, budget=(Do.FAIL,)),
     "failed, two layers": World(leads=(1, 2), layers=2, budget=(Do.FAIL,)),
@@ -71,6 +76,11 @@ WORLDS = {
     "ranks stand": World(leads=(2, 2), layers=1, standing=True),
     "traffic ends": World(leads=(1, 2), layers=2, budget=(Do.QUIET,)),
     "traffic ends before launches": World(leads=(2, 2), layers=1, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)),
+    "traffic ends between parts": World(
+        leads=(1, 2), layers=2, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)
+    ),
+    "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
+    "left between parts": World(leads=(1, 2), layers=2, parts=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
     "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
 }
 
@@ -91,6 +101,7 @@ def test_leads_may_shrink_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TWO = World(leads=(1, 1), layers=2, window=2)
 LAUNCHES = replace(TWO, launch_rule=LaunchRule.ORDERED)
+PARTS = replace(LAUNCHES, parts=2)
 GRANTS = replace(TWO, launch_rule=LaunchRule.GRANTED, one_sided=True)
 CANCELLED = World(leads=(1, 1), layers=2, budget=(Do.CANCEL,))
 CANCELLED_LAUNCHES = replace(LAUNCHES, budget=(Do.CANCEL,))
@@ -109,11 +120,22 @@ MUTATIONS = {
     "the fence itself is passed": (TWO, "self.step + 1 < self.fence", "self.step + 1 <= self.fence"),
     "a fence holds nothing": (TWO, "return not self.fence or self.step + 1 < self.fence", "return True"),
     "a fence is never lifted": (TWO, "        self.fence = 0\n        self._fence", "        self._fence"),
-    "a decision replaces earlier ones": (TWO, "if decision.boundary < boundary)", "if False)"),
+    "a decision replaces earlier ones": (TWO, "if each.boundary < boundary)", "if False)"),
     "only the first of what is due is done": (LEFT, "return due[-1]", "return due[0]"),
     "staged here": (TWO, "min(ballot.staged for ballot in ballots)", "self.staged"),
     "staged here, in the exclusive mode": (EXCLUSIVE, "min(ballot.staged for ballot in ballots)", "self.staged"),
     "launchable here": (LAUNCHES, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "all parts at one boundary": (PARTS, "Decision(boundary + n,", "Decision(boundary,"),
+    "two layers' parts at one boundary": (
+        PARTS,
+        "self.last_boundary + self.launch_rule.needs_order",
+        "self.last_boundary",
+    ),
+    "decided for boundaries of a layer's later parts": (
+        PARTS,
+        "self.last_boundary = self.decisions[-1].boundary",
+        "self.last_boundary = boundary",
+    ),
     "granted here": (GRANTS, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
     "nobody tells of grants": (
         replace(GRANTS, eager=True),

@@ -61,6 +61,10 @@ class Exchange:
     row: int
     groups: tuple[MessageGroup, ...]
 
+    def parts(self) -> "tuple[Exchange, ...]":
+        """Cut the exchange into what is launched at one boundary: one group, on every rank the same."""
+        return tuple(Exchange(self.row, (group,)) for group in self.groups) or (self,)
+
 
 class PendingExchange(Protocol):
     """A launched exchange."""
