@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
+from anyio import current_time
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
@@ -248,9 +249,9 @@ class LayerStages:
         :raises BrokenTransport: if the exchange fails
         :raises VerificationError: if something else arrived than should have
         """
-        deadline = time.monotonic() + self._options.transfer_timeout_s
+        deadline = current_time() + self._options.transfer_timeout_s
         for pending in layer.pending:
-            await pending.wait(max(deadline - time.monotonic(), 0.001))
+            await pending.wait(max(deadline - current_time(), 0.001))
         await self._workers.run("transfer", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
         event = transfer_event(
@@ -277,7 +278,12 @@ class LayerStages:
     def copy(self, layer: LayerInFlight, *, step: int) -> None:
         """Enqueue a layer's commit on the current stream; the layer is staged on every rank."""
         start = time.perf_counter()
-        layer.nbytes = layer.commit()
+        try:
+            layer.nbytes = layer.commit()
+        except BaseException:
+            if layer.buffer.state is BufferState.COMMITTING:
+                layer.buffer.enter(BufferState.STAGED)
+            raise
         layer.buffer.consumed = self._device.record()
         layer.step = step
         layer.copy_ms = (time.perf_counter() - start) * 1e3

@@ -4,7 +4,8 @@ A buffer's life is the table below. A buffer is only ever in one state, and ever
 :meth:`StagingBuffer.enter`::
 
     FREE ──acquire──> FILLING ──full──> STAGED ──agreed──> COMMITTING ──copied──> FREE
-                         └──────abandoned──┴──────────────────────────────────────^
+                         │                 ^────copy failed────┘                    ^
+                         └──────abandoned──┴────────────────────────────────────────┘
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _ALLOWED = {
     BufferState.FREE: {BufferState.FILLING},
     BufferState.FILLING: {BufferState.STAGED, BufferState.FREE},
     BufferState.STAGED: {BufferState.COMMITTING, BufferState.FREE},
-    BufferState.COMMITTING: {BufferState.FREE},
+    BufferState.COMMITTING: {BufferState.FREE, BufferState.STAGED},
 }
 
 

@@ -11,7 +11,7 @@ An update runs in a task of its own, shielded: its caller may be cancelled at an
 another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from itertools import count
 
@@ -22,7 +22,15 @@ from async_eplb.accounting import Stopwatch, UpdateSummary
 from async_eplb.agreement import Decision, Mode
 from async_eplb.device import DeviceEvent
 from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
+from async_eplb.errors import (
+    BrokenControlGroup,
+    BrokenTransport,
+    CommitFailed,
+    GenerationMismatch,
+    UpdateAborted,
+    UpdateCancelled,
+    UpdateNotBegun,
+)
 from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
 from async_eplb.placement import ExpertPlacement
 from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
@@ -86,9 +94,14 @@ class UpdateRun:
         self._cancel_early = False
         self._launchable: list[tuple[LayerInFlight, Exchange]] = []
         self._num_launched = 0
+        self._num_planned = 0
         self._staged: list[LayerInFlight] = []
         self._num_finished = 0
         self._copy_failed = False
+        self.kept: tuple[LayerInFlight, ...] = ()
+        """After a failure: layers that are staged and not committed here, which a peer may have committed."""
+        self.owed: tuple[int, ...] = ()
+        """After a failure: layers that were agreed on and are not committed here."""
 
     @property
     def broke(self) -> bool:
@@ -97,6 +110,10 @@ class UpdateRun:
             return False
         lost = isinstance(self.error, BrokenControlGroup | GenerationMismatch | UpdateNotBegun)
         return self._driver.begun or lost
+
+    def fail(self, error: Exception) -> None:
+        """End the update here, whatever other ranks do."""
+        self._fail(error, alone=True)
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
@@ -116,8 +133,7 @@ class UpdateRun:
             try:
                 self.stages.copy(layer, step=step)
             except Exception as error:  # noqa: BLE001 - returned, and told to the other ranks
-                self._copy_failed = True
-                failure = failure or error
+                failure = self._tear(error, layer.planned.row, step)
                 break
             self.committed.append(layer.planned.row)
             try:
@@ -217,6 +233,7 @@ class UpdateRun:
                 if index >= self._driver.limit or self.error is not None:
                     return
                 layer = await self.stages.plan(row)
+                self._num_planned += 1
                 try:
                     await planned.send(layer)
                 except BrokenResourceError:
@@ -291,8 +308,21 @@ class UpdateRun:
         try:
             await self._workers.run("commit", execute)
         except Exception as error:  # noqa: BLE001 - likewise
-            self._copy_failed = True
-            self._fail(error)
+            self._fail(self._tear(error, self._staged[len(self.committed)].planned.row, 0))
+
+    def _tear(self, cause: Exception, row: int, step: int) -> CommitFailed:
+        """Hold this rank: peers have committed the layer, and it cannot."""
+        self._copy_failed = True
+        error = CommitFailed(
+            f"rank {self.stages.rank}: layer {row} was agreed on and could not be copied ({cause}); this rank must not "
+            "serve before recover(), which copies it anew",
+            rank=self.stages.rank,
+            layer=row,
+            step=step,
+        )
+        error.__cause__ = cause
+        self._driver.hold(error)
+        return error
 
     def _drained(self) -> bool:
         """Whether all that was agreed is done here, or never will be because a copy failed."""
@@ -303,6 +333,9 @@ class UpdateRun:
         driver = self._driver
         if self.error is None:
             self.error = driver.error or driver.lost
+        if driver.lost is not None and isinstance(self.error, BrokenTransport):
+            driver.lost.__context__ = self.error  # an exchange broke because its peer is gone
+            self.error = driver.lost
         if self.error is None and driver.failed_by:
             self.error = UpdateAborted(
                 f"ranks {list(driver.failed_by)} failed; see their errors", ranks=driver.failed_by
@@ -313,8 +346,11 @@ class UpdateRun:
             self.stages.abort()
 
     def _conclude(self) -> None:
+        self.kept = tuple(self._staged[len(self.committed) :]) if self.broke else ()
+        self.owed = self.rows[len(self.committed) : self._driver.agreed]
+        kept = [layer.buffer for layer in self.kept]
         for buffer in self._pool.buffers:
-            if buffer.state is not BufferState.FREE and not self._driver.in_doubt:
+            if buffer.state is not BufferState.FREE and buffer not in kept:
                 self._pool.release(buffer)
         if self.error is None and self._driver.limit < len(self.rows):
             ranks = self._driver.cancelled_by
@@ -324,8 +360,38 @@ class UpdateRun:
             )
         if self.error is not None:
             self.error.add_note(f"layers committed before: {self.committed}; all others are as they were")
-            self.error.__dict__["committed_layers"] = tuple(self.committed)
+            self._describe(self.error)
         self._driver.end(broken=self.broke)
+
+    def _describe(self, error: Exception) -> None:
+        """Say which layer was under way, and how far it was, when the update ended."""
+        index = len(self.committed)
+        stages = (
+            ("commit", self._driver.agreed > index),
+            ("fence", self._driver.in_doubt),
+            ("staged", len(self._staged) > index),
+            ("transfer", self._num_planned > index),
+            ("planning", index < len(self.rows)),
+        )
+        error.__dict__["committed_layers"] = tuple(self.committed)
+        error.__dict__["layer_under_way"] = (*self.rows, -1)[index]
+        error.__dict__["phase"] = next((phase for phase, holds in stages if holds), "")
+
+    async def roll_forward(self, rows: Collection[int]) -> None:
+        """Commit those of ``rows`` whose staging was kept, and give all kept staging back."""
+        while self.kept:
+            layer = self.kept[0]
+            if layer.planned.row in rows:
+                await self._workers.run("commit", partial(self._copy_kept, layer))
+                await self.stages.finish(layer, Stopwatch())
+            self._pool.release(layer.buffer)
+            self.kept = self.kept[1:]
+
+    def _copy_kept(self, layer: LayerInFlight) -> None:
+        with self.stages.beside(self.stages.callers_work):
+            self.stages.copy(layer, step=0)
+            self.committed.append(layer.planned.row)
+            self._on_layer(layer.planned.row)
 
     def summary(self) -> UpdateSummary:
         """Return what the update did.
