@@ -182,9 +182,8 @@ async def _fetch_lost(
             failure = error
         if not all(row[0] for row in await _round(control, [int(failure is None)])):
             continue
-        await state.workers.run("commit", partial(_write, state, layer, contents))
         placement = with_homes(state.placement, found)
-        _publish(state, placement, layer)
+        await state.workers.run("commit", partial(_write, state, placement, layer, contents))
         state.placement = placement
         if mine:
             loaded[layer] = tuple(home.logical_expert for home in mine)
@@ -210,13 +209,15 @@ def _checked(state: RankState, home: Home, tensors: Sequence[Tensor]) -> list[Te
 
 
 @torch.no_grad()
-def _write(state: RankState, layer: int, contents: Sequence[tuple[Home, list[Tensor]]]) -> None:
+def _write(
+    state: RankState, placement: ExpertPlacement, layer: int, contents: Sequence[tuple[Home, list[Tensor]]]
+) -> None:
     with state.device.committing():
         for home, tensors in contents:
             slot = home.physical_expert - state.topology.slots_of(state.rank).start
             for view, tensor in zip(state.weights.views(layer), tensors, strict=True):
                 view[slot].copy_(tensor)
-        state.device.record().synchronize()
+        _publish(state, placement, layer)
 
 
 class _OneRound:

@@ -301,6 +301,7 @@ class UpdateRun:
             self._pool.release(layer.buffer)
             self._num_finished += 1
             self._driver.advance(committed=1)
+            self._news.notify()  # no round follows that would, if a rank is lost
 
     async def _copy_beside(self, up_to: int) -> None:
         decision = Decision(boundary=0, committed=up_to, launched=0)
