@@ -100,8 +100,12 @@ class UpdateRun:
         self._copy_failed = False
         self.kept: tuple[LayerInFlight, ...] = ()
         """After a failure: layers that are staged and not committed here, which a peer may have committed."""
-        self.owed: tuple[int, ...] = ()
+        self._num_agreed = 0
+
+    @property
+    def owed(self) -> tuple[int, ...]:
         """After a failure: layers that were agreed on and are not committed here."""
+        return self.rows[len(self.committed) : self._num_agreed]
 
     @property
     def broke(self) -> bool:
@@ -149,6 +153,11 @@ class UpdateRun:
         except Exception as error:  # noqa: BLE001 - the update fails, serving does not
             self._fail(error)
         return failure
+
+    def tear(self, cause: Exception) -> None:
+        """Fail because what was agreed could not be done here, such as when the device failed."""
+        row = self.rows[min(len(self.committed), len(self.rows) - 1)]
+        self._fail(self._tear(cause, row, 0))
 
     def execute_beside(self, decision: Decision, *, step: int, after: DeviceEvent) -> None:
         """Do the same while the model stands still: on the commit stream, until the device has done it."""
@@ -309,7 +318,7 @@ class UpdateRun:
         try:
             await self._workers.run("commit", execute)
         except Exception as error:  # noqa: BLE001 - likewise
-            self._fail(self._tear(error, self._staged[len(self.committed)].planned.row, 0))
+            self.tear(error)
 
     def _tear(self, cause: Exception, row: int, step: int) -> CommitFailed:
         """Hold this rank: peers have committed the layer, and it cannot."""
@@ -348,7 +357,7 @@ class UpdateRun:
 
     def _conclude(self) -> None:
         self.kept = tuple(self._staged[len(self.committed) :]) if self.broke else ()
-        self.owed = self.rows[len(self.committed) : self._driver.agreed]
+        self._num_agreed = self._driver.agreed
         kept = [layer.buffer for layer in self.kept]
         for buffer in self._pool.buffers:
             if buffer.state is not BufferState.FREE and buffer not in kept:

@@ -14,9 +14,6 @@ RANK: ContextVar[int] = ContextVar("RANK")
 """The rank that a task belongs to; what belongs to none, such as the world around it, never stands still."""
 
 
-_ASK_AGAIN_S = 0.01
-
-
 class Stuck(Exception):
     """Nothing can ever happen again, but somebody still waits."""
 
@@ -51,7 +48,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._ready: list[Handle] = []
         self._scheduled: list[TimerHandle] = []
         self._held: list[Handle] = []
-        self._late: set[int] = set()
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
@@ -79,12 +75,14 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         """Run one callback."""
         ready = self._ready
-        while self._scheduled and (not ready or self._scheduled[0].when() <= self._now):
+        nothing = not ready or (self.still and all(map(_asks_again, ready)))
+        while self._scheduled and (nothing or self._scheduled[0].when() <= self._now):
             timer = heappop(self._scheduled)
             timer._scheduled = False
             if not timer.cancelled():
                 self._now = max(self._now, timer.when())
                 ready.append(timer)
+                nothing = False
         if not ready:
             raise Stuck(f"nothing can happen after {self._now} s")
         if len(ready) > 1:
@@ -97,11 +95,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         if self.still and rank in self.still:
             self._held.append(handle)
             return
-        if self.still and _asks_again(handle) and id(handle) not in self._late:
-            self._late.add(id(handle))
-            self.call_later(_ASK_AGAIN_S, self._ready.append, handle)
-            return
-        self._late.discard(id(handle))
         self.num_events += 1
         self.history = hash((self.history, number, len(ready), self._now))
         handle._run()

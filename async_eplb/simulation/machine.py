@@ -47,7 +47,7 @@ class SimulatedWorkers:
 
     async def _pass_time(self, kind: str) -> None:
         if kind in self._slow:
-            await anyio.sleep(min(self._slow[kind], 0.5))
+            await anyio.sleep(min(self._slow[kind], 0.2))
         elif self._random.random() < 0.5:  # noqa: PLR2004 - a share
             await anyio.sleep(self._random.uniform(0, 0.02))
 

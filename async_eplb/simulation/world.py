@@ -228,7 +228,7 @@ class World:
                     rank.excluded = rank.watched.gone = True
             self.num_recoveries += 1
             if self.num_recoveries > len(self.scenario.troubles) + 2:
-                raise Violation(Invariant.RECOVERED, f"recovered {self.num_recoveries} times in vain: {failed}")
+                raise Violation(Invariant.RECOVERED, f"recovered {self.num_recoveries} times in vain: {[repr(rank.failure) for rank in failed]}")
             transports = MemoryTransport.world(len(survivors), MemorySchedule(seed=self.num_recoveries, control_s=_CONTROL_S))
             placement = self._placement_for([rank.number for rank in survivors])
             for rank, transport in zip(survivors, transports, strict=True):
