@@ -490,4 +490,3 @@ def differing_ranks(digests: Sequence[int]) -> tuple[int, ...]:
     """Return the ranks whose digest is not the most common one; of equally common ones, the first counts."""
     common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
     return tuple(rank for rank, digest in enumerate(digests) if digest != common)
-

@@ -200,8 +200,8 @@ def _checked(state: RankState, home: Home, tensors: Sequence[Tensor]) -> list[Te
     actual = tuple(tensor.nbytes for tensor in tensors)
     if actual != expected:
         raise InvalidWeightSource(
-            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have {list(actual)} bytes, "
-            f"those of a slot {list(expected)}",
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have {list(actual)} "
+            f"bytes, those of a slot {list(expected)}",
             layer=home.layer,
             logical_expert=home.logical_expert,
         )

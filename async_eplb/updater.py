@@ -35,8 +35,8 @@ from async_eplb.handle import UpdateHandle
 from async_eplb.options import UpdateOptions
 from async_eplb.pipeline import LayerPipeline
 from async_eplb.placement import ExpertPlacement
-from async_eplb.stages import LayerStages
 from async_eplb.recovery import RankState, Recovery, recover
+from async_eplb.stages import LayerStages
 from async_eplb.staging import StagingPool
 from async_eplb.stepping import Stepper
 from async_eplb.survivors import require_on
@@ -321,7 +321,7 @@ class ExpertUpdater:
             yield
 
     async def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
-        """Go on with the ranks that are left after a failure; all of them call this together, and none serves meanwhile.
+        """Go on with the ranks that are left after a failure; all call this together, and none serves meanwhile.
 
         Layers are compared and the ones in doubt committed from kept staging, so that weights and maps agree on every
         survivor. Slots of ranks that are gone become empty: physical experts keep their numbers, published maps their

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from async_eplb.cli import demo
+from async_eplb.cli import demo, fuzz
 from async_eplb.errors import EplbError
 
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo.add_parser(commands)
+    fuzz.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

@@ -78,7 +78,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         nothing = not ready or (self.still and all(map(_asks_again, ready)))
         while self._scheduled and (nothing or self._scheduled[0].when() <= self._now):
             timer = heappop(self._scheduled)
-            timer._scheduled = False
+            timer._scheduled = False  # type: ignore[attr-defined]
             if not timer.cancelled():
                 self._now = max(self._now, timer.when())
                 ready.append(timer)
@@ -91,7 +91,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         handle = ready.pop(number)
         if handle._cancelled:
             return
-        rank = handle._context.get(RANK, None)
+        rank = handle._context.get(RANK, None)  # type: ignore[attr-defined]
         if self.still and rank in self.still:
             self._held.append(handle)
             return
@@ -107,14 +107,18 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         """Do nothing: no other thread calls."""
 
 
+def _callback(handle: Handle) -> object:
+    return handle._callback  # type: ignore[attr-defined]
+
+
 def _asks_again(handle: Handle) -> bool:
     """Whether this is anyio asking a cancelled task to go, in each turn of the loop: one that is still cannot."""
-    return getattr(handle._callback, "__name__", "") == "_deliver_cancellation"
+    return getattr(_callback(handle), "__name__", "") == "_deliver_cancellation"
 
 
 def _order(handle: Handle) -> int:
     """Order callbacks by their tasks, for sets of tasks are cancelled in the order of their addresses."""
-    task = getattr(handle._callback, "__self__", None)
+    task = getattr(_callback(handle), "__self__", None)
     return task.number if isinstance(task, SimulatedTask) else 0
 
 

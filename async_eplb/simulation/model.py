@@ -29,7 +29,8 @@ class TinyModel:
     def slots(self, held: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """Return the bytes of the experts that slots hold: ``[layers, slots]`` → ``[layers, slots, bytes]``."""
         layers = np.arange(len(held))[:, None]
-        return self._content[layers, held]
+        slots: npt.NDArray[np.uint8] = self._content[layers, held]
+        return slots
 
     def memory(self, placement: ExpertPlacement, topology: EPTopology, rank: int) -> npt.NDArray[np.uint8]:
         """Return the live weights of a rank: ``[layers, slots, bytes]``; empty slots hold anything."""
@@ -42,10 +43,10 @@ class TinyModel:
         """
         if logical_expert == EMPTY_SLOT:
             raise InvalidWeightSource("an empty slot has no weights", layer=layer, logical_expert=logical_expert)
-        return list(torch.from_numpy(self._content[layer, logical_expert]).split(_SIZES))
+        return list(torch.split(torch.from_numpy(self._content[layer, logical_expert]), _SIZES))
 
 
 def tensors_of(memory: npt.NDArray[np.uint8]) -> Mapping[int, list[Tensor]]:
     """Return a rank's live weights as tensors that share their memory: row → tensors ``[slots, bytes]``."""
     shared = torch.from_numpy(memory)
-    return {layer: list(shared[layer].split(_SIZES, dim=1)) for layer in range(len(memory))}
+    return {layer: list(torch.split(shared[layer], _SIZES, dim=1)) for layer in range(len(memory))}

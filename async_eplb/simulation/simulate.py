@@ -31,7 +31,7 @@ class Outcome:
 class _TraceLogger:
     """Adds what is logged to a trace, but for host times."""
 
-    def __init__(self, rank: int, trace: "hashlib._Hash") -> None:
+    def __init__(self, rank: int, trace: "hashlib.blake2b") -> None:
         self._rank = rank
         self._trace = trace
 

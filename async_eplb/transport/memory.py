@@ -203,7 +203,7 @@ class MemoryTransport:
         self._world.leave(self._rank)
 
     def die(self) -> None:
-        """Let peers see what they see when this rank's process dies: its connections are closed, the control ones too."""
+        """Let peers see what they see when a process dies: all connections of this rank are closed."""
         self._world.die(self._rank)
 
     async def aclose(self) -> None:
