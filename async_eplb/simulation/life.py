@@ -162,6 +162,7 @@ class Life:
         await rank.updater.recover(rank.transport, source=self._source)
         rank.watched.recovering = False
         if rank.placement is not None:
+            self._checker.check_replicas(rank.watched)
             await self._update_to(rank.placement)
 
     async def _update(self) -> None:
@@ -177,6 +178,9 @@ class Life:
                 await rank.updater.update(placement)
             finally:
                 rank.cancel = None
+        run = rank.updater._run
+        if run is not None:  # a second cancellation ends the wait, not the update
+            await run.finished.wait()
 
     async def _serve(self) -> None:
         """Make passes until all ranks have done all updates."""

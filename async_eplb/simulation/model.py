@@ -11,7 +11,7 @@ from async_eplb.errors import InvalidWeightSource
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
-_SIZES = (8, 3)
+_SIZES = [8, 3]
 """Bytes of an expert's tensors; one is not a multiple of a word."""
 
 

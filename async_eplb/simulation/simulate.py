@@ -42,7 +42,7 @@ class _TraceLogger:
     debug = info = warning = error = _log
 
 
-_MAX_EVENTS = 200_000
+_MAX_EVENTS = 50_000
 
 
 def simulate(scenario: Scenario) -> Outcome:
