@@ -13,6 +13,7 @@ from async_eplb.transport import (
     CopyEngineTransport,
     HybridTransport,
     MemoryTransport,
+    NcclOptions,
     TorchDistTransport,
     Transport,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "LayerPlan",
     "LoadWindow",
     "MemoryTransport",
+    "NcclOptions",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",

@@ -4,7 +4,8 @@ The current stream is a property of a thread. So the context managers here are e
 which the workers run in threads of their own; nothing is awaited inside them.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import InvalidWeights
+
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
+_LOOKS = 32
 
 
 class DeviceEvent(Protocol):
@@ -133,6 +137,40 @@ class CudaDevice:
     def empty_cache(self) -> None:
         """Return the caching allocator's unused blocks to the driver."""
         torch.cuda.empty_cache()
+
+
+class SideStreams:
+    """Streams beside the current one of a CUDA device, for work that may run at once."""
+
+    def __init__(self, torch_device: torch.device, number: int) -> None:
+        self._torch_device = torch_device
+        self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(number))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def forked(self, at_most: int) -> Iterator[Sequence[int]]:
+        """Yield handles of streams that begin and end with the current one."""
+        current = torch.cuda.current_stream(self._torch_device)
+        streams = self._streams[:at_most]
+        for stream in streams:
+            stream.wait_stream(current)
+        yield [stream.cuda_stream for stream in streams]
+        for stream in streams:
+            current.wait_stream(stream)
+
+
+def until_passed(event: DeviceEvent, deadline: float) -> None:
+    """Block until the device has passed an event. CUDA has no such wait with a deadline.
+
+    Looks again after a part of the time that has gone by, so that short work is seen soon and long work seldom.
+
+    :raises TimeoutError: at the deadline, on the clock of time.monotonic()
+    """
+    start = time.monotonic()
+    while not event.query():
+        now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError("the device is still at it")
+        time.sleep(min(max((now - start) / _LOOKS, _SHORTEST_NAP_S), _LONGEST_NAP_S))
 
 
 def device_for(torch_device: torch.device) -> Device:

@@ -101,13 +101,12 @@ class ExpertMap:
         replicas = logical_to_all_physical(row, placement.num_logical_experts, self.max_replicas)
         counts = (replicas != EMPTY_SLOT).sum(axis=1)
         dispatch = dispatch_map(replicas, self._topology, self._rank, seed=self._seed + layer)
-        pin = self.physical_to_logical_map.is_cuda
-
-        def host(values: npt.NDArray[np.integer]) -> Tensor:
-            tensor = torch.from_numpy(np.array(values, dtype=np.int64))
-            return tensor.pin_memory() if pin else tensor
-
-        return LayerMaps(host(row), host(replicas), host(counts), host(dispatch))
+        values = (row, replicas, counts, dispatch)
+        together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
+        if self.physical_to_logical_map.is_cuda:
+            together = together.pin_memory()
+        parts = torch.split(together, [each.size for each in values])
+        return LayerMaps(*(part.view(each.shape) for part, each in zip(parts, values, strict=True)))
 
     def publish(self, layer: int, maps: LayerMaps) -> None:
         """Replace one layer's rows in place, on the current stream, and raise its generation."""

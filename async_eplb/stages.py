@@ -37,7 +37,7 @@ from async_eplb.plan import (
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
-from async_eplb.verify import Verifier
+from async_eplb.verify import Verifier, Verify
 from async_eplb.workers import Workers
 
 
@@ -252,7 +252,8 @@ class LayerStages:
         deadline = current_time() + self._options.transfer_timeout_s
         for pending in layer.pending:
             await pending.wait(max(deadline - current_time(), 0.001))
-        await self._workers.run("transfer", lambda: self._check_staged(layer))
+        if self._verifier.mode is not Verify.OFF:
+            await self._workers.run("transfer", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
         event = transfer_event(
             layer.planned.plan,

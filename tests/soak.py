@@ -1,7 +1,8 @@
 """A long run of forward passes with updates beside it, which notices any torn layer in the pass that reads it.
 
 In every pass each rank compares a fingerprint of each local slot's live bytes with the fingerprint of the expert that
-its published map says is there, and all ranks compare their maps. Both happen on the stream that the pass runs on.
+its published map says is there, all ranks compare their maps, and logits that depend on an expert of every layer are
+compared, bit for bit, with those of the same tokens before the first update. All happens on the stream of the pass.
 """
 
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 from async_eplb import (
     CopyEngineTransport,
     EPTopology,
+    ExpertMap,
     ExpertUpdater,
     ExpertWeights,
     HybridTransport,
@@ -35,6 +37,7 @@ from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
 
 _EVERY = 16
 """Passes between two looks at what the device has found, which wait for it."""
+_NUM_BATCHES, _NUM_TOKENS, _WIDTH = 16, 8, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ class SoakResult:
 
     :param torn: slots that did not hold what the map said, over all passes
     :param disagreeing: layers whose map was not the same on all ranks, over all passes
+    :param other_logits: passes with other logits than before the first update
     :param commits: (update, layer) → boundary
     """
 
@@ -73,6 +77,7 @@ class SoakResult:
     num_updates: int
     torn: int
     disagreeing: int
+    other_logits: int
     commits: dict[tuple[int, int], int]
     wrong_slots: list[tuple[int, int]]
     num_fence_waits: int
@@ -112,7 +117,7 @@ class _Rank:
         ]
         self.factors = torch.arange(1, self.views[0].shape[1] + 1, dtype=torch.int64, device=self.device) * 2 + 1
         self.expected = self._fingerprints()
-        self.found = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.found = torch.zeros(3, dtype=torch.int64, device=self.device)
         self.commits: dict[tuple[int, int], int] = {}
         self.update = 0
         self.done = False
@@ -157,13 +162,14 @@ class _Rank:
                 tasks.start_soon(self._update, updater)
                 num_steps = await self._serve(updater)
             statistics = updater.statistics()
-            torn, disagreeing = self.found.tolist()
+            torn, disagreeing, other_logits = self.found.tolist()
             wrong = self.soak.model.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
         return SoakResult(
             num_steps=num_steps,
             num_updates=self.update,
             torn=torn,
             disagreeing=disagreeing,
+            other_logits=other_logits,
             commits=self.commits,
             wrong_slots=wrong,
             num_fence_waits=statistics.num_fence_waits,
@@ -172,6 +178,7 @@ class _Rank:
 
     async def _update(self, updater: ExpertUpdater) -> None:
         physical = self.topology.num_physical_experts
+        await updater.until_step(_NUM_BATCHES)
         for _ in range(self.soak.num_updates):
             self.update += 1
             new = random_placement(self.rng, self.soak.num_layers, physical, self.num_experts)
@@ -180,16 +187,14 @@ class _Rank:
 
     async def _serve(self, updater: ExpertUpdater) -> int:
         """Make passes until all ranks are done; return how many."""
-        tokens = torch.randn(64, 256, device=self.device)
-        weight = torch.randn(256, 256, device=self.device)
+        passes = Passes(self, updater.expert_map)
         number = 0
         while True:
             number += 1
             await checkpoint()
             await updater.step(number)
             self._check(updater)
-            out = torch.empty_like(tokens)
-            dist.all_to_all_single(out, tokens @ weight, group=self.group)
+            self.found[2] += passes.are_other(number)
             time.sleep(self.delays.uniform(0, self.soak.delay_s))  # noqa: ASYNC251 - a busy host, on purpose
             if number % _EVERY == 0:
                 finished = self.done and number >= self.soak.num_steps
@@ -209,6 +214,55 @@ class _Rank:
         gathered = [torch.empty_like(hashes) for _ in range(self.topology.num_ranks)]
         dist.all_gather(gathered, hashes, group=self.group)
         self.found[1] += (torch.stack(gathered) != hashes).any(0).sum()
+
+
+class Passes:
+    """Forward passes through an expert of each layer, whose logits do not depend on where experts are.
+
+    All shapes are fixed, so that a token's bits do not depend on what else its rank computes.
+    """
+
+    def __init__(self, rank: _Rank, expert_map: ExpertMap) -> None:
+        soak, self._topology, self._group = rank.soak, rank.topology, rank.group
+        generator = torch.Generator().manual_seed(rank.rank)
+        shape = (_NUM_BATCHES, _NUM_TOKENS, _WIDTH)
+        self._tokens = torch.randn(shape, generator=generator).to(rank.device)
+        experts = torch.randint(rank.num_experts, (_NUM_BATCHES, soak.num_layers, _NUM_TOKENS), generator=generator)
+        self._experts = experts.to(rank.device)
+        self._matrices = [
+            rank.tensors[layer][0].view(torch.uint8).flatten(1)[:, : _WIDTH**2] for layer in range(soak.num_layers)
+        ]
+        self._map = expert_map.logical_to_dispatch_physical_map
+        self._places = torch.arange(_NUM_TOKENS, device=rank.device)
+        self._first: list[Tensor] = []
+
+    def are_other(self, number: int) -> Tensor:
+        """Return whether the logits of a pass, counted from 1, differ from those when its tokens came first: bool."""
+        batch = (number - 1) % _NUM_BATCHES
+        logits = self._logits(batch)
+        if number <= _NUM_BATCHES:
+            self._first.append(logits)
+        return (logits != self._first[batch]).any()
+
+    def _logits(self, batch: int) -> Tensor:
+        hidden = self._tokens[batch]
+        for layer, matrices in enumerate(self._matrices):
+            physical = self._map[layer][self._experts[batch, layer]]
+            slots = self._topology.num_local_physical_experts
+            owners = physical // slots
+            sent = hidden.new_zeros(self._topology.num_ranks, _NUM_TOKENS, _WIDTH + 1)
+            sent[owners, self._places] = torch.cat([hidden, (physical % slots)[:, None]], dim=1)
+            received = self._exchanged(sent).flatten(0, 1)
+            chosen = matrices[received[:, -1].long()].view(-1, _WIDTH, _WIDTH).float() / 1024 - 0.125
+            out = torch.bmm(received[:, None, :-1], chosen)
+            returned = self._exchanged(out.view(self._topology.num_ranks, _NUM_TOKENS, _WIDTH))
+            hidden = torch.tanh(returned[owners, self._places])
+        return hidden
+
+    def _exchanged(self, data: Tensor) -> Tensor:
+        out = torch.empty_like(data)
+        dist.all_to_all_single(out, data, group=self._group)
+        return out
 
 
 def on_one_gpu(rank: int) -> None:

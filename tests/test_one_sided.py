@@ -120,7 +120,7 @@ def test_every_pass_sees_whole_layers(transport: Literal["copy", "hybrid"], num_
     """Updates beside forward passes, one-sided: no pass ever sees a torn layer."""
     soak = Soak(num_updates=20, transport=transport, num_nodes=num_nodes, options=UpdateOptions(verify="off"))
     for result in run_world(soak_rank, 4, soak):
-        assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 

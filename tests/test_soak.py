@@ -12,7 +12,7 @@ def test_every_pass_sees_whole_layers(num_ranks: int, num_nodes: int, num_update
     soak = Soak(num_nodes=num_nodes, num_updates=num_updates)
     results = run_world(soak_rank, num_ranks, soak)
     for result in results:
-        assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert result.commits == results[0].commits
         assert len(result.commits) == num_updates * soak.num_layers
         assert result.num_updates == num_updates

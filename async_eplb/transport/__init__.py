@@ -13,6 +13,7 @@ from async_eplb.transport.base import (
 from async_eplb.transport.copy_engine import CopyEngineTransport
 from async_eplb.transport.hybrid import HybridTransport
 from async_eplb.transport.memory import Fault, FaultKind, MemorySchedule, MemoryTransport
+from async_eplb.transport.nccl import NcclOptions
 from async_eplb.transport.torch_dist import TorchDistTransport
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryTransport",
     "Message",
     "MessageGroup",
+    "NcclOptions",
     "PendingExchange",
     "TorchDistTransport",
     "Transport",

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from async_eplb.agreement import LaunchRule
-from async_eplb.device import Device, DeviceEvent
+from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
@@ -29,8 +29,6 @@ from async_eplb.workers import Workers
 
 _CONNECT_TIMEOUT_S = 300.0
 _CLOSE_TIMEOUT_S = 5.0
-_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
-_LOOKS = 32
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -164,7 +162,7 @@ class _Pull:
     def _run(self, deadline: float) -> None:
         if self._transport._state != "open":
             raise RuntimeError(f"{self._transport!r} cannot move anything")
-        _until_passed(self._link.pull(self._exchange), deadline)
+        until_passed(self._link.pull(self._exchange), deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,18 +267,3 @@ class _Link:
     def _source(self, row: int, message: Message) -> int:
         first, stride = self._places[message.peer, row][message.tensor]
         return first + message.slot * stride
-
-
-def _until_passed(event: DeviceEvent, deadline: float) -> None:
-    """Block until the device has passed an event. CUDA has no such wait with a deadline.
-
-    Looks again after a part of the time that has gone by, so that short copies are seen soon and long ones seldom.
-
-    :raises TimeoutError: at the deadline, on the clock of time.monotonic()
-    """
-    start = time.monotonic()
-    while not event.query():
-        now = time.monotonic()
-        if now >= deadline:
-            raise TimeoutError
-        time.sleep(min(max((now - start) / _LOOKS, _SHORTEST_NAP_S), _LONGEST_NAP_S))

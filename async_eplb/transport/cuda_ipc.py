@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from async_eplb.device import SideStreams
+
 Copy = tuple[int, int, int]
 """Address to write, address to read, bytes."""
 
@@ -75,14 +77,13 @@ class CudaIpc:
             raise RuntimeError(f"there is no CUDA driver ({error})") from error
         for function, arguments in _SIGNATURES.items():
             getattr(self._driver, function).argtypes = arguments
-        self._torch_device = torch_device
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(device), index)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
-        self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(num_streams))  # type: ignore[no-untyped-call]
+        self._streams = SideStreams(torch_device, num_streams)
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return the first address of an allocation and its handle.
@@ -115,19 +116,13 @@ class CudaIpc:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Enqueue copies on streams that begin and end with the current one, each with about as many bytes."""
-        current = torch.cuda.current_stream(self._torch_device)
-        streams = self._streams[: len(copies)]
-        loads = [[0, stream.cuda_stream] for stream in streams]
         memcpy = self._driver.cuMemcpyDtoDAsync_v2
-        for stream in streams:
-            stream.wait_stream(current)
-        with self._entered():
+        with self._streams.forked(len(copies)) as handles, self._entered():
+            loads = [[0, handle] for handle in handles]
             for target, source, nbytes in copies:
                 least = min(loads)
                 least[0] += nbytes
                 self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
-        for stream in streams:
-            current.wait_stream(stream)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

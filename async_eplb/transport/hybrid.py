@@ -11,6 +11,7 @@ from async_eplb.device import Device
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.transport.copy_engine import CopyEngineTransport
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.nccl import NcclOptions
 from async_eplb.transport.torch_dist import Backend, TorchDistTransport
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
@@ -21,6 +22,7 @@ class HybridTransport:
 
     :param group: the EP group, of which this process must be a member; the world without it
     :param backend: between hosts; without it, by the device of the weights
+    :param nccl: between hosts, how much of the GPU NCCL may take
     :param memory: within a host, as for the copy engine
     :raises BrokenTransport: if this process is not in the group
     """
@@ -30,10 +32,11 @@ class HybridTransport:
         group: ProcessGroup | None = None,
         *,
         backend: Backend | None = None,
+        nccl: NcclOptions = NcclOptions(),  # noqa: B008 - a frozen value
         memory: Callable[[torch.device], PeerMemory] = CudaIpc,
     ) -> None:
         self._near = CopyEngineTransport(group, within_host=True, memory=memory)
-        self._far = TorchDistTransport(group, backend=backend)
+        self._far = TorchDistTransport(group, backend=backend, nccl=nccl)
 
     def __repr__(self) -> str:
         return f"<HybridTransport of {self._near!r} and {self._far!r}>"

@@ -7,23 +7,22 @@ from functools import partial
 from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ProcessGroupGloo, Work
+from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.agreement import LaunchRule
-from async_eplb.device import Device, DeviceEvent
+from async_eplb.device import Device
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.transport.joining import Member
+from async_eplb.transport.nccl import NcclLink, NcclOptions
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 Backend = Literal["gloo", "nccl"]
 
 _CONNECT_TIMEOUT_S = 300.0
-_NCCL_POLL_S = 0.0002
 
 
 class TorchDistTransport(Member):
@@ -35,12 +34,20 @@ class TorchDistTransport(Member):
 
     :param group: the EP group, of which this process must be a member; the world without it
     :param backend: ``"gloo"`` or ``"nccl"``; without it, by the device of the weights
+    :param nccl: how much of the GPU NCCL may take
     :raises BrokenTransport: if this process is not in the group
     """
 
-    def __init__(self, group: ProcessGroup | None = None, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        backend: Backend | None = None,
+        nccl: NcclOptions = NcclOptions(),  # noqa: B008 - a frozen value
+    ) -> None:
         super().__init__(group)
         self._backend = backend
+        self._nccl = nccl
         self._link: _Link | None = None
 
     def __repr__(self) -> str:
@@ -72,8 +79,13 @@ class TorchDistTransport(Member):
         return await workers.run("control", connect)
 
     def _connect(self, device: Device, workers: Workers, control_timeout_s: float) -> ControlGroup:
-        make = _NcclLink if self._backend == "nccl" else _GlooLink
-        self._link = make(PrefixStore("data", self._store), self._rank, self._num_ranks, device, workers)
+        store = PrefixStore("data", self._store)
+        timeout = timedelta(seconds=max(_CONNECT_TIMEOUT_S, 2 * control_timeout_s))
+        self._link = (
+            NcclLink(store, self._rank, self._num_ranks, device, workers, timeout=timeout, options=self._nccl)
+            if self._backend == "nccl"
+            else _GlooLink(store, self._rank, self._num_ranks, device, workers, timeout=timeout)
+        )
         return self._connect_control(workers, control_timeout_s)
 
     def launch(self, exchange: Exchange) -> PendingExchange:
@@ -138,12 +150,12 @@ class _Pending:
 class _GlooLink:
     """Gloo sends from and receives into host memory; tensors of a GPU pass through pinned memory."""
 
-    def __init__(self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers) -> None:
+    def __init__(
+        self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers, *, timeout: timedelta
+    ) -> None:
         self.workers = workers
         self._device = device
-        self._group: ProcessGroupGloo | None = ProcessGroupGloo(
-            store, rank, num_ranks, timedelta(seconds=_CONNECT_TIMEOUT_S)
-        )
+        self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, rank, num_ranks, timeout)
 
     def launch(self, exchange: Exchange) -> _Finish:
         """Defer posting to the exchange's thread: writing to a socket can block."""
@@ -195,62 +207,3 @@ class _GlooLink:
             for target, source in moved:
                 target.copy_(source, non_blocking=True)
             self._device.record().synchronize()
-
-
-class _NcclLink:
-    """NCCL sends and receives on the current stream, on a communicator that is only used for this."""
-
-    def __init__(self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers) -> None:
-        self.workers = workers
-        self._device = device
-        timeout = timedelta(seconds=_CONNECT_TIMEOUT_S)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        self._nccl = dist.ProcessGroupNCCL(store, rank, num_ranks, options)
-        self._group = ProcessGroup(store, rank, num_ranks)
-        backend_type = ProcessGroup.BackendType.NCCL
-        self._group._set_default_backend(backend_type)
-        self._group._register_backend(device.torch_device, backend_type, self._nccl)
-        self._connect(rank, num_ranks)
-
-    def _connect(self, rank: int, num_ranks: int) -> None:
-        """Exchange one byte with every peer: connections made later would allocate memory while serving."""
-        peers = [peer for peer in range(num_ranks) if peer != rank]
-        data = self._device.allocate(2 * num_ranks).view(2, num_ranks, 1)
-        group = MessageGroup(
-            sends=tuple(Message(peer, 0, data[0, peer]) for peer in peers),
-            recvs=tuple(Message(peer, 0, data[1, peer]) for peer in peers),
-        )
-        with self._device.transferring():
-            self._post(group)
-            event = self._device.record()
-        self._wait(event, time.monotonic() + _CONNECT_TIMEOUT_S)
-
-    def launch(self, exchange: Exchange) -> _Finish:
-        """Enqueue all groups behind the current stream of this thread."""
-        for group in exchange.groups:
-            self._post(group)
-        return partial(self._wait, self._device.record())
-
-    def abort(self) -> None:
-        """Abort the communicator; kernels that wait for a peer end."""
-        self._nccl.abort()
-
-    def _post(self, messages: MessageGroup) -> None:
-        if not messages.sends and not messages.recvs:
-            return
-        torch_device = self._device.torch_device
-        self._group._start_coalescing(torch_device)
-        for message in messages.recvs:
-            self._group.recv([message.data], message.peer, message.tag)
-        for message in messages.sends:
-            self._group.send([message.data], message.peer, message.tag)
-        work: Work = self._group._end_coalescing(torch_device)
-        work.wait()
-
-    @staticmethod
-    def _wait(event: DeviceEvent, deadline: float) -> None:
-        while not event.query():
-            if time.monotonic() >= deadline:
-                raise TimeoutError("NCCL is still waiting for a peer")
-            time.sleep(_NCCL_POLL_S)

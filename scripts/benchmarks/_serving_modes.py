@@ -147,6 +147,10 @@ class Blocking(Mode):
 
     async def step(self, number: int, /) -> None:
         """Move all layers if it is time to, on the serving thread."""
+        self.move(number)
+
+    def move(self, number: int) -> None:
+        """Do the same without an event loop."""
         if number in self._moves:
             old, new = self._moves[number]
             for layer in new.changed_layers(old):

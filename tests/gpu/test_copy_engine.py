@@ -85,7 +85,7 @@ def test_every_pass_sees_whole_layers(num_ranks: int) -> None:
     soak = Soak(backend="nccl", transport="copy", num_updates=10, model=SampleModel(hidden=512, intermediate=256))
     results = run_world(soak_rank, num_ranks, soak)
     for result in results:
-        assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert result.commits == results[0].commits
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
@@ -94,7 +94,7 @@ def test_the_hybrid_keeps_layers_whole() -> None:
     """Copies within a host and NCCL between hosts, launched at agreed boundaries."""
     soak = Soak(backend="nccl", transport="hybrid", num_nodes=2, num_updates=10)
     for result in run_world(soak_rank, 4, soak):
-        assert (result.torn, result.disagreeing, result.wrong_slots) == (0, 0, [])
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 

@@ -1,0 +1,152 @@
+"""Sends and receives of NCCL, on a communicator that nothing else uses."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+from torch.distributed.distributed_c10d import Store
+
+from async_eplb.device import Device, until_passed
+from async_eplb.errors import InvalidOptions
+from async_eplb.transport.base import Exchange, Message, MessageGroup
+from async_eplb.workers import Workers
+
+_SMALL_NBYTES = 1 << 18
+"""Messages below this are packed: an operation costs the serving thread more than their copies cost the device."""
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class NcclOptions:
+    """How much of a GPU the transfers may take from the model.
+
+    :param max_ctas: thread blocks at most, each of which takes a multiprocessor while bytes move
+    :param high_priority: whether NCCL's stream has the high priority
+    :raises InvalidOptions: if ``max_ctas`` is not positive
+    """
+
+    max_ctas: int = 4
+    high_priority: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_ctas < 1:
+            raise InvalidOptions(f"max_ctas is {self.max_ctas}; it must be at least 1", option="max_ctas")
+
+
+class NcclLink:
+    """A communicator for expert moves. What it launches goes behind the current stream.
+
+    :param store: where ranks find each other; nobody else may use its keys
+    :param timeout: of connecting, and of NCCL's own watchdog, which must never come first
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        num_ranks: int,
+        device: Device,
+        workers: Workers,
+        *,
+        timeout: timedelta,
+        options: NcclOptions,
+    ) -> None:
+        self.workers = workers
+        self._device = device
+        self._scratch = {side: device.allocate(0) for side in ("sends", "recvs")}
+        settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
+        settings._timeout = timeout
+        settings.config.max_ctas = options.max_ctas
+        self._nccl = dist.ProcessGroupNCCL(store, rank, num_ranks, settings)
+        self._group = ProcessGroup(store, rank, num_ranks)
+        backend_type = ProcessGroup.BackendType.NCCL
+        self._group._set_default_backend(backend_type)
+        self._group._register_backend(device.torch_device, backend_type, self._nccl)
+        self._connect(rank, num_ranks, timeout)
+
+    def _connect(self, rank: int, num_ranks: int, timeout: timedelta) -> None:
+        """Exchange one byte with every peer: connections made later would allocate memory while serving."""
+        peers = [peer for peer in range(num_ranks) if peer != rank]
+        data = self._device.allocate(2 * num_ranks).view(2, num_ranks, 1)
+        group = MessageGroup(
+            sends=tuple(Message(peer, 0, data[0, peer]) for peer in peers),
+            recvs=tuple(Message(peer, 0, data[1, peer]) for peer in peers),
+        )
+        with self._device.transferring():
+            self._post(group)
+            event = self._device.record()
+        until_passed(event, time.monotonic() + timeout.total_seconds())
+
+    def launch(self, exchange: Exchange) -> Callable[[float], None]:
+        """Enqueue all groups behind the current stream of this thread."""
+        for group in exchange.groups:
+            self._post(group)
+        return partial(until_passed, self._device.record())
+
+    def abort(self) -> None:
+        """Abort the communicator; kernels that wait for a peer end."""
+        self._nccl.abort()
+
+    def _post(self, messages: MessageGroup) -> None:
+        if not messages.sends and not messages.recvs:
+            return
+        sends, packing = self._packed("sends", messages.sends)
+        recvs, unpacking = self._packed("recvs", messages.recvs)
+        torch_device = self._device.torch_device
+        _copy(packing)
+        self._group._start_coalescing(torch_device)
+        for message in recvs:
+            self._group.recv([message.data], message.peer, message.tag)
+        for message in sends:
+            self._group.send([message.data], message.peer, message.tag)
+        work: Work = self._group._end_coalescing(torch_device)
+        work.wait()
+        _copy([(data, place) for place, data in unpacking])
+
+    def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
+        """Return what is posted, and pairs of a place in scratch memory and the data of a message that belongs there.
+
+        The scratch memory of an earlier group is free again: the stream is past that group.
+        """
+        posted, packs = pack(messages)
+        needed = sum(_padded(message.data.nbytes) for small in packs for message in small)
+        if self._scratch[side].nbytes < needed:
+            self._scratch[side] = self._device.allocate(needed)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        end = 0
+        for small in packs:
+            start = end
+            for message in small:
+                pairs.append((self._scratch[side][end : end + message.data.nbytes], message.data))
+                end += _padded(message.data.nbytes)
+            posted.append(Message(small[0].peer, small[0].tag, self._scratch[side][start:end]))
+        return posted, pairs
+
+
+def pack(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """Cut messages into those that are posted as they are, and those of one peer that are posted as one.
+
+    Both sides of a pair cut alike, for they see the same sizes and tags.
+    """
+    small = [message for message in messages if message.data.nbytes < _SMALL_NBYTES]
+    small.sort(key=lambda message: (message.peer, message.tag))
+    by_peer = (list(same) for _, same in groupby(small, key=lambda message: message.peer))
+    packs = [same for same in by_peer if len(same) > 1]
+    packed = {(message.peer, message.tag) for same in packs for message in same}
+    return [message for message in messages if (message.peer, message.tag) not in packed], packs
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])

@@ -1,0 +1,109 @@
+"""NCCL between processes that share a GPU: a communicator of its own, launched at agreed boundaries."""
+
+import os
+import sys
+
+import anyio
+import pytest
+import torch
+import torch.distributed as dist
+from soak import Soak, on_one_gpu, soak_rank
+
+from async_eplb import ExpertWeights, NcclOptions, TorchDistTransport, UpdateOptions
+from async_eplb.device import CudaDevice
+from async_eplb.errors import BrokenTransport, TransferTimeout
+from async_eplb.launch import World
+from async_eplb.testing import WorldRank, check_transport, run_world
+from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.workers import ThreadWorkers
+
+
+def device_of(world: WorldRank) -> CudaDevice:
+    """Return a rank's device; ranks beyond the number of GPUs share them."""
+    on_one_gpu(world.rank)
+    torch_device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(torch_device)
+    return CudaDevice(torch_device)
+
+
+def conform(world: WorldRank) -> str:
+    """Run the conformance suite."""
+    device = device_of(world)
+    transport = TorchDistTransport(nccl=NcclOptions(max_ctas=2, high_priority=True))
+    anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))
+    return repr(transport)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_it_keeps_the_contract(num_ranks: int) -> None:
+    """Every byte arrives, packed or not, with few CTAs on a stream of high priority."""
+    for rank, text in enumerate(run_world(conform, num_ranks)):
+        assert text == f"<TorchDistTransport rank {rank} of {num_ranks}, nccl, closed>"
+
+
+@pytest.mark.parametrize("operations_per_group", [256, 10])
+def test_every_pass_sees_whole_layers(operations_per_group: int) -> None:
+    """Updates beside a model whose collectives are NCCL's, launched whole or in many parts."""
+    options = UpdateOptions(verify="checksum", operations_per_group=operations_per_group)
+    soak = Soak(backend="nccl", num_updates=8, options=options)
+    results = run_world(soak_rank, 2, soak)
+    for result in results:
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
+        assert result.commits == results[0].commits
+        assert len(result.commits) == soak.num_updates * soak.num_layers
+
+
+def time_out(world: WorldRank) -> tuple[str, str, int]:
+    """Receive what nobody sends; return what that raises, then what a launch does, and the model's sum after it."""
+    device = device_of(world)
+    model_group = dist.new_group(backend="nccl")
+    live = torch.zeros(1, 1 << 20, dtype=torch.uint8, device=device.torch_device)
+    total = torch.tensor([world.rank + 1], device=device.torch_device)
+    dist.all_reduce(total, group=model_group)
+    outcome = []
+
+    async def main() -> None:
+        transport = TorchDistTransport()
+        await transport.open(device, ThreadWorkers(), ExpertWeights({0: [live]}), control_timeout_s=60)
+        if world.rank == 0:
+            message = Message(1, 0, device.allocate(1 << 20))
+            with device.transferring():
+                pending = transport.launch(Exchange(3, (MessageGroup((), (message,)),)))
+            for act in (lambda: pending.wait(0.5), lambda: transport.launch(Exchange(3, ()))):
+                try:
+                    await act()  # type: ignore[misc]
+                except (TransferTimeout, BrokenTransport) as error:
+                    outcome.append(f"{type(error).__name__}: {error}")
+        dist.all_reduce(total, group=model_group)
+        torch.cuda.synchronize()
+        await transport.aclose()
+
+    anyio.run(main)
+    return *(outcome or ["", ""]), int(total)  # type: ignore[return-value]
+
+
+def test_a_timeout_breaks_the_transport_alone() -> None:
+    """A receive that nobody sends ends at its deadline with the layer's number; the model's group goes on."""
+    (error, later, total), (_, _, other_total) = run_world(time_out, 2)
+    assert error.startswith("TransferTimeout: rank 0, row 3: the exchange did not finish within 0.5 s")
+    assert later.startswith("BrokenTransport: ")
+    assert total == other_total == 6
+
+
+@pytest.mark.skipif("ASYNC_EPLB_LONG_SOAK" not in os.environ, reason="takes minutes; set ASYNC_EPLB_LONG_SOAK=1")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("transport", ["dist", "copy"])
+@pytest.mark.parametrize("num_ranks", [4, 8])
+def test_thousands_of_passes_beside_hundreds_of_updates(num_ranks: int, transport: str) -> None:
+    """5,000 passes and 200 updates with hosts out of step: no hang, no torn layer, the same logits, the right bytes."""
+    soak = Soak(backend="nccl", transport=transport, num_updates=200, num_steps=5000, num_layers=2)  # type: ignore[arg-type]
+    results = World(num_ranks, timeout_s=800).run(soak_rank, soak)
+    for result in results:
+        assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
+        assert result.commits == results[0].commits
+        assert len(result.commits) == soak.num_updates * soak.num_layers
+        assert result.num_steps >= 5000
+    waits = max(result.num_fence_waits for result in results)
+    longest_ms = max(result.longest_step_ms for result in results)
+    sys.stdout.write(f"\n{num_ranks} ranks, {transport}: {results[0].num_steps} passes, {waits} fence waits, ")
+    sys.stdout.write(f"a step() took {longest_ms:.1f} ms at most\n")

@@ -1,0 +1,52 @@
+"""How NCCL's small messages are packed."""
+
+from random import Random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_eplb.transport import Message
+from async_eplb.transport.nccl import pack
+
+SIZES = st.sampled_from([1, 4096, 1 << 17, 1 << 18, 1 << 20])
+ENDS = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda ends: ends[0] != ends[1])
+
+
+@given(st.lists(st.tuples(ENDS, SIZES), max_size=40), st.randoms(use_true_random=False))
+def test_both_sides_pack_alike(messages: list[tuple[tuple[int, int], int]], random: Random) -> None:
+    """Whatever order each side lists them in, a pair posts the same packs, and all others whole."""
+    sent, received = (
+        {
+            (peer, me): (whole, packs)
+            for me in range(4)
+            for peer in range(4)
+            for whole, packs in [_of(me, peer, messages, side, random)]
+        }
+        for side in (0, 1)
+    )
+    for (dst, src), (whole, packs) in sent.items():
+        there_whole, there_packs = received[src, dst]
+        assert packs == there_packs
+        assert sorted(whole) == sorted(there_whole)
+        assert len(packs) <= 1
+        assert all(len(tags) > 1 for tags in packs)
+        listed = [tag for tag, (ends, _) in enumerate(messages) if ends == (src, dst)]
+        assert sorted([*whole, *(tag for tags in packs for tag in tags)]) == listed
+
+
+def _of(
+    me: int, peer: int, messages: list[tuple[tuple[int, int], int]], side: int, random: Random
+) -> tuple[list[int], list[list[int]]]:
+    """Return the tags of what one rank posts for one peer, whole and packed."""
+    mine = [
+        Message(ends[1 - side], tag, torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        for tag, (ends, nbytes) in enumerate(messages)
+        if ends[side] == me
+    ]
+    random.shuffle(mine)
+    whole, packs = pack(mine)
+    return (
+        [message.tag for message in whole if message.peer == peer],
+        [[message.tag for message in small] for small in packs if small[0].peer == peer],
+    )
