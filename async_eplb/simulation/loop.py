@@ -38,6 +38,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.random = random.Random(seed)  # noqa: S311 - repeatable choices, not secrets
         self.after_event = after_event
+        self.broken_by: Exception | None = None
+        """What ends the run at once: tasks of ranks that stand still would never end by themselves."""
         self.num_events = 0
         self.history = 0
         """Condenses every choice so far: equal runs have equal histories."""
@@ -99,6 +101,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.history = hash((self.history, number, len(ready), self._now))
         handle._run()
         self.after_event(rank)
+        if self.broken_by is not None:
+            raise self.broken_by
 
     def _timer_handle_cancelled(self, handle: TimerHandle) -> None:
         """Leave a cancelled timer where it is; it is passed over when it is due."""

@@ -1,7 +1,8 @@
 """A simulated world: its ranks, what strikes them, and who sees to it that survivors recover together."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import anyio
 import numpy as np
@@ -104,12 +105,19 @@ class World:
                     source=self._model,
                     tell=self._tell,
                 )
-                tasks.start_soon(_as_rank, rank.number, life)
-            await self._direct()
+                tasks.start_soon(self._or_break, partial(_as_rank, rank.number, life))
+            await self._or_break(self._direct)
             for rank in self.ranks:
                 rank.excluded = True
                 self._loop.go_on(rank.number)
                 rank.go_on.set()
+
+    async def _or_break(self, function: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await function()
+        except Exception as error:
+            self._loop.broken_by = error
+            raise
 
     def after_event(self, number: int | None) -> None:
         """Check the invariants, and let happen what is due."""

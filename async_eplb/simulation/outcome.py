@@ -69,12 +69,10 @@ def simulate(scenario: Scenario) -> Outcome:
     loop.after_event = after_event
     try:
         run(loop, main)
-    except Violation as found:
-        violation = found
     except Stuck as stuck:
         violation = Violation(Invariant.ENDS_IN_TIME, f"all ranks wait for ever: {stuck}")
-    except BaseExceptionGroup as group:
-        violation = _first_violation(group)
+    except Exception as error:  # noqa: BLE001 - whatever a rank met with that it should not have
+        violation = _violation(error)
     trace.update(repr(loop.history).encode())
     return Outcome(
         scenario=scenario,
@@ -87,12 +85,12 @@ def simulate(scenario: Scenario) -> Outcome:
     )
 
 
-def _first_violation(group: BaseExceptionGroup[BaseException]) -> Violation:
-    for error in group.exceptions:
-        if isinstance(error, Violation):
-            return error
-        if isinstance(error, BaseExceptionGroup):
-            return _first_violation(error)
-    violation = Violation(Invariant.TYPED_ERRORS, f"an unexpected {group.exceptions[0]!r}")
-    violation.__cause__ = group.exceptions[0]
+def _violation(error: Exception) -> Violation:
+    """Return the violation that ended a run, out of the groups that it was raised through."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, Violation):
+        return error
+    violation = Violation(Invariant.TYPED_ERRORS, f"an unexpected {error!r}")
+    violation.__cause__ = error
     return violation
