@@ -337,5 +337,6 @@ class _MemoryControlGroup:
                 f"rank {self._rank}: {reason} within {self._timeout_s} s",
                 rank=self._rank,
                 timeout_s=self._timeout_s,
+                missing=tuple(missing),
             )
         return [rows[rank] for rank in range(world.num_ranks)]
