@@ -32,6 +32,8 @@ class Driver:
         self._numbered = False
         self._alarm = math.inf
         self.num_rounds = 0
+        self.ballots: tuple[Ballot, ...] = ()
+        """What all ranks said in the last round, in the order of :attr:`Agreement.members`."""
         self.lost: BrokenControlGroup | None = None
         """Why there are no more rounds, if a rank did not answer."""
         self.in_doubt = False
@@ -70,7 +72,8 @@ class Driver:
         with self._lock:
             known = self._agreement.demanded
             try:
-                verdict = self._agreement.receive([Ballot.from_row(row) for row in rows])
+                self.ballots = tuple(Ballot.from_row(row) for row in rows)
+                verdict = self._agreement.receive(self.ballots)
             except EplbError as error:
                 self.error = error
                 self._agreement.over = True
@@ -185,6 +188,10 @@ class Driver:
             self._agreement.demanded = max(self._agreement.demanded, number)
         self._wake()
         self._ring()
+
+    def behind(self, staged: int) -> tuple[int, ...]:
+        """Return the ranks that had not staged so many layers in the last round."""
+        return self._agreement.named(place for place, ballot in enumerate(self.ballots) if ballot.staged < staged)
 
     @property
     def demanded(self) -> int:

@@ -258,6 +258,21 @@ class TransferTimeout(BrokenTransport):
     timeout_s: float
 
 
+class UpdateStalled(EplbError):
+    """A stage of an update has done one thing for too long; the event of that name says what all stages did.
+
+    :param stage: plan, transfer, agree or commit
+    :param doing: what it did
+    :param waiting_for: ranks that hold it up, as far as their last ballots tell
+    """
+
+    layer: int
+    stage: str
+    doing: str
+    timeout_s: float
+    waiting_for: tuple[int, ...]
+
+
 class CommitFailed(EplbError):
     """A layer that all ranks had agreed on could not be copied on this one, which must not serve before it recovers.
 

@@ -153,6 +153,25 @@ class UpdateFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStalled(Event):
+    """A stage made no progress for ``progress_timeout_s``: the update fails.
+
+    ``stages`` says what each stage does, ``rank_states`` what each rank said in the last control round.
+    """
+
+    name: ClassVar[str] = "eplb.update.stalled"
+    level: ClassVar[str] = "error"
+
+    layer: int
+    stage: str
+    doing: str
+    duration_ms: float
+    stages: list[str]
+    buffers: list[str]
+    rank_states: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FenceWaited(Event):
     """A step had to wait at its fence until a control round was over; the lead is now larger."""
 
@@ -213,6 +232,7 @@ EVENTS: tuple[type[Event], ...] = (
     LayerCommitted,
     UpdateFinished,
     UpdateFailed,
+    UpdateStalled,
     FenceWaited,
     RebalanceFinished,
     RebalanceEvaluated,

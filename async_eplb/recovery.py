@@ -5,7 +5,7 @@ happened on other ranks: each tells the others what it has, and all draw the sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from async_eplb.errors import (
 )
 from async_eplb.expert_map import ExpertMap
 from async_eplb.placement import ExpertPlacement
-from async_eplb.survivors import Home, by_layer, homes, with_homes, without_ranks
+from async_eplb.survivors import Home, by_layer, homes, vacated, with_homes, without_ranks
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup
 from async_eplb.update_run import UpdateRun
@@ -55,11 +55,25 @@ class Recovery:
     loaded: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Where a recovery puts lost experts. Every rank knows this before any rank writes the first.
+
+    :param number: of the recovery, equal on all ranks that took part in it
+    :param complete: this rank is done with it
+    """
+
+    number: int = 0
+    homes: tuple[Home, ...] = ()
+    complete: bool = False
+
+
 @dataclass(slots=True)
 class RankState:
     """What one rank has when it begins to recover.
 
     :param run: its last update, if that failed; with the staging that it kept
+    :param attempt: where the last recovery put lost experts, or began to
     """
 
     rank: int
@@ -72,6 +86,7 @@ class RankState:
     expert_map: ExpertMap
     device: Device
     workers: Workers
+    attempt: Attempt
 
 
 async def recover(state: RankState, control: ControlGroup, source: WeightSource | None) -> Recovery:
@@ -83,7 +98,9 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     :raises PlacementDisagreement: if they serve different placements all the same
     :raises BrokenControlGroup: if one is lost meanwhile; recover without it
     """
-    rows = await _round(control, [state.rank, state.step, state.generation, *_generations(state)])
+    attempt = state.attempt
+    facts = [state.rank, state.step, state.generation, attempt.number, int(attempt.complete)]
+    rows = await _round(control, [*facts, *_generations(state)])
     members = tuple(row[0] for row in rows)
     if sorted(set(members)) != list(members):
         raise RankMismatch(
@@ -91,10 +108,12 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
             expected=state.rank,
             actual=state.rank,
         )
-    goal = [max(column) for column in zip(*(row[3:] for row in rows), strict=True)]
+    goal = [max(column) for column in zip(*(row[len(facts) :] for row in rows), strict=True)]
     rolled = await _roll_forward(state, control, members, goal)
     dead = [rank for rank in range(state.topology.num_ranks) if rank not in members]
     left = without_ranks(state.placement, state.topology, dead)
+    if len({row[3] for row in rows}) == 1 and not all(row[4] for row in rows):
+        left = vacated(left, attempt.homes)  # some ranks may have written there, others not
     digests = tuple(row[0] for row in await _round(control, [int.from_bytes(left.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
@@ -105,6 +124,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     for row in left.changed_layers(state.placement):
         _publish(state, left, row)
     state.placement = left
+    state.attempt = Attempt(max(row[3] for row in rows) + 1, homes(left, state.topology, dead))
     recovery = Recovery(
         ranks=members,
         generation=max(row[2] for row in rows),
@@ -112,7 +132,8 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
         placement=left,
         lost=left.unplaced(),
     )
-    loaded = await _fetch_lost(state, control, dead, source)
+    loaded = await _fetch_lost(state, control, source)
+    state.attempt = replace(state.attempt, complete=True)
     return Recovery(
         ranks=recovery.ranks,
         generation=recovery.generation,
@@ -165,14 +186,14 @@ def _publish(state: RankState, placement: ExpertPlacement, row: int) -> None:
 
 
 async def _fetch_lost(
-    state: RankState, control: ControlGroup, dead: Sequence[int], source: WeightSource | None
+    state: RankState, control: ControlGroup, source: WeightSource | None
 ) -> dict[int, tuple[int, ...]]:
     """Load what nobody holds into slots that can be spared, layer by layer; return what this rank loaded."""
     loaded: dict[int, tuple[int, ...]] = {}
     able = all(row[0] for row in await _round(control, [int(source is not None)]))
     if source is None or not able:
         return loaded
-    for layer, found in by_layer(homes(state.placement, state.topology, dead)).items():
+    for layer, found in by_layer(state.attempt.homes).items():
         mine = [home for home in found if state.topology.rank_of(home.physical_expert) == state.rank]
         contents: list[tuple[Home, list[Tensor]]] = []
         failure: EplbError | None = None
@@ -183,7 +204,7 @@ async def _fetch_lost(
         if not all(row[0] for row in await _round(control, [int(failure is None)])):
             continue
         placement = with_homes(state.placement, found)
-        await state.workers.run("commit", partial(_write, state, placement, layer, contents))
+        await state.workers.run("commit", partial(_write, state, placement, found, contents))
         state.placement = placement
         if mine:
             loaded[layer] = tuple(home.logical_expert for home in mine)
@@ -210,8 +231,11 @@ def _checked(state: RankState, home: Home, tensors: Sequence[Tensor]) -> list[Te
 
 @torch.no_grad()
 def _write(
-    state: RankState, placement: ExpertPlacement, layer: int, contents: Sequence[tuple[Home, list[Tensor]]]
+    state: RankState, placement: ExpertPlacement, found: Sequence[Home], contents: Sequence[tuple[Home, list[Tensor]]]
 ) -> None:
+    """Write experts into their homes, which the map says are empty meanwhile."""
+    layer = found[0].layer
+    _publish(state, vacated(state.placement, found), layer)
     with state.device.committing():
         for home, tensors in contents:
             slot = home.physical_expert - state.topology.slots_of(state.rank).start

@@ -11,9 +11,10 @@ from anyio import current_time
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement import Ballot, LaunchRule
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
+from async_eplb.errors import UpdateStalled
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
@@ -23,6 +24,7 @@ from async_eplb.events import (
     UpdateStarted,
     emit,
 )
+from async_eplb.events import UpdateStalled as UpdateStalledEvent
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
@@ -38,6 +40,7 @@ from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
 from async_eplb.verify import Verifier, Verify
+from async_eplb.watchdog import Activity
 from async_eplb.workers import Workers
 
 
@@ -170,6 +173,25 @@ class LayerStages:
                     new_physical_to_logical_map=self._new.physical_to_logical_map[list(rows)].tolist(),
                 ),
             )
+
+    def log_stall(
+        self, error: UpdateStalled, activities: Sequence[Activity], pool: StagingPool, ballots: Sequence[Ballot]
+    ) -> None:
+        """Say that a stage makes no progress, and what all stages and ranks do."""
+        emit(
+            self._logger,
+            UpdateStalledEvent(
+                generation=self._generation,
+                rank=self.rank,
+                layer=error.layer,
+                stage=error.stage,
+                doing=error.doing,
+                duration_ms=error.timeout_s * 1e3,
+                stages=[str(activity) for activity in activities],
+                buffers=[repr(buffer) for buffer in pool.buffers],
+                rank_states=[str(ballot) for ballot in ballots],
+            ),
+        )
 
     async def plan(self, row: int) -> PlannedLayer:
         """Plan a layer in the planning thread."""

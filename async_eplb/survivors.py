@@ -93,6 +93,11 @@ def homes(placement: ExpertPlacement, topology: EPTopology, dead: Collection[int
     return tuple(chosen)
 
 
+def vacated(placement: ExpertPlacement, found: Iterable[Home]) -> ExpertPlacement:
+    """Return the placement with these slots empty, whatever they hold."""
+    return with_homes(placement, (home._replace(logical_expert=EMPTY_SLOT) for home in found))
+
+
 def with_homes(placement: ExpertPlacement, found: Iterable[Home]) -> ExpertPlacement:
     """Return the placement with experts in their new homes."""
     table = placement.physical_to_logical_map.copy()

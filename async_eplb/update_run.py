@@ -30,12 +30,14 @@ from async_eplb.errors import (
     UpdateAborted,
     UpdateCancelled,
     UpdateNotBegun,
+    UpdateStalled,
 )
 from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
 from async_eplb.placement import ExpertPlacement
 from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport.base import Exchange
+from async_eplb.watchdog import Watchdog
 from async_eplb.workers import News, Workers
 
 
@@ -46,6 +48,7 @@ class UpdateRun:
     :param rows: layers that change, in update order
     :param begin_timeout_s: how long the other ranks may take to begin it
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most
+    :param progress_timeout_s: how long a stage may do one thing
     :param on_layer: called for each layer when its commit is enqueued, in the thread that did so
     :param on_commit: called for each layer when its commit has finished on the device
     :param on_finish: called at the end, whatever it is
@@ -65,6 +68,7 @@ class UpdateRun:
         workers: Workers,
         begin_timeout_s: float,
         max_nbytes_per_step: int | None,
+        progress_timeout_s: float,
         on_layer: Callable[[int], None],
         on_commit: Callable[[LayerCommitted], None],
         on_finish: Callable[["UpdateRun"], None],
@@ -86,6 +90,7 @@ class UpdateRun:
         self._workers = workers
         self._begin_timeout_s = begin_timeout_s
         self._max_nbytes_per_step = max_nbytes_per_step
+        self._watchdog = Watchdog(progress_timeout_s)
         self._paced_until = 0
         self._on_layer = on_layer
         self._on_commit = on_commit
@@ -175,6 +180,7 @@ class UpdateRun:
                     tasks.start_soon(self._guard, lambda: self._plan(planned_in))
                     tasks.start_soon(self._guard, lambda: self._transfer(planned_out))
                     tasks.start_soon(self._guard, self._commit)
+                    tasks.start_soon(self._watch)
                     await self._guard(self._until_begun)
                     await self._news.until(lambda: self._driver.over)
                     self._heed()
@@ -223,6 +229,27 @@ class UpdateRun:
         if self._driver.begun and self.error is None:
             self.stages.log_start(self._pool, self.rows)
 
+    async def _watch(self) -> None:
+        """Fail when a stage makes no progress, and say what all of them do."""
+        stalled = await self._watchdog.until_stalled()
+        due = stalled.stage == "agree" and self._driver.agreed > stalled.index
+        behind = self._driver.behind(stalled.index + 1) if stalled.stage == "agree" and not due else ()
+        error = UpdateStalled(
+            f"rank {self.stages.rank}, layer {self.rows[stalled.index]}: {stalled.stage} has made no progress for "
+            f"{self._watchdog.timeout_s} s while {'waiting for a step' if due else stalled.doing}; ranks that have not "
+            f"staged it: {list(behind)}",
+            layer=self.rows[stalled.index],
+            stage=stalled.stage,
+            doing="waiting for a step" if due else stalled.doing,
+            timeout_s=self._watchdog.timeout_s,
+            waiting_for=behind,
+        )
+        self.stages.log_stall(error, self._watchdog.activities, self._pool, self._driver.ballots)
+        if due:
+            self._driver.hold(error)  # peers commit the layer; here no step comes, and none may any more
+            self._copy_failed = True
+        self._fail(error)
+
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:
             await stage()
@@ -241,7 +268,9 @@ class UpdateRun:
             for index, row in enumerate(self.rows):
                 if index >= self._driver.limit or self.error is not None:
                     return
+                self._watchdog.begin("plan", index, "planning")
                 layer = await self.stages.plan(row)
+                self._watchdog.end("plan", index)
                 self._num_planned += 1
                 try:
                     await planned.send(layer)
@@ -258,7 +287,9 @@ class UpdateRun:
                 await self._keep_pace(planned_layer)
                 if index >= driver.limit or driver.over:
                     return
+                self._watchdog.begin("transfer", index, "copying own slots")
                 layer = await self.stages.load(planned_layer, buffer)
+                self._watchdog.begin("transfer", index, "waiting for its launch")
                 if self.stages.launch_rule.needs_order and self.mode is Mode.SERVING:
                     parts = layer.exchange.parts()
                     self._launchable += [(layer, part) for part in parts]
@@ -270,7 +301,10 @@ class UpdateRun:
                     if self.stages.launch_rule.needs_grant and not await self._is_granted(index):
                         return
                     await self.stages.launch_from_background(layer)
+                self._watchdog.begin("transfer", index, "receiving")
                 await self.stages.receive(layer)
+                self._watchdog.end("transfer", index)
+                self._watchdog.begin("agree", index, "waiting for all ranks")
                 self._staged.append(layer)
                 driver.advance(staged=1)
 
@@ -295,18 +329,22 @@ class UpdateRun:
             if self.mode is Mode.EXCLUSIVE:
                 await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
                 watch = Stopwatch()
+                self._watchdog.begin("commit", index, "copying")
                 await self._copy_beside(index + 1)
             else:
                 await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
                 watch = Stopwatch()
+            self._watchdog.end("agree", index)
             if len(self.committed) <= index:
                 return
             layer = self._staged[index]
+            self._watchdog.begin("commit", index, "waiting for the device")
             try:
                 committed = await self.stages.finish(layer, watch)
                 self._on_commit(committed)
             except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
                 self._fail(error)
+            self._watchdog.end("commit", index)
             self._pool.release(layer.buffer)
             self._num_finished += 1
             self._driver.advance(committed=1)

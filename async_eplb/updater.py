@@ -35,7 +35,7 @@ from async_eplb.handle import UpdateHandle
 from async_eplb.options import UpdateOptions
 from async_eplb.pipeline import LayerPipeline
 from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery import RankState, Recovery, recover
+from async_eplb.recovery import Attempt, RankState, Recovery, recover
 from async_eplb.stages import LayerStages
 from async_eplb.staging import StagingPool
 from async_eplb.stepping import Stepper
@@ -122,6 +122,7 @@ class ExpertUpdater:
         self._broken_because = ""
         self._failed_run: UpdateRun | None = None
         self._dead: tuple[int, ...] = ()
+        self._attempt = Attempt()
         self._num_finished = 0
         self._num_failed = 0
         self._num_layers_committed = 0
@@ -357,6 +358,7 @@ class ExpertUpdater:
                 expert_map=self.expert_map,
                 device=self._device,
                 workers=self._workers,
+                attempt=self._attempt,
             )
             try:
                 recovery = await recover(state, control, source)
@@ -364,7 +366,7 @@ class ExpertUpdater:
                 await surviving_group.aclose()
                 raise
             finally:
-                self._placement = state.placement
+                self._placement, self._attempt = state.placement, state.attempt
             self._failed_run = None
             self._broken_because = ""
             self._dead = tuple(rank for rank in range(self.topology.num_ranks) if rank not in recovery.ranks)
@@ -470,6 +472,7 @@ class ExpertUpdater:
             workers=self._workers,
             begin_timeout_s=self.options.control_timeout_s,
             max_nbytes_per_step=max_nbytes_per_step,
+            progress_timeout_s=self.options.progress_timeout_s,
             on_layer=self._on_layer,
             on_commit=count,
             on_finish=finish,

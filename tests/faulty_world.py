@@ -4,14 +4,12 @@ import multiprocessing
 import os
 import signal
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TypeVar
@@ -196,7 +194,7 @@ class _Rank:
                 self.reach("staged")
             advance(**counts)
 
-        driver.ballot, driver.advance = reach_fence, reach_staged  # type: ignore[method-assign, assignment]
+        driver.ballot, driver.advance = reach_fence, reach_staged  # type: ignore[method-assign]
         return updater
 
     async def run(self) -> Report:
@@ -264,12 +262,9 @@ class _Rank:
 
 def _cut_connections() -> None:
     """Shut down every TCP connection of this process."""
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            if stat.S_ISSOCK(os.stat(int(entry)).st_mode):
-                with socket.socket(fileno=os.dup(int(entry))) as connection:
+            if entry.is_socket():
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
                     if connection.family != socket.AF_UNIX:
                         connection.shutdown(socket.SHUT_RDWR)
-
-
-run = partial(survivors_of)

@@ -1,8 +1,10 @@
 """Worlds inside one process, for tests."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +15,23 @@ from torch import Tensor
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
 from async_eplb.events import Logger
 from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.simulation.loop import SimulatedLoop, run
 from async_eplb.staging import BufferState
 from async_eplb.testing import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 from async_eplb.workers import Workers
 
 TINY = SampleModel(hidden=8, intermediate=4)
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test under a clock that is ahead as soon as nothing is left to do, so that no load makes it late."""
+
+    @wraps(test)
+    def run_test(*arguments: object, **values: object) -> None:
+        run(SimulatedLoop(None), partial(test, *arguments, **values))
+
+    return run_test
 
 
 @dataclass(frozen=True)

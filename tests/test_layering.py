@@ -32,6 +32,7 @@ LAYERS = [
     "commit",
     "accounting",
     "admission",
+    "watchdog",
     "stages",
     "update_run",
     "pipeline",

@@ -30,13 +30,14 @@ class SimulatedTask(asyncio.Task[T]):
 class SimulatedLoop(asyncio.BaseEventLoop):
     """Runs one callback at a time, drawn from all that are ready. Time passes only when nothing is ready.
 
-    :param seed: of all choices
+    :param seed: of all choices; without one, callbacks run in the order in which they became ready
     :param after_event: called after each callback, with the rank that it belongs to; what it raises ends the run
     """
 
-    def __init__(self, seed: int, after_event: Callable[[int | None], None] = lambda _rank: None) -> None:
+    def __init__(self, seed: int | None, after_event: Callable[[int | None], None] = lambda _rank: None) -> None:
         super().__init__()
         self.random = random.Random(seed)  # noqa: S311 - repeatable choices, not secrets
+        self._draws = seed is not None
         self.after_event = after_event
         self.broken_by: Exception | None = None
         """What ends the run at once: tasks of ranks that stand still would never end by themselves."""
@@ -87,9 +88,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 nothing = False
         if not ready:
             raise Stuck(f"nothing can happen after {self._now} s")
-        if len(ready) > 1:
+        number = 0
+        if len(ready) > 1 and self._draws:
             ready.sort(key=_order)
-        number = int(self.random.random() * len(ready))
+            number = int(self.random.random() * len(ready))
         handle = ready.pop(number)
         if handle._cancelled:
             return

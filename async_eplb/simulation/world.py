@@ -36,6 +36,7 @@ _CONTROL_S = 0.01
 """What a control round takes at least; without it, rounds would go on for ever at one instant."""
 TRANSFER_TIMEOUT_S = 2.0
 CONTROL_TIMEOUT_S = 4.0
+PROGRESS_TIMEOUT_S = 40.0
 DEADLINE_S = 150.0
 """By which every rank has ended its updates, one way or another: several times all timeouts together."""
 _MAX_RECOVERIES = 8
@@ -80,6 +81,7 @@ class World:
                 lead=scenario.lead,
                 transfer_timeout_s=TRANSFER_TIMEOUT_S,
                 control_timeout_s=CONTROL_TIMEOUT_S,
+                progress_timeout_s=PROGRESS_TIMEOUT_S,
             ),
             workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
             device=SimulatedDevice(troubles),
@@ -160,6 +162,8 @@ class World:
         """Let survivors recover until all is well."""
         while True:
             survivors = await self._settled()
+            if not survivors:
+                return  # the last ones were struck at once
             failures = [repr(rank.failure) for rank in survivors if rank.failure is not None]
             self.failures += [type(rank.failure).__name__ for rank in survivors if rank.failure is not None]
             lost = [rank for rank in self.ranks if rank not in survivors and not rank.excluded]

@@ -74,8 +74,8 @@ class GlooControlGroup:
         if failures:
             self._unfinished = (rows, works)
             raise BrokenControlGroup(
-                f"rank {self._rank}: no ballot from ranks {sorted(failures)} within {self._timeout_s} s: dead, cut off, "
-                f"or stopped for that long ({next(iter(failures.values()))})",
+                f"rank {self._rank}: no ballot from ranks {sorted(failures)} within {self._timeout_s} s: dead, cut "
+                f"off, or stopped for that long ({next(iter(failures.values()))})",
                 rank=self._rank,
                 timeout_s=self._timeout_s,
                 missing=tuple(sorted(failures)),
