@@ -13,7 +13,6 @@ from torch import Tensor
 
 from async_eplb.device import Device
 from async_eplb.errors import (
-    BrokenControlGroup,
     EplbError,
     InvalidWeightSource,
     PlacementDisagreement,
@@ -25,6 +24,7 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.survivors import Home, by_layer, homes, vacated, with_homes, without_ranks
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup
+from async_eplb.transport.one_round import hold_round
 from async_eplb.update_run import UpdateRun
 from async_eplb.weight_source import WeightSource
 from async_eplb.weights import ExpertWeights
@@ -100,7 +100,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     """
     attempt = state.attempt
     facts = [state.rank, state.step, state.generation, attempt.number, int(attempt.complete)]
-    rows = await _round(control, [*facts, *_generations(state)])
+    rows = await hold_round(control, [*facts, *_generations(state)])
     members = tuple(row[0] for row in rows)
     if sorted(set(members)) != list(members):
         raise RankMismatch(
@@ -114,7 +114,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     left = without_ranks(state.placement, state.topology, dead)
     if len({row[3] for row in rows}) == 1 and not all(row[4] for row in rows):
         left = vacated(left, attempt.homes)  # some ranks may have written there, others not
-    digests = tuple(row[0] for row in await _round(control, [int.from_bytes(left.digest()[:8]) >> 1]))
+    digests = tuple(row[0] for row in await hold_round(control, [int.from_bytes(left.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
             f"ranks {list(members)} serve different placements: digests {list(digests)}",
@@ -162,7 +162,7 @@ async def _roll_forward(
     behind = [row for row, (mine, wanted) in enumerate(zip(has, goal, strict=True)) if mine < wanted]
     kept = () if state.run is None else tuple(layer.planned.row for layer in state.run.kept)
     follows = all(row in kept and goal[row] == has[row] + 1 for row in behind)
-    can = [row[0] for row in await _round(control, [int(follows)])]
+    can = [row[0] for row in await hold_round(control, [int(follows)])]
     if not all(can):
         ranks = tuple(rank for rank, able in zip(members, can, strict=True) if not able)
         raise Unrecoverable(
@@ -190,7 +190,7 @@ async def _fetch_lost(
 ) -> dict[int, tuple[int, ...]]:
     """Load what nobody holds into slots that can be spared, layer by layer; return what this rank loaded."""
     loaded: dict[int, tuple[int, ...]] = {}
-    able = all(row[0] for row in await _round(control, [int(source is not None)]))
+    able = all(row[0] for row in await hold_round(control, [int(source is not None)]))
     if source is None or not able:
         return loaded
     for layer, found in by_layer(state.attempt.homes).items():
@@ -201,7 +201,7 @@ async def _fetch_lost(
             contents = await state.workers.run("transfer", partial(_load, state, source, mine))
         except InvalidWeightSource as error:
             failure = error
-        if not all(row[0] for row in await _round(control, [int(failure is None)])):
+        if not all(row[0] for row in await hold_round(control, [int(failure is None)])):
             continue
         placement = with_homes(state.placement, found)
         await state.workers.run("commit", partial(_write, state, placement, found, contents))
@@ -242,34 +242,3 @@ def _write(
             for view, tensor in zip(state.weights.views(layer), tensors, strict=True):
                 view[slot].copy_(tensor)
         _publish(state, placement, layer)
-
-
-class _OneRound:
-    """Gives a row in one round and keeps what all ranks gave."""
-
-    def __init__(self, row: Sequence[int]) -> None:
-        self._row = row
-        self.rows: list[list[int]] = []
-        self.lost: BrokenControlGroup | None = None
-
-    def pause_s(self) -> float:
-        return 0.0
-
-    def ballot(self) -> Sequence[int]:
-        return self._row
-
-    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
-        self.rows = [list(row) for row in rows]
-        return False
-
-    def lose(self, error: BrokenControlGroup) -> None:
-        self.lost = error
-
-
-async def _round(control: ControlGroup, row: Sequence[int]) -> list[list[int]]:
-    """Gather a row of every survivor, in their order."""
-    voter = _OneRound(row)
-    await control.run(voter)
-    if voter.lost is not None:
-        raise voter.lost
-    return voter.rows

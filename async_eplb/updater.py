@@ -17,9 +17,10 @@ from anyio import (
 from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
-from async_eplb.accounting import UpdaterStatistics, UpdateSummary
+from async_eplb.accounting import Stopwatch, UpdaterStatistics, UpdateSummary
 from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
 from async_eplb.agreement import Agreement, Decision, Mode
+from async_eplb.audit import AuditReport, compare, slot_checksums
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
@@ -42,6 +43,7 @@ from async_eplb.stepping import Stepper
 from async_eplb.survivors import require_on
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedTransport
 from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
@@ -375,6 +377,43 @@ class ExpertUpdater:
             self._connect(control)
             await checkpoint()
         return recovery
+
+    async def audit(self, group: Transport) -> AuditReport:
+        """Compare the bytes of all replicas of all experts across ranks; all ranks call this together.
+
+        Reads every slot once, on the device, and sends 8 bytes for each. Layers must stay as they are meanwhile.
+
+        :param group: an unused transport between the ranks, used for one control round and closed
+        :raises BusyUpdater: if an update is running
+        :raises ClosedUpdater: if this updater is not open
+        """
+        if self._closed_because:
+            raise ClosedUpdater(f"{self!r} cannot audit")
+        if self._run is not None:
+            raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
+        watch = Stopwatch()
+        placement, topology = self._placement, self.topology
+        mine = await self._workers.run(
+            "transfer", lambda: slot_checksums(self._live, placement, topology, self.rank, self._device)
+        )
+        control = await group.open(
+            self._device, self._workers, self._live, control_timeout_s=self.options.control_timeout_s
+        )
+        try:
+            rows = await hold_round(control, mine)
+        finally:
+            await group.aclose()
+        ranks = [rank for rank in range(topology.num_ranks) if rank not in self._dead]
+        sums = dict(zip(ranks, rows, strict=True))
+        compared, mismatches = compare(sums, self._live.rows, placement, topology)
+        return AuditReport(
+            num_slots=sum(len(row) for row in rows),
+            num_compared=compared,
+            nbytes=sum(sum(self._live.slot_nbytes(row)) for row in self._live.rows)
+            * topology.num_local_physical_experts,
+            duration_ms=watch.ms(),
+            mismatches=mismatches,
+        )
 
     async def _end_everything(self, pipeline: LayerPipeline) -> None:
         """End the running update after what was agreed, the control rounds, and the transport."""

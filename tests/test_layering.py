@@ -22,6 +22,7 @@ LAYERS = [
     "load_group",
     "weights",
     "verify",
+    "audit",
     "options",
     "transport",
     "weight_source",

@@ -70,6 +70,9 @@ class MemorySchedule:
     faults: tuple[Fault, ...] = ()
 
 
+_CONNECT_TIMEOUTS = 4
+"""Timeouts that the first round may take: other transports would wait for their peers when they open."""
+
 _MessageKey = tuple[int, int, int, int]
 
 
@@ -326,7 +329,8 @@ class _MemoryControlGroup:
             complete.set()
         if world.dead - set(rows):
             complete.set()
-        with anyio.move_on_after(self._timeout_s):
+        patience = 1 if number else _CONNECT_TIMEOUTS
+        with anyio.move_on_after(self._timeout_s * patience):
             await complete.wait()
         await anyio.sleep(world.schedule.control_s + world.random.uniform(0, world.schedule.control_jitter_s))
         lost = (self._rank, number) in world.schedule.lost_results
