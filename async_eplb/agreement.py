@@ -26,10 +26,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 
-from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
+from async_eplb.errors import GenerationMismatch, InvalidBallot, PlacementDisagreement, StepMismatch
 
 MAX_LEAD = 64
 """Boundaries that a fence is ahead at most."""
+_STATUS_PLACE = 6
+"""Where a ballot's status is in its row."""
 _CALM_DECISIONS = 64
 """Decisions without a wait after which the lead is halved."""
 
@@ -115,8 +117,15 @@ class Ballot:
     def from_row(cls, row: Sequence[int]) -> "Ballot":
         """Read what :meth:`to_row` wrote.
 
-        :raises ValueError: if it is no ballot
+        :raises InvalidBallot: if it is no ballot
         """
+        known = [int(status) for status in Status]
+        if len(row) != cls.size() or row[_STATUS_PLACE] not in known or min(row) < 0:
+            raise InvalidBallot(
+                f"a rank's ballot is {list(row)}: it does not run this version, or something else talks to the control "
+                "group",
+                row=tuple(row),
+            )
         generation, digest, staged, launchable, committed, fence, status, *rest = (int(n) for n in row)
         step, standing, demanded = rest
         return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing, demanded)

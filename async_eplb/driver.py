@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from async_eplb.agreement import Agreement, Ballot, Decision, LaunchRule, Mode, Verdict
-from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
+from async_eplb.errors import BrokenControlGroup, EplbError, InvalidBallot, RankInDoubt, StepMismatch
 from async_eplb.workers import News
 
 ACTIVE_PAUSE_S = 0.125
@@ -68,11 +68,16 @@ class Driver:
             return self._agreement.ballot().to_row()
 
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Take in a round; return whether another follows."""
+        """Take in a round; return whether another follows. A rank that gives no ballot is as good as lost."""
+        try:
+            ballots = _ballots(rows)
+        except BrokenControlGroup as error:
+            self.lose(error)
+            return False
         with self._lock:
             known = self._agreement.demanded
+            self.ballots = ballots
             try:
-                self.ballots = tuple(Ballot.from_row(row) for row in rows)
                 verdict = self._agreement.receive(self.ballots)
             except EplbError as error:
                 self.error = error
@@ -320,6 +325,16 @@ class Driver:
                 "engine that numbers them begins before the first update",
                 steps=(agreement.step, number),
             )
+
+
+def _ballots(rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
+    ballots = []
+    for place, row in enumerate(rows):
+        try:
+            ballots.append(Ballot.from_row(row))
+        except InvalidBallot as error:
+            raise BrokenControlGroup(str(error), missing=(place,)) from error
+    return tuple(ballots)
 
 
 async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:

@@ -225,6 +225,12 @@ class RebalanceFailed(EplbError):
     number: int
 
 
+class InvalidBallot(EplbError, ValueError):
+    """Another rank said something in a control round that no rank of this version says."""
+
+    row: tuple[int, ...]
+
+
 class UpdateNotBegun(EplbError):
     """Other ranks did not begin the update in time; nothing was moved."""
 
