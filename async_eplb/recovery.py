@@ -13,6 +13,7 @@ from torch import Tensor
 
 from async_eplb.device import Device
 from async_eplb.errors import (
+    CommitFailed,
     EplbError,
     InvalidWeightSource,
     PlacementDisagreement,
@@ -204,7 +205,15 @@ async def _fetch_lost(
         if not all(row[0] for row in await hold_round(control, [int(failure is None)])):
             continue
         placement = with_homes(state.placement, found)
-        await state.workers.run("commit", partial(_write, state, placement, found, contents))
+        try:
+            await state.workers.run("commit", partial(_write, state, placement, found, contents))
+        except Exception as error:
+            raise CommitFailed(
+                f"rank {state.rank}: lost experts of layer {layer} could not be written ({error}); recover anew",
+                rank=state.rank,
+                layer=layer,
+                step=state.step,
+            ) from error
         state.placement = placement
         if mine:
             loaded[layer] = tuple(home.logical_expert for home in mine)

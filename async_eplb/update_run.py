@@ -426,11 +426,17 @@ class UpdateRun:
         error.__dict__["phase"] = next((phase for phase, holds in stages if holds), "")
 
     async def roll_forward(self, rows: Collection[int]) -> None:
-        """Commit those of ``rows`` whose staging was kept, and give all kept staging back."""
+        """Commit those of ``rows`` whose staging was kept, and give all kept staging back.
+
+        :raises CommitFailed: if a layer cannot be copied; its staging is kept for another try
+        """
         while self.kept:
             layer = self.kept[0]
             if layer.planned.row in rows:
-                await self._workers.run("commit", partial(self._copy_kept, layer))
+                try:
+                    await self._workers.run("commit", partial(self._copy_kept, layer))
+                except Exception as error:
+                    raise self._tear(error, layer.planned.row, 0) from error
                 await self.stages.finish(layer, Stopwatch())
             self._pool.release(layer.buffer)
             self.kept = self.kept[1:]

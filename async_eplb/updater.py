@@ -24,7 +24,7 @@ from async_eplb.audit import AuditReport, compare, slot_checksums
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions, UpdateAborted
+from async_eplb.errors import BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
 from async_eplb.events import (
     LayerCommitted,
     Logger,
@@ -364,7 +364,10 @@ class ExpertUpdater:
             )
             try:
                 recovery = await recover(state, control, source)
-            except BaseException:
+            except BaseException as error:
+                self._driver.hold(
+                    error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
+                )
                 await surviving_group.aclose()
                 raise
             finally:
