@@ -1,12 +1,14 @@
 """Move the expert weights of a Mixture-of-Experts model between GPUs while it serves."""
 
 from async_eplb.errors import EplbError
+from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted
 from async_eplb.expert_map import ExpertMap
+from async_eplb.json_log import configure_json_logging
 from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import LayerPlan, SlotSource, plan_layer
+from async_eplb.plan import LayerPlan, Planner, SlotSource, plan_layer, plan_update, relabel
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
 from async_eplb.transport import (
@@ -26,6 +28,7 @@ __all__ = [
     "CopyEngineTransport",
     "EPTopology",
     "EplbError",
+    "EventLogger",
     "ExpertLoad",
     "ExpertMap",
     "ExpertPlacement",
@@ -37,6 +40,7 @@ __all__ = [
     "LoadWindow",
     "MemoryTransport",
     "NcclOptions",
+    "Planner",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",
@@ -45,5 +49,8 @@ __all__ = [
     "UpdateOptions",
     "UpdateSummary",
     "UpdaterStatistics",
+    "configure_json_logging",
     "plan_layer",
+    "plan_update",
+    "relabel",
 ]

@@ -79,7 +79,7 @@ def update_digest(
     options: UpdateOptions,
 ) -> int:
     """Condense what must be equal on all ranks into 63 bits."""
-    wire = (mode.value, options.verify, options.staging_depth, options.operations_per_group)
+    wire = (mode.value, options.verify, options.planner, options.staging_depth, options.operations_per_group)
     content = hashlib.blake2b(digest_size=8)
     for part in (old.digest(), new.digest(), weights.digest()):
         content.update(part)
@@ -136,4 +136,17 @@ def require_groups(weights: ExpertWeights, options: UpdateOptions) -> None:
         raise InvalidOptions(
             f"operations_per_group is {options.operations_per_group}; an expert alone is {widest} tensors",
             option="operations_per_group",
+        )
+
+
+def require_relays(options: UpdateOptions, transport: Transport) -> None:
+    """Check that an open transport sends from staging if the planner relays.
+
+    :raises InvalidOptions: if not
+    """
+    if options.planner.relays and transport.launch_rule.needs_grant:
+        raise InvalidOptions(
+            f"planner relays, but receivers of {transport!r} read live weights only; choose other sources, "
+            "or a transport that sends",
+            option="planner",
         )

@@ -46,6 +46,18 @@ class InvalidOptions(EplbError, ValueError):
     option: str
 
 
+class UnreadableLog(EplbError, ValueError):
+    """A log cannot be opened, or holds no event that can be read."""
+
+    path: str
+
+
+class MissingExtra(EplbError, ImportError):
+    """Something needs a package that is not installed; ``pip install 'async-eplb[EXTRA]'`` brings it."""
+
+    extra: str
+
+
 class InvalidGroups(EplbError, ValueError):
     """Groups of experts are not equally large."""
 

@@ -146,39 +146,42 @@ def dispatch_map(
     """Choose, for each logical expert, the one replica that ``rank`` sends its tokens to: int64 ``[logical]``.
 
     The only replica; else the lowest on this rank; else, if replicas are on several nodes, the lowest on this
-    node; else the ranks that are left spread evenly over the replicas, drawn from ``seed``. -1 without a replica.
+    node; else the ranks that are left take the replicas in turn, beginning anywhere, drawn from ``seed``. -1 without
+    a replica.
 
     :param replicas: as :func:`logical_to_all_physical` returns
     """
-    ranks = np.arange(topology.num_ranks)
-    chosen = np.full(len(replicas), EMPTY_SLOT, dtype=np.int64)
-    for expert, padded in enumerate(replicas):
-        candidates = padded[padded != EMPTY_SLOT]
-        if len(candidates) == 0:
-            continue
-        owner = candidates // topology.num_local_physical_experts
-        node = owner // topology.num_ranks_per_node
-        near = candidates[owner == rank]
-        if len(near) == 0 and len(set(node.tolist())) > 1:
-            near = candidates[node == topology.node_of(rank)]
-        if len(candidates) == 1 or len(near):
-            chosen[expert] = near[0] if len(near) else candidates[0]
-            continue
-        far = _without_preference(ranks, owner, node, topology)
-        rng = np.random.default_rng([seed, expert])  # the same draws on every rank
-        evenly = rng.permutation(np.resize(rng.permutation(candidates), len(far)))
-        chosen[expert] = evenly[np.searchsorted(far, rank)]
+    held = replicas != EMPTY_SLOT
+    owner = replicas // topology.num_local_physical_experts
+    node = owner // topology.num_ranks_per_node
+    several_nodes = (held & (node != node[:, :1])).any(axis=1)
+    here = held & (owner == rank)
+    near = held & (node == topology.node_of(rank)) & several_nodes[:, None]
+    preferred = np.where(here.any(axis=1, keepdims=True), here, near)
+    chosen = np.where(
+        preferred.any(axis=1), replicas[np.arange(len(replicas)), preferred.argmax(axis=1)], replicas[:, 0]
+    )
+    counts = held.sum(axis=1)
+    spread = np.flatnonzero(~preferred.any(axis=1) & (counts > 1))
+    draws = np.random.default_rng(seed).integers(0, 2**31, (2, len(replicas)))[:, spread]  # the same on every rank
+    far = _without_preference(owner[spread], node[spread], held[spread], several_nodes[spread], topology)
+    turn = (far[:, :rank].sum(axis=1) + draws[0]) % far.sum(axis=1)
+    chosen[spread] = replicas[spread, (turn + draws[1]) % counts[spread]]
     return chosen
 
 
 def _without_preference(
-    ranks: npt.NDArray[np.int64],
     owner: npt.NDArray[np.int64],
     node: npt.NDArray[np.int64],
+    held: npt.NDArray[np.bool_],
+    several_nodes: npt.NDArray[np.bool_],
     topology: EPTopology,
-) -> npt.NDArray[np.int64]:
-    """Return the ranks that have neither a replica of their own nor a nearer node to prefer."""
-    preferred = np.isin(ranks, owner)
-    if len(set(node.tolist())) > 1:
-        preferred |= np.isin(ranks // topology.num_ranks_per_node, node)
-    return ranks[~preferred]
+) -> npt.NDArray[np.bool_]:
+    """Return which ranks have neither a replica of their own nor a nearer node to prefer: ``[experts, ranks]``."""
+    expert, replica = np.nonzero(held)
+    on_rank = np.zeros((len(owner), topology.num_ranks), dtype=np.bool_)
+    on_rank[expert, owner[expert, replica]] = True
+    on_node = np.zeros((len(owner), topology.num_nodes), dtype=np.bool_)
+    on_node[expert, node[expert, replica]] = True
+    on_node &= several_nodes[:, None]
+    return ~(on_rank | np.repeat(on_node, topology.num_ranks_per_node, axis=1))

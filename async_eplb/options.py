@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from async_eplb.agreement import MAX_LEAD
 from async_eplb.errors import InvalidOptions
+from async_eplb.plan import Planner
 from async_eplb.verify import Verify
 
 
@@ -14,8 +15,10 @@ class UpdateOptions:
 
     :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
         commit; ``"checksum"``: a checksum of its bytes too
+    :param planner: how the sources of transfers are chosen, and how many peers a rank talks with at a time
     :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap
-    :param operations_per_group: sends and receives that a rank posts together at most
+    :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
+        posts no more at one step boundary, which bounds the serving thread's time
     :param transfer_timeout_s: deadline of one layer's exchange, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
@@ -32,6 +35,7 @@ class UpdateOptions:
     """
 
     verify: str = "off"
+    planner: Planner = Planner()  # noqa: RUF009 - it is immutable
     staging_depth: int = 2
     operations_per_group: int = 256
     transfer_timeout_s: float = 30.0

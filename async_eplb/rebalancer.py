@@ -125,7 +125,7 @@ class Rebalancer:
         self._policy = policy
         self._group = group
         self._terms = terms
-        self._logger = logger or default_logger()
+        self._logger = (logger or default_logger()).bind(run_id=updater.run_id)
         self._workers = workers or ThreadWorkers()
         self._running = False
         self._done: dict[int, tuple[Event, list[Rebalance | Exception]]] = {}
@@ -222,7 +222,12 @@ class Rebalancer:
         await self._require_same_choice(decision.placement)
         emit(
             self._logger,
-            decision.event(generation=updater.statistics().generation, rank=updater.rank, policy=self._policy),
+            decision.event(
+                generation=updater.statistics().generation,
+                rank=updater.rank,
+                step=updater.statistics().step,
+                policy=self._policy,
+            ),
         )
         summary = None
         if decision.pays:
@@ -237,6 +242,7 @@ class Rebalancer:
         finished = RebalanceFinished(
             generation=updater.statistics().generation,
             rank=updater.rank,
+            step=updater.statistics().step,
             number=number,
             duration_ms=watch.ms(),
             moved=decision.pays,

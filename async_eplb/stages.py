@@ -4,14 +4,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from anyio import current_time
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
-from async_eplb.agreement import Ballot, LaunchRule
+from async_eplb.agreement import Ballot, LaunchRule, Mode
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import UpdateStalled
@@ -28,14 +28,7 @@ from async_eplb.events import UpdateStalled as UpdateStalledEvent
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import (
-    LayerPlan,
-    SlotSource,
-    layer_transfers,
-    matching_groups,
-    plan_rank,
-    staged_slot_counts,
-)
+from async_eplb.plan import LayerPlan, PostedLayer, PostedUpdate, SlotSource, plan_update
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
@@ -49,13 +42,15 @@ class PlannedLayer:
     """A layer with all that is known before its bytes move."""
 
     row: int
-    plan: LayerPlan
+    posted: PostedLayer
     maps: LayerMaps
-    group_of: dict[tuple[int, int, int], int]
-    """(logical expert, source rank, destination rank) → number of the group it is posted in"""
-    num_groups: int
     peak_nbytes: int
     """Bytes that the busiest rank sends or receives, equal on all ranks"""
+
+    @property
+    def plan(self) -> LayerPlan:
+        """What this rank sends, receives and copies."""
+        return self.posted.plan
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +79,7 @@ class LayerStages:
     :param old: placement that the live weights have
     :param new: placement that they shall have
     :param after: work of the caller that comes before live weights are read
+    :param step: returns how many boundaries this rank has passed
     """
 
     def __init__(
@@ -103,6 +99,7 @@ class LayerStages:
         logger: Logger,
         options: UpdateOptions,
         after: DeviceEvent,
+        step: Callable[[], int],
     ) -> None:
         self.tally = Tally()
         self._generation = generation
@@ -120,6 +117,9 @@ class LayerStages:
         self._logger = logger
         self._options = options
         self.callers_work = after
+        self.step = step
+        self._rows: tuple[int, ...] = ()
+        self._update: PostedUpdate | None = None
 
     @property
     def launch_rule(self) -> LaunchRule:
@@ -127,8 +127,15 @@ class LayerStages:
         return self._transport.launch_rule
 
     async def prepare(self, pool: StagingPool, rows: Sequence[int]) -> None:
-        """Make staging hold the slots that change in any of ``rows``."""
-        counts = self._staged_slots(rows)
+        """Plan all of an update's layers, ``rows``, and make staging hold the slots that change in any of them.
+
+        :raises UnheldExpert: if the new placement needs an expert that nobody holds
+        """
+        watch = Stopwatch()
+        self._rows = tuple(rows)
+        self._update = await self._workers.run("transfer", self._plan_update)
+        self.tally.plan_ms += watch.ms()
+        counts = self._update.plan.staged_slot_counts
         needed = max(
             (
                 StagingPool.layer_nbytes(
@@ -144,13 +151,17 @@ class LayerStages:
         """Break the transport, so that no rank waits for an exchange that cannot finish."""
         self._transport.abort()
 
-    def log_start(self, pool: StagingPool, rows: Sequence[int]) -> None:
+    def log_start(self, pool: StagingPool, rows: Sequence[int], mode: Mode) -> None:
         """Say that the update begins."""
         emit(
             self._logger,
             UpdateStarted(
                 generation=self._generation,
                 rank=self.rank,
+                step=self.step(),
+                mode=mode.value,
+                num_ranks=self._topology.num_ranks,
+                num_nodes=self._topology.num_nodes,
                 num_layers=len(rows),
                 num_unchanged_layers=self._old.num_layers - len(rows),
                 staging_nbytes=pool.nbytes,
@@ -162,12 +173,13 @@ class LayerStages:
                 UpdateInputsLogged(
                     generation=self._generation,
                     rank=self.rank,
+                    step=self.step(),
                     num_ranks=self._topology.num_ranks,
                     num_nodes=self._topology.num_nodes,
                     num_ranks_per_node=self._topology.num_ranks_per_node,
                     num_local_physical_experts=self._topology.num_local_physical_experts,
                     weight_shapes={row: self._weights.shapes(row) for row in rows},
-                    staged_slots=self._staged_slots(rows),
+                    staged_slots=self._planned_update.plan.staged_slot_counts,
                     layers=list(rows),
                     old_physical_to_logical_map=self._old.physical_to_logical_map[list(rows)].tolist(),
                     new_physical_to_logical_map=self._new.physical_to_logical_map[list(rows)].tolist(),
@@ -183,6 +195,7 @@ class LayerStages:
             UpdateStalledEvent(
                 generation=self._generation,
                 rank=self.rank,
+                step=self.step(),
                 layer=error.layer,
                 stage=error.stage,
                 doing=error.doing,
@@ -211,12 +224,13 @@ class LayerStages:
                 generation=self._generation,
                 rank=self.rank,
                 layer=row,
+                step=self.step(),
                 duration_ms=duration_ms,
                 num_same_gpu=counts[SlotSource.SAME_GPU],
                 num_free_rider=counts[SlotSource.FREE_RIDER],
                 num_same_node=counts[SlotSource.SAME_NODE],
                 num_cross_node=counts[SlotSource.CROSS_NODE],
-                num_sends=len(planned.plan.sends),
+                num_sends=len(planned.plan.sends) + len(planned.plan.relays),
             ),
         )
         if self._options.log_decisions:
@@ -283,6 +297,7 @@ class LayerStages:
             self.rank,
             layer=layer.planned.row,
             generation=self._generation,
+            step=self.step(),
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
             ms=layer.watch.ms(),
         )
@@ -343,45 +358,46 @@ class LayerStages:
         emit(self._logger, committed)
         return committed
 
-    def _staged_slots(self, rows: Sequence[int]) -> list[int]:
-        old, new = (p.physical_to_logical_map[list(rows)] for p in (self._old, self._new))
-        return [int(count) for count in staged_slot_counts(old, new, self._topology, self.rank)]
+    @property
+    def _planned_update(self) -> PostedUpdate:
+        if self._update is None:
+            raise RuntimeError("the update is not prepared")
+        return self._update
+
+    def _plan_update(self) -> PostedUpdate:
+        plan = plan_update(
+            self._old, self._new, self._topology, self.rank, layers=self._rows, planner=self._options.planner
+        )
+        num_tensors = [len(self._weights.slot_nbytes(row)) for row in self._rows]
+        return PostedUpdate(plan, [max(1, self._options.operations_per_group // number) for number in num_tensors])
 
     def _plan(self, row: int) -> PlannedLayer:
-        old, new = self._old.physical_to_logical_map[row], self._new.physical_to_logical_map[row]
-        transfers = layer_transfers(old, new, self._topology)
-        limit = max(1, self._options.operations_per_group // len(self._weights.slot_nbytes(row)))
-        groups = matching_groups(transfers, limit)
-        ends = (*Counter(t.src_rank for t in transfers).values(), *Counter(t.dst_rank for t in transfers).values())
-        busiest = max(ends, default=0)
+        posted = self._planned_update[self._rows.index(row)]
         return PlannedLayer(
             row=row,
-            plan=plan_rank(old, new, self._topology, self.rank, transfers),
+            posted=posted,
             maps=self._expert_map.layer_maps(self._new, row),
-            group_of={
-                (t.logical_expert, t.src_rank, t.dst_rank): group for t, group in zip(transfers, groups, strict=True)
-            },
-            num_groups=max(groups, default=-1) + 1,
-            peak_nbytes=busiest * sum(self._weights.slot_nbytes(row)),
+            peak_nbytes=posted.num_busiest * sum(self._weights.slot_nbytes(row)),
         )
 
     def _exchange(self, planned: PlannedLayer, buffer: StagingBuffer) -> Exchange:
         live = self._weights.views(planned.row)
-        sends: list[list[Message]] = [[] for _ in range(planned.num_groups)]
-        recvs: list[list[Message]] = [[] for _ in range(planned.num_groups)]
+        posted, plan = planned.posted, planned.plan
+        sends: list[list[Message]] = [[] for _ in range(posted.num_groups)]
+        recvs: list[list[Message]] = [[] for _ in range(posted.num_groups)]
 
         def tagged(expert: int, peer: int, parts: tuple[Tensor, ...], slot: int) -> Iterator[Message]:
             for index, data in enumerate(parts):
                 yield Message(peer, expert * len(parts) + index, data, tensor=index, slot=slot)
 
-        for send in planned.plan.sends:
-            group = planned.group_of[send.logical_expert, self.rank, send.dst_rank]
+        for send, group in zip(plan.sends, posted.send_groups, strict=True):
             parts = tuple(view[send.src_slot] for view in live)
             sends[group] += tagged(send.logical_expert, send.dst_rank, parts, send.src_slot)
-        for recv in sorted(planned.plan.recvs, key=lambda recv: recv.logical_expert):
-            group = planned.group_of[recv.logical_expert, recv.src_rank, self.rank]
-            held = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(recv.src_rank)].tolist()
-            slot = held.index(recv.logical_expert)
+        for relay, group in zip(plan.relays, posted.relay_groups, strict=True):
+            staged = buffer.views(relay.src_slot)
+            sends[group] += tagged(relay.logical_expert, relay.dst_rank, staged, relay.src_slot)
+        incoming = zip(plan.recvs, posted.recv_groups, posted.recv_src_slots, strict=True)
+        for recv, group, slot in sorted(incoming, key=lambda entry: entry[0].logical_expert):
             recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot), slot)
         groups = (MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
         return Exchange(planned.row, tuple(groups))
@@ -415,11 +431,13 @@ class LayerStages:
             generation=self._generation,
             rank=self.rank,
             layer=planned.row,
+            step=self.step(),
             slot_sources=[source.value for source in plan.slot_sources],
-            local_copies=[asdict(copy) for copy in plan.local_copies],
-            recvs=[asdict(recv) for recv in plan.recvs],
-            sends=[asdict(send) for send in plan.sends],
-            fan_outs=[asdict(fan_out) for fan_out in plan.fan_outs],
+            local_copies=[copy._asdict() for copy in plan.local_copies],
+            recvs=[recv._asdict() for recv in plan.recvs],
+            sends=[send._asdict() for send in plan.sends],
+            fan_outs=[fan_out._asdict() for fan_out in plan.fan_outs],
+            relays=[relay._asdict() for relay in plan.relays],
         )
 
 

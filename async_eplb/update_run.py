@@ -227,7 +227,7 @@ class UpdateRun:
                 alone=True,
             )
         if self._driver.begun and self.error is None:
-            self.stages.log_start(self._pool, self.rows)
+            self.stages.log_start(self._pool, self.rows, self.mode)
 
     async def _watch(self) -> None:
         """Fail when a stage makes no progress, and say what all of them do."""
@@ -471,6 +471,7 @@ class UpdateRun:
             return UpdateFailed(
                 generation=self.generation,
                 rank=self.stages.rank,
+                step=self.stages.step(),
                 duration_ms=self.duration_ms,
                 error=type(self.error).__name__,
                 error_message=str(self.error),
@@ -480,6 +481,7 @@ class UpdateRun:
         return UpdateFinished(
             generation=self.generation,
             rank=self.stages.rank,
+            step=self.stages.step(),
             num_layers=len(self.rows),
             duration_ms=self.duration_ms,
             overlap=tally.overlap(self.duration_ms),

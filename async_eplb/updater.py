@@ -18,7 +18,14 @@ from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
 from async_eplb.accounting import Stopwatch, UpdaterStatistics, UpdateSummary
-from async_eplb.admission import changed_rows, require_groups, require_ranks, require_slots, update_digest
+from async_eplb.admission import (
+    changed_rows,
+    require_groups,
+    require_ranks,
+    require_relays,
+    require_slots,
+    update_digest,
+)
 from async_eplb.agreement import Agreement, Decision, Mode
 from async_eplb.audit import AuditReport, compare, slot_checksums
 from async_eplb.commit import committer_for
@@ -94,7 +101,8 @@ class ExpertUpdater:
         self._placement = placement
         self._device = device or device_for(weights.device)
         self._workers = workers or ThreadWorkers()
-        self._logger = logger or default_logger()
+        self.run_id = transport.run_id
+        self._logger = (logger or default_logger()).bind(run_id=self.run_id)
         self._on_layer = on_commit or (lambda _layer: None)
         self._verifier = Verifier(Verify(self.options.verify), weights, rank)
         require_groups(self._verifier.weights, self.options)
@@ -461,6 +469,7 @@ class ExpertUpdater:
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         weights = self._verifier.weights
         require_on(new_placement, self.topology, self._dead)
+        require_relays(self.options, self._transport)
         rows = changed_rows(
             self._placement,
             new_placement,
@@ -484,6 +493,7 @@ class ExpertUpdater:
             logger=self._logger,
             options=self.options,
             after=after or self._device.record(),
+            step=lambda: self._driver.step,
         )
 
         def count(committed: LayerCommitted) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run and write down what they measured."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_without_a_name_the_launcher_lists_what_can_be_measured() -> None:
     output = subprocess.run(
         [sys.executable, ROOT / "scripts" / "benchmarks"], check=True, capture_output=True, text=True
     ).stdout
-    assert "pipeline  How much the stages overlap" in output
+    assert "pipeline How much the stages overlap" in " ".join(output.split())
 
 
 def test_the_policy_benchmark_writes_its_figures(tmp_path: Path) -> None:
@@ -83,3 +84,46 @@ def test_the_serving_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert figures["ours_p99_over_scratch_p99"] == figures["ours_p99_ms"] / figures["scratch_p99_ms"]
     assert figures["blocking_stall_over_ours_stall"] == figures["blocking_stall_ms"] / figures["ours_stall_ms"]
     assert figures["ours_updates_within_passes"] == 2
+
+
+def test_the_events_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """What each listener makes of each event, and the worst of them."""
+    file = tmp_path / "figures.json"
+    small = ["--number", "50", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "events", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for listener in ("nobody", "nobody_by_default", "metrics", "json"):
+        costs = [value for name, value in figures.items() if re.fullmatch(f"{listener}_(?!by_|worst).*_us", name)]
+        assert len(costs) == 6
+        assert figures[f"{listener}_worst_us"] == max(costs) > 0
+    assert figures["json_num_dropped"] == 0
+
+
+def test_the_report_benchmark_reads_what_it_made(tmp_path: Path) -> None:
+    """All events, and all bytes of the made log."""
+    file = tmp_path / "figures.json"
+    small = ["--ranks", "16", "--layers", "3", "--updates", "2", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "report", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    assert figures["num_events"] == 16 * 2 * (3 * 3 + 2)
+    assert figures["num_updates"] == 2
+    assert figures["bytes_add_up"] is True
+
+
+def test_the_planner_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Times of both methods, whose plans it has found equal, and what relabelling and relays save."""
+    file = tmp_path / "figures.json"
+    small = ["--layers", "2", "--seeds", "1", "--runs", "1", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "planner", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    for shape in ("288_8", "288_32", "320_320", "1024_128"):
+        assert figures[f"{shape}_columns_ms"] > 0
+        assert (
+            figures[f"{shape}_plan_layer_over_plan"] == figures[f"{shape}_plan_layer_ms"] / figures[f"{shape}_plan_ms"]
+        )
+    for shape in ("288_8", "288_32"):
+        assert figures[f"{shape}_relabel_receives"] <= figures[f"{shape}_replan_receives"] <= 1
+        for target in ("replan", "relabel", "incremental"):
+            relayed = figures[f"{shape}_{target}_relayed_crossings"]
+            assert relayed <= figures[f"{shape}_{target}_chunked_crossings"]
+            assert figures[f"288_8_{target}_balanced_busiest"] <= figures[f"288_8_{target}_chunked_busiest"]

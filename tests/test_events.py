@@ -3,7 +3,9 @@
 import json
 import logging
 import re
-from functools import cache
+import time
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -14,10 +16,12 @@ import trio
 import trio.testing
 from helpers import memory_world, together
 from structlog.testing import LogCapture
+from test_json_log import DROPPED
 from test_rebalancer import REBALANCE_FINISHED
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions, events
-from async_eplb.events import EVENTS, Event, emit
+from async_eplb.event_reference import event_reference
+from async_eplb.events import EVENTS, STAMPS, Event, emit, field_names
 from async_eplb.load import ExpertLoad
 from async_eplb.policy import Hierarchical, RebalanceTerms, choose
 from async_eplb.testing import ScheduledWorkers
@@ -36,21 +40,35 @@ way, and its own."""
 HOST_TIME = ANY
 """Time of the serving thread, which no virtual clock sets."""
 
-UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
-    {
-        "event": "eplb.update.started",
-        "log_level": "info",
+
+def stamped(name: str, level: str = "info") -> dict[str, Any]:
+    """Return the keys of every event, as rank 0 logs it in its first update and before its first step."""
+    return {
+        "event": name,
+        "log_level": level,
+        "schema_version": 1,
+        "run_id": ANY,
+        "monotonic_s": ANY,
+        "wall_s": ANY,
         "generation": 1,
         "rank": 0,
+        "layer": None,
+        "step": 0,
+    }
+
+
+UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
+    {
+        **stamped("eplb.update.started"),
+        "mode": "exclusive",
+        "num_ranks": 4,
+        "num_nodes": 2,
         "num_layers": 1,
         "num_unchanged_layers": 1,
         "staging_nbytes": 2 * 3 * 5 * 256,
     },
     {
-        "event": "eplb.update.inputs_logged",
-        "log_level": "info",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.update.inputs_logged"),
         "num_ranks": 4,
         "num_nodes": 2,
         "num_ranks_per_node": 2,
@@ -62,10 +80,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
         "new_physical_to_logical_map": [NEW_ROW],
     },
     {
-        "event": "eplb.layer.planned",
-        "log_level": "info",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.layer.planned"),
         "layer": 1,
         "duration_ms": 250.0,
         "num_same_gpu": 1,
@@ -75,10 +90,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
         "num_sends": 4,
     },
     {
-        "event": "eplb.layer.decided",
-        "log_level": "debug",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.layer.decided", "debug"),
         "layer": 1,
         "slot_sources": ["unchanged", "same_gpu", "same_node", "free_rider", "cross_node", "empty"],
         "local_copies": [{"src_slot": 2, "dst_slot": 1}],
@@ -93,33 +105,29 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
             {"logical_expert": 5, "dst_rank": 3, "src_slot": 5},
         ],
         "fan_outs": [{"staged_slot": 2, "dst_slot": 3}],
+        "relays": [],
     },
     {
-        "event": "eplb.layer.transferred",
-        "log_level": "info",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.layer.transferred"),
         "layer": 1,
         "duration_ms": 500.0,
         "copied_nbytes": 204,
         "sent_nbytes": 816,
-        "sent_nbytes_by_rank": [0, 204, 204, 408],
+        "sent_to_ranks": [1, 2, 3],
+        "sent_nbytes_by_rank": [204, 204, 408],
         "sent_nbytes_by_node": [204, 612],
         "sent_nbytes_within_node": 204,
         "sent_nbytes_across_nodes": 612,
         "received_nbytes": 408,
-        "received_nbytes_by_rank": [0, 204, 204, 0],
+        "received_from_ranks": [1, 2],
+        "received_nbytes_by_rank": [204, 204],
         "received_nbytes_by_node": [204, 204],
         "received_nbytes_within_node": 204,
         "received_nbytes_across_nodes": 204,
     },
     {
-        "event": "eplb.layer.committed",
-        "log_level": "info",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.layer.committed"),
         "layer": 1,
-        "step": 0,
         "duration_ms": 250.0,
         "copy_ms": HOST_TIME,
         "wait_ms": 250.0,
@@ -127,10 +135,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
         "nbytes": 816,
     },
     {
-        "event": "eplb.update.finished",
-        "log_level": "info",
-        "generation": 1,
-        "rank": 0,
+        **stamped("eplb.update.finished"),
         "duration_ms": 1375.0,
         "plan_ms": 250.0,
         "transfer_ms": 500.0,
@@ -146,10 +151,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
 ]
 
 END_OF_A_CANCELLED_UPDATE: dict[str, Any] = {
-    "event": "eplb.update.failed",
-    "log_level": "warning",
-    "generation": 1,
-    "rank": 0,
+    **stamped("eplb.update.failed", "warning"),
     "duration_ms": 1375.0,
     "error": "UpdateCancelled",
     "error_message": "ranks [1] cancelled the update after 1 of 2 layers",
@@ -160,20 +162,17 @@ UNTIL_A_FENCE_S = 0.8125
 """A round shows the layer staged at 0.75 s; the next one, which carries the fence, takes until 0.875 s."""
 
 WAIT_AT_A_FENCE: dict[str, Any] = {
-    "event": "eplb.fence.waited",
-    "log_level": "warning",
-    "generation": 1,
-    "rank": 0,
+    **stamped("eplb.fence.waited", "warning"),
     "step": 1,
     "duration_ms": HOST_TIME,
     "lead": 2,
 }
 
 EVALUATED_REBALANCE: dict[str, Any] = {
-    "event": "eplb.rebalance.evaluated",
-    "log_level": "info",
+    **stamped("eplb.rebalance.evaluated"),
     "generation": 3,
     "rank": 1,
+    "step": 7,
     "policy": "Hierarchical(num_groups=2)",
     "pays": True,
     "reason": "pays",
@@ -274,7 +273,10 @@ def log_of_a_decision() -> list[dict[str, Any]]:
     logger = structlog.wrap_logger(
         None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG)
     )
-    emit(logger, decision.event(generation=3, rank=1, policy=Hierarchical(num_groups=2)))
+    emit(
+        logger.bind(run_id="of no updater"),
+        decision.event(generation=3, rank=1, step=7, policy=Hierarchical(num_groups=2)),
+    )
     return [dict(entry) for entry in capture.entries]
 
 
@@ -293,10 +295,36 @@ def test_a_decision_is_logged_completely() -> None:
     assert log_of_a_decision() == [EVALUATED_REBALANCE]
 
 
+def test_every_event_is_stamped_with_its_run_and_both_clocks() -> None:
+    """All ranks log one run id, another one each run; times are of the emission, in order."""
+    before = (time.monotonic(), time.time())
+    old, new = (ExpertPlacement.from_mapping([row]) for row in ([0, 1, 2, 3], [3, 2, 1, 0]))
+    topology = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2)
+    runs = []
+    for _ in range(2):
+        captures = [LogCapture(), LogCapture()]
+
+        async def update(captures: list[LogCapture] = captures) -> None:
+            loggers = [structlog.wrap_logger(None, processors=[capture]) for capture in captures]
+            async with memory_world(old, topology, loggers=loggers) as ranks:
+                await together([partial(rank.updater.update, new) for rank in ranks])
+
+        anyio.run(update)
+        entries = [entry for capture in captures for entry in capture.entries]
+        assert {entry["rank"] for entry in entries} == {0, 1}
+        runs.append({entry["run_id"] for entry in entries})
+        for name, start, end in zip(("monotonic_s", "wall_s"), before, (time.monotonic(), time.time()), strict=True):
+            for capture in captures:
+                times = [start, *(entry[name] for entry in capture.entries), end]
+                assert times == sorted(times)
+    assert [len(run) for run in runs] == [1, 1]
+    assert runs[0] != runs[1]
+
+
 def test_every_event_is_compared_here() -> None:
-    """A new event is listed in EVENTS and gets its dictionary above, or with the rebalancer's tests."""
+    """A new event is listed in EVENTS and gets its dictionary above, or with the tests of what logs it."""
     here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE, EVALUATED_REBALANCE)
-    compared = {entry["event"] for entry in (*here, REBALANCE_FINISHED)}
+    compared = {entry["event"] for entry in (*here, REBALANCE_FINISHED, DROPPED)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))
     assert set(EVENTS) == set(classes) - {Event}
@@ -308,6 +336,18 @@ def test_every_event_renders_as_one_line_of_json() -> None:
         line = structlog.processors.JSONRenderer()(None, entry["log_level"], dict(entry))
         assert line == json.dumps(entry)
         assert len(str(line).splitlines()) == 1
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    """``python -m async_eplb events > EVENTS.md`` makes it anew."""
+    assert (Path(__file__).parent.parent / "EVENTS.md").read_text() == event_reference()
+
+
+def test_every_key_is_documented() -> None:
+    """Those that an event has in the log, and no others."""
+    for entry in (*log_of_an_update(), *log_of_a_decision()):
+        (event,) = (event for event in EVENTS if event.name == entry["event"])
+        assert set(entry) - {"log_level"} == {*field_names(event), *STAMPS}
 
 
 @pytest.mark.parametrize("event", EVENTS)

@@ -1,22 +1,11 @@
 """Plans of all ranks match and produce the new placement."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from async_eplb.errors import InvalidPlacement, UnheldExpert
-from async_eplb.plan import (
-    FanOut,
-    LocalCopy,
-    Recv,
-    Send,
-    SlotSource,
-    layer_transfers,
-    matching_groups,
-    plan_layer,
-    staged_slot_counts,
-)
+from async_eplb.plan import FanOut, LocalCopy, Recv, Send, SlotSource, layer_transfers, plan_layer
 from async_eplb.topology import EPTopology
 
 
@@ -65,26 +54,6 @@ def test_a_node_that_holds_an_expert_serves_itself(case: tuple[list[int], list[i
         node = topology.node_of(transfer.dst_rank)
         on_node = [e for p, e in enumerate(old) if topology.node_of(topology.rank_of(p)) == node]
         assert transfer.same_node == (transfer.logical_expert in on_node)
-
-
-@given(updates(), st.integers(1, 5))
-def test_groups_match_and_are_bounded(case: tuple[list[int], list[int], EPTopology], limit: int) -> None:
-    """Groups ascend, and no rank takes part in more transfers of one group than allowed."""
-    transfers = layer_transfers(*case)
-    groups = matching_groups(transfers, limit)
-    assert list(groups) == sorted(groups)
-    for group in set(groups):
-        ends = [r for t, g in zip(transfers, groups, strict=True) if g == group for r in (t.src_rank, t.dst_rank)]
-        assert max(ends.count(rank) for rank in ends) <= limit
-
-
-@given(updates())
-def test_staging_counts_are_what_plans_stage(case: tuple[list[int], list[int], EPTopology]) -> None:
-    """The count that sizes staging equals the staged slots of the plan."""
-    old, new, topology = case
-    for rank in range(topology.num_ranks):
-        counts = staged_slot_counts(np.array([old]), np.array([new]), topology, rank)
-        assert counts.tolist() == [len(plan_layer(old, new, topology, rank).staged_slots)]
 
 
 def test_every_source_once() -> None:

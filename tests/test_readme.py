@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from async_eplb import UpdateOptions
+from async_eplb import Planner, UpdateOptions
 from async_eplb.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +37,12 @@ def _without_times(output: str) -> list[list[str]]:
 
 
 def test_the_table_of_options_is_complete() -> None:
-    """Each option and its default; what is None or False there is named in words."""
-    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, flags=re.MULTILINE)
+    """Each option and its default; what is None, False or a planner there is named in words."""
+    section = re.split(r"^## ", README, flags=re.MULTILINE)[1:]
+    (options,) = (each for each in section if each.startswith("Options of an update"))
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", options, flags=re.MULTILINE)
     table = {name: default for names, default in rows for name in re.findall(r"`(.*?)`", names)}
-    words = {"None": "what fits", "False": "off"}
+    words = {"None": "what fits", "False": "off", str(Planner()): "as engines plan"}
     defaults = {field.name: str(field.default).removesuffix(".0") for field in fields(UpdateOptions)}
     shown = {name: words.get(default, default) for name, default in defaults.items()}
     assert {name: default.strip('`"') for name, default in table.items()} == shown

@@ -40,8 +40,14 @@ pytestmark = pytest.mark.anyio
 REBALANCE_FINISHED: dict[str, Any] = {
     "event": "eplb.rebalance.finished",
     "log_level": "info",
+    "schema_version": 1,
+    "run_id": ANY,
+    "monotonic_s": ANY,
+    "wall_s": ANY,
     "generation": 1,
     "rank": 0,
+    "layer": None,
+    "step": ANY,
     "number": 1,
     "duration_ms": ANY,
     "moved": True,
@@ -129,8 +135,9 @@ async def test_a_rebalance_is_logged_completely() -> None:
         await anyio.sleep(0.01)
         outcome = await world[0].rebalancer.rebalance_now()
         evaluated, finished = world[0].log.entries
-        expected = outcome.decision.event(generation=0, rank=0, policy=Global())
-        assert evaluated == {"event": expected.name, "log_level": "info", **asdict(expected)}
+        expected = outcome.decision.event(generation=0, rank=0, step=evaluated["step"], policy=Global())
+        stamps = {"schema_version": 1, "run_id": ANY, "monotonic_s": ANY, "wall_s": ANY}
+        assert evaluated == {"event": expected.name, "log_level": "info", **stamps, **asdict(expected)}
         assert finished == REBALANCE_FINISHED
         assert evaluated["mean_balancedness_after"] == finished["balancedness_after"] > 0.8
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from async_eplb import (
+    EventLogger,
     ExpertMap,
     ExpertPlacement,
     ExpertUpdater,
@@ -164,7 +165,7 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
         rank=world.rank,
         transport=TorchDistTransport(group),
         options=UpdateOptions(verify="checksum"),
-        logger=history.logger(),
+        logger=EventLogger(observers=[history]),
     )
 
     async def move() -> None:

@@ -10,6 +10,7 @@ import anyio
 import numpy as np
 import pytest
 import torch.distributed as dist
+from updates import PLANNERS
 
 from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
 from async_eplb.errors import WorldError
@@ -22,15 +23,17 @@ MODEL = SampleModel(hidden=32, intermediate=16)
 def update_many_times(world: WorldRank, num_nodes: int, num_updates: int) -> int:
     """Update to random placements over state that carries on; compare every byte each time."""
     topology = EPTopology(world.num_ranks, num_nodes, 3)
-    return anyio.run(_update_many_times, TorchDistTransport(), topology, world.rank, num_updates)
+    options = UpdateOptions(verify="checksum")
+    return anyio.run(_update_many_times, TorchDistTransport(), topology, world.rank, num_updates, options)
 
 
-async def _update_many_times(transport: TorchDistTransport, topology: EPTopology, rank: int, num_updates: int) -> int:
+async def _update_many_times(
+    transport: TorchDistTransport, topology: EPTopology, rank: int, num_updates: int, options: UpdateOptions
+) -> int:
     rng = np.random.default_rng(topology.num_ranks)
     physical = topology.num_physical_experts
     placement = random_placement(rng, 3, physical, physical // 2 + 1)
     tensors = MODEL.weights(placement, topology, rank)
-    options = UpdateOptions(verify="checksum")
     async with ExpertUpdater(
         ExpertWeights(tensors), placement, topology, rank=rank, transport=transport, options=options
     ) as updater:
@@ -48,12 +51,27 @@ def test_many_updates_between_processes(num_ranks: int, num_nodes: int, num_upda
     assert run_world(update_many_times, num_ranks, num_nodes, num_updates) == [num_updates] * num_ranks
 
 
+def update_with_every_planner(world: WorldRank, num_nodes: int) -> int:
+    """Update a few times with each planner; compare every byte each time."""
+    topology = EPTopology(world.num_ranks, num_nodes, 3)
+    for planner in PLANNERS:
+        options = UpdateOptions(verify="checksum", planner=planner, operations_per_group=20)
+        anyio.run(_update_many_times, TorchDistTransport(), topology, world.rank, 5, options)
+    return len(PLANNERS)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_nodes"), [(4, 2), (8, 2)])
+def test_every_planner_gives_the_same_weights_between_processes(num_ranks: int, num_nodes: int) -> None:
+    """Every byte of every slot is right after each of several updates, in small groups."""
+    assert run_world(update_with_every_planner, num_ranks, num_nodes) == [len(PLANNERS)] * num_ranks
+
+
 def update_in_a_subgroup(world: WorldRank) -> None:
     """Ranks 1 and 3 of the world are an EP group of two."""
     group = dist.new_group([1, 3])
     if world.rank in (1, 3):
         transport = TorchDistTransport(group)
-        anyio.run(_update_many_times, transport, EPTopology(2, 1, 4), world.rank // 2, 5)
+        anyio.run(_update_many_times, transport, EPTopology(2, 1, 4), world.rank // 2, 5, UpdateOptions())
 
 
 def test_an_ep_group_that_is_not_the_world() -> None:

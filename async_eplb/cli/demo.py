@@ -1,28 +1,30 @@
 """The demo: real processes move a model's expert weights, then check every byte."""
 
 import argparse
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
-import structlog
 import torch
-from structlog.typing import EventDict, Processor, WrappedLogger
 
-from async_eplb.cli.render import in_bytes, print_table, progress
+from async_eplb.cli.numbers import natural, positive
+from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
+from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
+from async_eplb.json_log import JsonLog
 from async_eplb.launch import World, WorldRank
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
+from async_eplb.report.text import in_bytes
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.torch_dist import Backend, TorchDistTransport
@@ -93,18 +95,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ranks", type=_positive, metavar="N", help="processes, one for each GPU of the EP group (default: 4)"
+        "--ranks", type=positive, metavar="N", help="processes, one for each GPU of the EP group (default: 4)"
     )
     parser.add_argument(
         "--nodes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="pretend nodes that the ranks are on (default: 2; 1 if ranks are odd)",
     )
-    parser.add_argument("--layers", type=_positive, metavar="N", help="MoE layers (default: 8)")
-    parser.add_argument("--experts", type=_positive, metavar="N", help="logical experts of each layer (default: 16)")
+    parser.add_argument("--layers", type=positive, metavar="N", help="MoE layers (default: 8)")
+    parser.add_argument("--experts", type=positive, metavar="N", help="logical experts of each layer (default: 16)")
     parser.add_argument(
-        "--replicas", type=_positive, metavar="N", help="physical experts of each layer (default: 1.5 for each expert)"
+        "--replicas", type=positive, metavar="N", help="physical experts of each layer (default: 1.5 for each expert)"
     )
     parser.add_argument(
         "--placement",
@@ -112,7 +114,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="placement to move to: .json or .pt with physical_to_logical_map [layers, physical experts], as serving "
         "engines write it; layers, experts and replicas are the file's",
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights and placement (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of weights and placement (default: 0)")
     parser.add_argument(
         "--backend",
         choices=("auto", "gloo", "nccl"),
@@ -174,28 +176,14 @@ async def _move(rank: int, job: Job, weights: ExpertWeights, logger: Logger) -> 
 
 def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
     """Return a logger that tells the parent of each stage, and writes events as JSON lines if asked to."""
+    path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
+    log = stack.enter_context(JsonLog(path, level="debug"))
 
-    def tell_parent(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    def tell_parent(event: Mapping[str, Any]) -> None:
         if event["event"] in _STAGES:
             world.send(_STAGES[event["event"]])
-        if log_dir is None:
-            raise structlog.DropEvent
-        return event
 
-    path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
-    file = stack.enter_context(Path(path).open("w"))  # noqa: SIM115 - the stack closes it
-    processors: list[Processor] = [
-        tell_parent,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.JSONRenderer(),
-    ]
-    logger: Logger = structlog.wrap_logger(
-        structlog.WriteLogger(file),
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-    )
-    return logger
+    return EventLogger(log.logger(), observers=[tell_parent])
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -284,21 +272,3 @@ def _rows(job: Job, results: list[RankResult]) -> Iterable[tuple[str, str]]:
     yield "overlap", f"{max(s.overlap for s in summaries):.2f} (stage time over duration)"
     wrong = sum(len(result.wrong_slots) for result in results)
     yield "verdict", "right" if wrong == 0 else f"{wrong} of {job.new.physical_to_logical_map.size} slots wrong"
-
-
-def _positive(text: str) -> int:
-    return _whole(text, at_least=1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, at_least=0)
-
-
-def _whole(text: str, *, at_least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = at_least - 1
-    if value < at_least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
-    return value

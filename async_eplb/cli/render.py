@@ -57,10 +57,17 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-def in_bytes(nbytes: float) -> str:
-    """Return a number of bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:  # noqa: PLR2004
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
+def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with a header on standard output; the first column is text, the others are numbers."""
+    if not HAS_RICH:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        print(title)
+        for row in (header, *rows):
+            print(*(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)), sep="  ")
+        return
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

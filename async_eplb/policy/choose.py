@@ -91,7 +91,7 @@ class RebalanceDecision:
         """Whether to rebalance."""
         return self.reason is Reason.PAYS
 
-    def event(self, *, generation: int, rank: int, policy: object) -> RebalanceEvaluated:
+    def event(self, *, generation: int, rank: int, step: int, policy: object) -> RebalanceEvaluated:
         """Return the decision as it is logged.
 
         :param policy: that made the candidate; its ``repr`` names it
@@ -99,6 +99,7 @@ class RebalanceDecision:
         return RebalanceEvaluated(
             generation=generation,
             rank=rank,
+            step=step,
             policy=repr(policy),
             pays=self.pays,
             reason=self.reason.value,

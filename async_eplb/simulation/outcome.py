@@ -35,14 +35,19 @@ class _TraceLogger:
         self._rank = rank
         self._trace = trace
 
+    def bind(self, **values: Any) -> "_TraceLogger":  # noqa: ANN401, ARG002 - a run has another name each time
+        return self
+
     def _log(self, name: str, **values: Any) -> None:  # noqa: ANN401 - values of events
-        known = {key: value for key, value in values.items() if not key.endswith("_ms") and key != "overlap"}
+        known = {key: value for key, value in values.items() if not key.endswith(("_ms", "_s")) and key not in _VARYING}
         self._trace.update(repr((self._rank, name, known)).encode())
 
     debug = info = warning = error = _log
 
 
 _MAX_EVENTS = 50_000
+_VARYING = frozenset({"overlap", "run_id"})
+"""Of what is logged, that which differs from run to run, besides times."""
 
 
 def simulate(scenario: Scenario) -> Outcome:

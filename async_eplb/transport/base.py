@@ -44,7 +44,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MessageGroup:
-    """Messages that are posted together, in this order; the same group number matches on every rank."""
+    """Messages that are posted together, in this order; the same group number matches on every rank.
+
+    What a group receives is in place before the sends of the next one are read.
+    """
 
     sends: tuple[Message, ...]
     recvs: tuple[Message, ...]
@@ -135,6 +138,11 @@ class Transport(Protocol):
     @property
     def num_ranks(self) -> int:
         """Processes of the EP group."""
+        ...
+
+    @property
+    def run_id(self) -> str:
+        """Names the life of this transport in logs; equal on all ranks, and in no other run."""
         ...
 
     async def open(

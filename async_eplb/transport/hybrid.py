@@ -52,6 +52,11 @@ class HybridTransport:
         return self._near.num_ranks
 
     @property
+    def run_id(self) -> str:
+        """Name of this run in logs."""
+        return self._near.run_id
+
+    @property
     def launch_rule(self) -> LaunchRule:
         """What both parts ask for together."""
         return LaunchRule.GRANTED_IN_ORDER if self.needs_ordered_launch else LaunchRule.GRANTED

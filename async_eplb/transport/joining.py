@@ -1,5 +1,6 @@
 """How a transport finds itself in its group, and keys of its own in the group's store."""
 
+import uuid
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -15,11 +16,13 @@ class Membership(NamedTuple):
     """One transport's place in a group.
 
     :param store: nobody else uses its keys
+    :param run_id: names the run in logs, equal on all ranks
     """
 
     rank: int
     num_ranks: int
     store: Store
+    run_id: str
 
 
 def join(group: ProcessGroup | None) -> Membership:
@@ -33,14 +36,16 @@ def join(group: ProcessGroup | None) -> Membership:
         raise BrokenTransport("this process is not a member of the group", rank=-1)
     rank, store = dist.get_rank(group), group.get_group_store()
     number = store.add(f"async_eplb/transports/{rank}", 1)
-    return Membership(rank, dist.get_world_size(group), PrefixStore(f"async_eplb/transport/{number}", store))
+    own = PrefixStore(f"async_eplb/transport/{number}", store)
+    run_id = own.compare_set("run_id", "", uuid.uuid4().hex).decode()
+    return Membership(rank, dist.get_world_size(group), own, run_id)
 
 
 class Member:
     """What transports of a torch.distributed group share: their place in it, a control group, and being opened once."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
-        self._rank, self._num_ranks, self._store = join(group)
+        self._rank, self._num_ranks, self._store, self._run_id = join(group)
         self._state = "new"
         self._control: GlooControlGroup | None = None
 
@@ -53,6 +58,11 @@ class Member:
     def num_ranks(self) -> int:
         """Processes of the group."""
         return self._num_ranks
+
+    @property
+    def run_id(self) -> str:
+        """Name of this run in logs: the first rank to join has drawn it."""
+        return self._run_id
 
     def _become_open(self) -> None:
         """Become open.

@@ -1,6 +1,7 @@
 """A transport inside one event loop, for tests and simulation: real bytes, scheduled delays and faults."""
 
 import random
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange, Voter
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Voter
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -92,6 +93,7 @@ class _World:
         self.num_ranks = num_ranks
         self.schedule = schedule
         self.random = random.Random(schedule.seed)  # noqa: S311 - repeatable delays, not secrets
+        self.run_id = uuid.uuid4().hex
         self.weights: dict[int, ExpertWeights] = {}
         self.mail: dict[_MessageKey, _Mail] = {}
         self.rounds: dict[int, dict[int, list[int]]] = {}
@@ -175,6 +177,11 @@ class MemoryTransport:
         return self._world.num_ranks
 
     @property
+    def run_id(self) -> str:
+        """Name of the world in logs."""
+        return self._world.run_id
+
+    @property
     def needs_ordered_launch(self) -> bool:
         """Whether the schedule says so."""
         return self.launch_rule.needs_order
@@ -219,13 +226,10 @@ class _MemoryExchange:
         self._world = world
         self._rank = rank
         self._row = exchange.row
-        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        self._groups = exchange.groups
         self._sends = [message for group in exchange.groups for message in group.sends]
-        self._peers = frozenset(message.peer for message in (*self._recvs, *self._sends)) | {rank}
-        for message in self._sends:
-            mail = world.mail_for(self._send_key(message))
-            mail.data = message.data
-            mail.posted.set()
+        recvs = [message for group in exchange.groups for message in group.recvs]
+        self._peers = frozenset(message.peer for message in (*recvs, *self._sends)) | {rank}
 
     def _send_key(self, message: Message) -> _MessageKey:
         return (self._rank, message.peer, self._row, message.tag)
@@ -233,14 +237,22 @@ class _MemoryExchange:
     def _recv_key(self, message: Message) -> _MessageKey:
         return (message.peer, self._rank, self._row, message.tag)
 
+    def _post(self, group: MessageGroup) -> None:
+        for message in group.sends:
+            mail = self._world.mail_for(self._send_key(message))
+            mail.data = message.data
+            mail.posted.set()
+
     async def wait(self, timeout_s: float) -> None:
         try:
             with self._world.interruptible(self._peers), fail_after(timeout_s):
                 await anyio.sleep(self._world.schedule.exchange_s)
-                for message in self._in_order_of_arrival():
-                    await self._receive(message)
-                for message in self._sends:
-                    await self._world.mail_for(self._send_key(message)).delivered.wait()
+                for group in self._groups:
+                    self._post(group)
+                    for message in self._in_order_of_arrival(group.recvs):
+                        await self._receive(message)
+                    for message in group.sends:
+                        await self._world.mail_for(self._send_key(message)).delivered.wait()
         except TimeoutError as error:
             self._world.leave(self._rank)
             raise TransferTimeout(
@@ -252,9 +264,9 @@ class _MemoryExchange:
         for message in self._sends:
             del self._world.mail[self._send_key(message)]
 
-    def _in_order_of_arrival(self) -> list[Message]:
+    def _in_order_of_arrival(self, messages: Sequence[Message]) -> Sequence[Message]:
         world = self._world
-        return world.random.sample(self._recvs, len(self._recvs)) if world.schedule.reorder else self._recvs
+        return world.random.sample(messages, len(messages)) if world.schedule.reorder else messages
 
     async def _receive(self, message: Message) -> None:
         mail = self._world.mail_for(self._recv_key(message))
@@ -283,8 +295,8 @@ class _OneSidedExchange(_MemoryExchange):
     """Reads what peers have in their slots whenever a message is due, whether they have launched, or have gone."""
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
-        super().__init__(world, rank, Exchange(exchange.row, ()))
-        self._recvs = [message for group in exchange.groups for message in group.recvs]
+        pulls = tuple(MessageGroup((), group.recvs) for group in exchange.groups)
+        super().__init__(world, rank, Exchange(exchange.row, pulls))
         self._peers = frozenset({rank})
 
     async def _receive(self, message: Message) -> None:

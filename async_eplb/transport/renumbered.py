@@ -47,6 +47,11 @@ class RenumberedTransport:
         """Ranks of the EP group, with those that are gone."""
         return self._num_ranks
 
+    @property
+    def run_id(self) -> str:
+        """The transport's."""
+        return self._transport.run_id
+
     async def open(
         self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
     ) -> ControlGroup:

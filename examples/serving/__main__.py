@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import anyio
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-nbytes-per-step", type=int, metavar="BYTES", help="that a rank moves for each pass (default: no limit)"
     )
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's events there, as JSON lines")
     options = parser.parse_args(arguments)
+    if options.log_dir is not None:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
     anyio.run(_serve, options)
     return 0
 
@@ -44,7 +48,10 @@ async def _run(options: argparse.Namespace) -> None:
     rebalancing = None
     if options.policy != "off":
         rebalancing = RebalancingConfig(
-            policy=options.policy, every_steps=options.every, max_nbytes_per_step=options.max_nbytes_per_step
+            policy=options.policy,
+            every_steps=options.every,
+            max_nbytes_per_step=options.max_nbytes_per_step,
+            log_dir=options.log_dir,
         )
     async with running_server(options.ranks, ServingConfig(), port=options.port, rebalancing=rebalancing) as listening:
         print(f"{options.ranks} ranks serve on http://127.0.0.1:{listening.port}; interrupt to end", flush=True)

@@ -1,20 +1,21 @@
 """What moves the experts of one rank while passes go on: an updater, and a rebalancer that tells it where to."""
 
 import math
+import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
-import structlog
 import torch.distributed as dist
-from structlog.typing import EventDict, FilteringBoundLogger
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
+from async_eplb import EPTopology, EventLogger, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
 from async_eplb.device import device_for
+from async_eplb.json_log import JsonLog
 from async_eplb.load import LoadWindow
 from async_eplb.load_group import GlooLoadGroup
 from async_eplb.policy import Global, Hierarchical, Incremental, PlacementPolicy, RebalanceTerms
@@ -45,19 +46,14 @@ class UpdateRecord:
 
 
 class UpdateHistory:
-    """Remembers a rank's updates by their events: a structlog processor, the last of its chain."""
+    """Remembers a rank's updates by their events, as an observer."""
 
     def __init__(self) -> None:
         self.updates: list[UpdateRecord] = []
         """Those that have ended, in order."""
         self._running: UpdateRecord | None = None
 
-    def logger(self) -> FilteringBoundLogger:
-        """Return a logger whose events are remembered, and not printed."""
-        logger: FilteringBoundLogger = structlog.wrap_logger(None, processors=[self])
-        return logger
-
-    def __call__(self, _logger: object, _method: str, event: EventDict) -> EventDict:
+    def __call__(self, event: Mapping[str, Any]) -> None:
         """Take in an event."""
         name = event["event"]
         if name == "eplb.update.started":
@@ -69,7 +65,6 @@ class UpdateHistory:
             self._running.finished = name == "eplb.update.finished"
             self.updates.append(self._running)
             self._running = None
-        raise structlog.DropEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +110,15 @@ async def background(
     :param group: the model's group, of CPUs
     """
     history = UpdateHistory()
-    logger = history.logger()
+    rank = dist.get_rank(group)
+    path = os.devnull if config.log_dir is None else config.log_dir / f"rank-{rank}.jsonl"
     weights = ExpertWeights(experts, names=("w13", "w13_scale", "w2", "w2_scale"))
     transport = TorchDistTransport(group)
-    rank = dist.get_rank(group)
-    async with ExpertUpdater(weights, placement, topology, rank=rank, transport=transport, logger=logger) as updater:
+    async with AsyncExitStack() as stack:
+        logger = EventLogger(stack.enter_context(JsonLog(path)).logger(), observers=[history])
+        updater = await stack.enter_async_context(
+            ExpertUpdater(weights, placement, topology, rank=rank, transport=transport, logger=logger)
+        )
         load_group = await GlooLoadGroup.open(device_for(weights.device), ThreadWorkers(), group)
         rebalancer = Rebalancer(
             updater,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from async_eplb import EPTopology, ExpertPlacement
@@ -73,11 +74,13 @@ class RebalancingConfig:
     :param policy: where experts should go
     :param every_steps: passes after which a rebalance begins unasked; None: only when asked to
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each pass at most; None: no limit
+    :param log_dir: where each rank writes its events, as JSON lines; None: nowhere
     """
 
     policy: PolicyName = "incremental"
     every_steps: int | None = None
     max_nbytes_per_step: int | None = None
+    log_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

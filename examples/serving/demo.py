@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import anyio
@@ -70,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--policy", choices=get_args(PolicyName), default="incremental", help="where experts go (default: incremental)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's events there, as JSON lines")
     options = parser.parse_args(arguments)
+    if options.log_dir is not None:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
     reference, run = anyio.run(_both, options)
     wrong = [number for number, answer in reference.answers.items() if run.answers.get(number) != answer]
     print_table(_title(options), list(_rows(reference, run)))
@@ -98,7 +102,7 @@ async def _both(options: argparse.Namespace) -> tuple[DemoRun, DemoRun]:
             seed=options.seed,
         )
     reference = await _run(options, phases, None)
-    return reference, await _run(options, phases, RebalancingConfig(policy=options.policy))
+    return reference, await _run(options, phases, RebalancingConfig(policy=options.policy, log_dir=options.log_dir))
 
 
 async def _run(

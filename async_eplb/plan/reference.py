@@ -1,4 +1,4 @@
-"""Old and new placement of a layer → what one rank sends, receives and copies. Pure.
+"""The readable plan: one layer, one rank, slot by slot. :mod:`.update` gives the same for all layers at once.
 
 Every rank computes its own plan from the same two maps; plans match across ranks without a message. The choice
 of sources reproduces the expert location updater of SGLang (``expert_location_updater.py``).
@@ -6,7 +6,6 @@ of sources reproduces the expert location updater of SGLang (``expert_location_u
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise
 
 import numpy as np
@@ -14,55 +13,11 @@ import numpy.typing as npt
 
 from async_eplb.errors import InvalidPlacement, UnheldExpert
 from async_eplb.placement import EMPTY_SLOT
+from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.topology import EPTopology
 
 PhysicalToLogical = Sequence[int] | npt.NDArray[np.integer]
 """One layer's row of ``physical_to_logical_map``: ``[physical]``."""
-
-
-class SlotSource(Enum):
-    """Where the new content of a slot comes from; the first that fits, in this order."""
-
-    EMPTY = "empty"
-    UNCHANGED = "unchanged"
-    SAME_GPU = "same_gpu"
-    FREE_RIDER = "free_rider"
-    SAME_NODE = "same_node"
-    CROSS_NODE = "cross_node"
-
-
-@dataclass(frozen=True, slots=True)
-class LocalCopy:
-    """Copy live slot ``src_slot`` into the staging of ``dst_slot``, on one rank."""
-
-    src_slot: int
-    dst_slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recv:
-    """Receive an expert from ``src_rank`` into the staging of ``dst_slot``."""
-
-    logical_expert: int
-    src_rank: int
-    dst_slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send the live slot ``src_slot`` to ``dst_rank``."""
-
-    logical_expert: int
-    dst_rank: int
-    src_slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class FanOut:
-    """Commit the staging of ``staged_slot`` to ``dst_slot`` too."""
-
-    staged_slot: int
-    dst_slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +30,6 @@ class Transfer:
     same_node: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """What one rank does for one layer; the orders are part of the contract.
-
-    :param slot_sources: one for each local slot
-    :param local_copies: SAME_GPU slots, in slot order
-    :param recvs: SAME_NODE and CROSS_NODE slots, in slot order
-    :param sends: ascending expert, then same-node destinations, then cross-node ones, each in rank order
-    :param fan_outs: FREE_RIDER slots, in slot order
-    """
-
-    slot_sources: tuple[SlotSource, ...]
-    local_copies: tuple[LocalCopy, ...]
-    recvs: tuple[Recv, ...]
-    sends: tuple[Send, ...]
-    fan_outs: tuple[FanOut, ...]
-
-    @property
-    def staged_slots(self) -> tuple[int, ...]:
-        """The slots that pass through staging, in ascending order."""
-        received = [recv.dst_slot for recv in self.recvs]
-        return tuple(sorted(received + [copy.dst_slot for copy in self.local_copies]))
-
-
 def plan_layer(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopology, rank: int) -> LayerPlan:
     """Plan one layer for one rank.
 
@@ -107,16 +38,7 @@ def plan_layer(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopol
     :raises InvalidPlacement: if a map does not have one entry for each slot of the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
     """
-    return plan_rank(old, new, topology, rank, layer_transfers(old, new, topology))
-
-
-def plan_rank(
-    old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopology, rank: int, transfers: Sequence[Transfer]
-) -> LayerPlan:
-    """Plan one layer for one rank, of which :func:`layer_transfers` is known already.
-
-    :raises InvalidPlacement: as :func:`plan_layer`
-    """
+    transfers = layer_transfers(old, new, topology)
     slots = topology.slots_of(rank)
     old_local, new_local = _row(old, topology)[slots], _row(new, topology)[slots]
     incoming = {t.logical_expert: t for t in transfers if t.dst_rank == rank}
@@ -184,45 +106,6 @@ def layer_transfers(old: PhysicalToLogical, new: PhysicalToLogical, topology: EP
             same_node=False,
         )
     return tuple(transfers)
-
-
-def matching_groups(transfers: Sequence[Transfer], limit: int) -> tuple[int, ...]:
-    """Number the group that each transfer is posted in, so that no rank takes part in more than ``limit`` of one.
-
-    Both sides of a transfer read its group from the same list, so they always agree.
-
-    :param transfers: as :func:`layer_transfers` orders them
-    :returns: one group number for each transfer, ascending from 0
-    """
-    groups: list[int] = []
-    group = 0
-    load: dict[int, int] = {}
-    for transfer in transfers:
-        ends = (transfer.src_rank, transfer.dst_rank)
-        if any(load.get(rank, 0) >= limit for rank in ends):
-            group += 1
-            load = {}
-        for rank in ends:
-            load[rank] = load.get(rank, 0) + 1
-        groups.append(group)
-    return tuple(groups)
-
-
-def staged_slot_counts(
-    old: npt.NDArray[np.integer], new: npt.NDArray[np.integer], topology: EPTopology, rank: int
-) -> npt.NDArray[np.int64]:
-    """Count, per layer, the slots of ``rank`` that pass through staging, without planning: int64 ``[layers]``.
-
-    :param old: ``[layers, physical]``
-    :param new: ``[layers, physical]``
-    """
-    slots = topology.slots_of(rank)
-    old_local, new_local = old[:, slots], new[:, slots]
-    staged = (new_local != old_local) & (new_local != EMPTY_SLOT)
-    held_here = (new_local[:, :, None] == old_local[:, None, :]).any(axis=2)
-    same_as_earlier = np.tril(new_local[:, :, None] == new_local[:, None, :], k=-1).any(axis=2)
-    free_rider = staged & ~held_here & same_as_earlier
-    return np.asarray((staged & ~free_rider).sum(axis=1), dtype=np.int64)
 
 
 def _row(maps: PhysicalToLogical, topology: EPTopology) -> list[int]:

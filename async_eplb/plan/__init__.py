@@ -1,0 +1,30 @@
+"""Old and new placement → what each rank sends, receives and copies. Pure: equal on all ranks without a message."""
+
+from async_eplb.plan.planner import Planner
+from async_eplb.plan.posting import PostedLayer, PostedUpdate
+from async_eplb.plan.reference import Transfer, layer_transfers, plan_layer
+from async_eplb.plan.relabel import relabel
+from async_eplb.plan.transfers import Needs, Transfers, find_needs
+from async_eplb.plan.update import UpdatePlan, plan_update
+from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
+
+__all__ = [
+    "FanOut",
+    "LayerPlan",
+    "LocalCopy",
+    "Needs",
+    "Planner",
+    "PostedLayer",
+    "PostedUpdate",
+    "Recv",
+    "Send",
+    "SlotSource",
+    "Transfer",
+    "Transfers",
+    "UpdatePlan",
+    "find_needs",
+    "layer_transfers",
+    "plan_layer",
+    "plan_update",
+    "relabel",
+]

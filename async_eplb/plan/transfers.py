@@ -1,0 +1,181 @@
+"""Which rank needs which expert in all layers at once, who holds it, and the columns that say who sends what to whom.
+
+All tables are sorted by one number for each (layer, expert, rank, slot), so that what belongs together is a range, and
+ranges are found by binary search: no loop over layers, experts or slots.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from async_eplb.errors import UnheldExpert
+from async_eplb.placement import EMPTY_SLOT
+from async_eplb.topology import EPTopology
+
+Ints = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfers:
+    """One expert from one rank to another in each entry, of all layers, in the order in which they are posted.
+
+    Columns have shape ``[transfers]``. Within a layer: ascending stage, expert, same-node before cross-node
+    destinations, each in rank order.
+
+    :param layer: index of the layer in the update
+    :param src_slot: where the sender has the expert: live, or in staging where ``relayed``
+    :param dst_slot: lowest slot of the receiver that gets it
+    :param same_node: whether both ranks are on one node
+    :param relayed: whether the sender itself receives the expert, in an earlier stage
+    :param stage: what must not be posted together has different stages, in ascending order
+    """
+
+    layer: Ints
+    logical_expert: Ints
+    src_rank: Ints
+    src_slot: Ints
+    dst_rank: Ints
+    dst_slot: Ints
+    same_node: Bools
+    relayed: Bools
+    stage: Ints
+
+    def take(self, rows: npt.NDArray[np.intp] | Bools) -> "Transfers":
+        """Return a selection or another order of the entries."""
+        return Transfers(*(getattr(self, column)[rows] for column in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Needs:
+    """Every (layer, expert, rank) for which a rank must receive an expert, and the ranks that may send it.
+
+    Columns of needs have shape ``[needs]`` and are in the order in which transfers are posted. The ranks that hold
+    the expert where it may come from, its own node if any rank there does, are the ``count`` entries from ``first``
+    of the columns ``holder_rank`` and ``holder_slot`` (its lowest slot), ``[holders]``.
+    """
+
+    layer: Ints
+    logical_expert: Ints
+    rank: Ints
+    slot: Ints
+    same_node: Bools
+    first: npt.NDArray[np.intp]
+    count: npt.NDArray[np.intp]
+    holder_rank: Ints
+    holder_slot: Ints
+
+    def served_by(self, holder: npt.NDArray[np.intp]) -> Transfers:
+        """Return the transfers if each need is served by this holder, ``[needs]``."""
+        return Transfers(
+            layer=self.layer,
+            logical_expert=self.logical_expert,
+            src_rank=self.holder_rank[holder],
+            src_slot=self.holder_slot[holder],
+            dst_rank=self.rank,
+            dst_slot=self.slot,
+            same_node=self.same_node,
+            relayed=np.zeros(len(holder), dtype=np.bool_),
+            stage=np.zeros(len(holder), dtype=np.int32),
+        )
+
+
+def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
+    """List what all ranks must receive.
+
+    :param old: ``[layers, physical]``, -1 where empty
+    :param new: ``[layers, physical]``
+    :raises UnheldExpert: if ``new`` needs an expert in a layer where nobody holds it under ``old``
+    """
+    num_experts = max(int(old.max(initial=0)), int(new.max(initial=0))) + 1
+    slots = topology.num_local_physical_experts
+    held_key, held_slot = _lowest_slots(old, old != EMPTY_SLOT, num_experts, slots)
+    key, slot = _lowest_slots(new, (new != old) & (new != EMPTY_SLOT), num_experts, slots)
+    own = np.searchsorted(held_key, key)
+    missing = held_key.take(own, mode="clip") != key if len(held_key) else np.ones(len(key), dtype=np.bool_)
+    key, slot = key[missing], slot[missing]
+
+    near, near_held = key // topology.num_ranks_per_node, held_key // topology.num_ranks_per_node
+    first, count = _ranges(near_held, near, own[missing])
+    same_node = count > 0
+    expert = key // topology.num_ranks
+    if not same_node.all():
+        far = ~same_node
+        first[far], count[far] = _ranges(held_key // topology.num_ranks, expert[far], own[missing][far])
+        order = np.argsort(expert * 2 + far, kind="stable")
+        key, slot, expert = key[order], slot[order], expert[order]
+        first, count, same_node = first[order], count[order], same_node[order]
+    layer = expert // num_experts
+    needs = Needs(
+        layer=layer,
+        logical_expert=expert - layer * num_experts,
+        rank=key - expert * topology.num_ranks,
+        slot=slot,
+        same_node=same_node,
+        first=first,
+        count=count,
+        holder_rank=held_key % topology.num_ranks,
+        holder_slot=held_slot,
+    )
+    _require_holders(needs)
+    return needs
+
+
+def _ranges(held: Ints, wanted: Ints, place: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Find the range of equal entries of ``held`` for each wanted one: (first, count), 0 where there is none.
+
+    :param held: ascending
+    :param place: where something that belongs to each wanted entry would be inserted, so that its range is beside it
+    """
+    if not len(held):
+        return np.zeros_like(place), np.zeros_like(place)
+    starts = np.flatnonzero(np.concatenate([[True], held[1:] != held[:-1]]))
+    sizes = np.diff(starts, append=len(held))
+    after = held.take(place, mode="clip") == wanted
+    found = np.where(after, place, place - 1)
+    found_any = held.take(found, mode="clip") == wanted
+    first, count = (np.repeat(column, sizes).take(found, mode="clip") for column in (starts, sizes))
+    return first, np.where(found_any, count, 0)
+
+
+def in_chunks(needs: Needs) -> npt.NDArray[np.intp]:
+    """Choose holders as :func:`plan_layer` does: destinations in rank order, cut into one chunk for each source."""
+    holder = needs.first.copy()
+    several = np.flatnonzero(needs.count > 1)
+    if not len(several):
+        return holder
+    first, count, same_node = needs.first[several], needs.count[several], needs.same_node[several]
+    same_sources = (first[1:] == first[:-1]) & (count[1:] == count[:-1]) & (same_node[1:] == same_node[:-1])
+    starts = np.flatnonzero(np.concatenate([[True], ~same_sources]))
+    sizes = np.diff(starts, append=len(several))
+    index = np.arange(len(several)) - np.repeat(starts, sizes)
+    size, longer = np.divmod(np.repeat(sizes, sizes), count)
+    in_longer = index < longer * (size + 1)
+    holder[several] += np.where(in_longer, index // (size + 1), (index - longer) // np.maximum(size, 1))
+    return holder
+
+
+def _lowest_slots(maps: Ints, chosen: Bools, num_experts: int, slots: int) -> tuple[Ints, Ints]:
+    """Return ascending keys, (layer · experts + expert) · ranks + rank, and the lowest of the chosen slots of each."""
+    num_layers, physical = maps.shape
+    fits = 2 * num_layers * num_experts * physical < np.iinfo(np.int32).max
+    dtype = np.dtype(np.int32 if fits else np.int64)
+    expert: npt.NDArray[Any] = maps.astype(dtype) + np.arange(num_layers, dtype=dtype)[:, None] * num_experts
+    keys: Ints = np.sort((expert * physical + np.arange(physical, dtype=dtype))[chosen])
+    owner = keys // slots
+    lowest = np.ones(len(keys), dtype=np.bool_)
+    np.not_equal(owner[1:], owner[:-1], out=lowest[1:])
+    owner, keys = owner[lowest], keys[lowest]
+    return owner, keys - owner * slots
+
+
+def _require_holders(needs: Needs) -> None:
+    unheld = np.flatnonzero(needs.count == 0)
+    if len(unheld):
+        layer, expert = int(needs.layer[unheld[0]]), int(needs.logical_expert[unheld[0]])
+        raise UnheldExpert(
+            f"layer {layer}: the new placement needs logical expert {expert}, which nobody holds under the old one",
+            logical_expert=expert,
+        )

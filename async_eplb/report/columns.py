@@ -1,0 +1,213 @@
+"""Which keys of which events a report needs, and rows of them gathered into columns."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from async_eplb.events import (
+    FenceWaited,
+    LayerCommitted,
+    LayerPlanned,
+    LayerTransferred,
+    LogDropped,
+    RebalanceEvaluated,
+    RebalanceFinished,
+    UpdateFailed,
+    UpdateFinished,
+    UpdateStarted,
+)
+
+Table = dict[str, NDArray[Any]]
+"""Columns of equal length, by name; rows in no particular order."""
+
+_CHUNK = 1 << 15
+_ANY = (-(1 << 62), 1 << 62)
+_BOUNDS = {
+    "generation": (0, 1 << 38),
+    "step": (0, 1 << 38),
+    "layer": (0, 1 << 20),
+    "rank": (0, 1 << 14),
+    "num_ranks": (1, 1 << 14),
+    "num_nodes": (1, 1 << 14),
+    "num_layers": (0, 1 << 20),
+    "num_unchanged_layers": (0, 1 << 20),
+}
+"""Least value and limit of what sizes arrays: a damaged number must not."""
+
+COMMON = {"run_id": "int", "generation": "int", "rank": "int", "step": "int", "monotonic_s": "float", "wall_s": "float"}
+_LAYER = {**COMMON, "layer": "int", "duration_ms": "float"}
+_BYTES = dict.fromkeys(
+    (
+        "sent_nbytes_within_node",
+        "sent_nbytes_across_nodes",
+        "received_nbytes_within_node",
+        "received_nbytes_across_nodes",
+    ),
+    "int",
+)
+_STAGES = dict.fromkeys(("duration_ms", "plan_ms", "transfer_ms", "wait_ms", "commit_ms", "overlap"), "float")
+
+COLUMNS: dict[str, dict[str, str]] = {
+    UpdateStarted.name: {
+        **COMMON,
+        "mode": "str",
+        **dict.fromkeys(("num_ranks", "num_nodes", "num_layers", "num_unchanged_layers"), "int"),
+    },
+    LayerPlanned.name: _LAYER,
+    LayerTransferred.name: {
+        **_LAYER,
+        "copied_nbytes": "int",
+        **_BYTES,
+        "sent_to_ranks": "ints",
+        "sent_nbytes_by_rank": "ints",
+        "received_from_ranks": "ints",
+        "received_nbytes_by_rank": "ints",
+    },
+    LayerCommitted.name: {**_LAYER, "copy_ms": "float", "wait_ms": "float", "nbytes": "int"},
+    UpdateFinished.name: {**COMMON, **_STAGES, "num_layers": "int", **_BYTES},
+    UpdateFailed.name: {
+        **COMMON,
+        "duration_ms": "float",
+        "error": "str",
+        "error_message": "str",
+        "committed_layers": "ints",
+    },
+    FenceWaited.name: {**COMMON, "duration_ms": "float", "lead": "int"},
+    RebalanceEvaluated.name: {
+        **COMMON,
+        "pays": "bool",
+        "reason": "str",
+        "received_nbytes": "int",
+        "horizon_steps": "int",
+        **dict.fromkeys(
+            ("mean_balancedness_before", "mean_balancedness_after", "transfer_ms", "saved_ms_per_step"), "float"
+        ),
+    },
+    RebalanceFinished.name: {
+        **COMMON,
+        "number": "int",
+        "moved": "bool",
+        **dict.fromkeys(("duration_ms", "balancedness_before", "balancedness_after"), "float"),
+    },
+    LogDropped.name: {**COMMON, "num_events": "int", "error": "str"},
+}
+"""Event → key → what its values are. Run ids are numbered before they come here."""
+
+LINKS = {
+    "sent": ("sent_to_ranks", "sent_nbytes_by_rank"),
+    "received": ("received_from_ranks", "received_nbytes_by_rank"),
+}
+"""Tables of links, one row a peer: a transfer's key of peers, and of bytes to or from each of these."""
+
+LINK_COLUMNS = ("run_id", "generation", "rank", "layer", "peer", "nbytes", "transfer_ms", "transfer_nbytes")
+"""The last two are of the whole transfer that the peer had a part in."""
+
+_TYPES: dict[str, frozenset[type]] = {
+    "int": frozenset({int}),
+    "float": frozenset({int, float}),
+    "str": frozenset({str}),
+    "bool": frozenset({bool}),
+    "ints": frozenset({list}),
+}
+_DTYPES = {"int": np.int64, "float": np.float64, "str": object, "bool": np.bool_, "ints": object}
+
+
+class TableBuilder:
+    """Gathers rows of one kind of event.
+
+    :param columns: key → what its values are
+    """
+
+    def __init__(self, columns: Mapping[str, str], links: Mapping[str, tuple[str, str]]) -> None:
+        self.num_malformed = 0
+        """Rows that were left out because a value is not what its key says."""
+        self._columns = dict(columns)
+        self._links = dict(links)
+        self._rows: list[tuple[Any, ...]] = []
+        self._chunks: list[Table] = []
+        self._link_chunks: dict[str, list[Table]] = {name: [] for name in links}
+        self._get: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*self._columns)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Add a row.
+
+        :raises KeyError: if a key is missing
+        """
+        self._rows.append(self._get(event))
+        if len(self._rows) == _CHUNK:
+            self._flush()
+
+    def table(self) -> Table:
+        """Return all rows. Lists are not among the columns, but their lengths are."""
+        self._flush()
+        names = self._chunks[0] if self._chunks else _columns_of([], self._columns)
+        return {name: np.concatenate([chunk[name] for chunk in self._chunks] or [names[name]]) for name in names}
+
+    def link_table(self, name: str) -> Table:
+        """Return one row for each peer of each event: :data:`LINK_COLUMNS`."""
+        chunks = self._link_chunks[name]
+        empty = [np.zeros(0, dtype=np.int64)]
+        return {column: np.concatenate([chunk[column] for chunk in chunks] or empty) for column in LINK_COLUMNS}
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        if not self._fit(rows):
+            good = [row for row in rows if self._fit([row])]
+            self.num_malformed += len(rows) - len(good)
+            rows = good
+        if not rows:
+            return
+        chunk = _columns_of(rows, self._columns)
+        self._chunks.append(chunk)
+        for name, (peers, nbytes) in self._links.items():
+            self._link_chunks[name].append(_links_of(rows, list(self._columns), chunk, peers, nbytes))
+
+    def _fit(self, rows: list[tuple[Any, ...]]) -> bool:
+        columns = dict(zip(self._columns, zip(*rows, strict=True), strict=False))
+        return all(_fits(values, self._columns[name], name) for name, values in columns.items()) and all(
+            list(map(len, columns[peers])) == list(map(len, columns[nbytes]))
+            for peers, nbytes in self._links.values()
+            if columns
+        )
+
+
+def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
+    """Return whether all values are of a kind, and in the bounds of their name."""
+    if not set(map(type, values)) <= _TYPES[kind]:
+        return False
+    if kind == "int":
+        least, limit = _BOUNDS.get(name, _ANY)
+        return bool(min(values) >= least and max(values) < limit)
+    if kind == "float":
+        return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
+    if kind == "ints":
+        numbers = list(chain.from_iterable(values))
+        return not numbers or _fits(numbers, "int")
+    return True
+
+
+def _columns_of(rows: Iterable[tuple[Any, ...]], columns: Mapping[str, str]) -> Table:
+    values = list(zip(*rows, strict=True)) or [()] * len(columns)
+    table: Table = {}
+    for (name, kind), column in zip(columns.items(), values, strict=True):
+        if kind == "ints":
+            table[f"num_{name}"] = np.fromiter(map(len, column), dtype=np.int64)
+        else:
+            table[name] = np.array(column, dtype=_DTYPES[kind])
+    return table
+
+
+def _links_of(rows: list[tuple[Any, ...]], names: list[str], chunk: Table, peers: str, nbytes: str) -> Table:
+    index, other = names.index(peers), names.index(nbytes)
+    lengths = chunk[f"num_{peers}"]
+    table = {name: np.repeat(chunk[name], lengths) for name in ("run_id", "generation", "rank", "layer")}
+    received = chunk["received_nbytes_within_node"] + chunk["received_nbytes_across_nodes"]
+    table["transfer_nbytes"] = np.repeat(received, lengths)
+    table["transfer_ms"] = np.repeat(chunk["duration_ms"], lengths)
+    for column, position in (("peer", index), ("nbytes", other)):
+        table[column] = np.fromiter(chain.from_iterable(row[position] for row in rows), dtype=np.int64)
+    return table

@@ -1,0 +1,80 @@
+"""A placement, a load that has drifted, and the placement that a policy then wants."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from async_eplb.errors import InvalidOptions, TooFewSlots
+from async_eplb.load import ExpertLoad
+from async_eplb.placement import ExpertPlacement
+from async_eplb.policy import hierarchical, incremental
+from async_eplb.simulate.clusters import Cluster
+from async_eplb.simulate.models import Model
+from async_eplb.topology import EPTopology
+
+_SPARE = 1.125
+"""Slots for each expert, where it is not said: one in nine is spare, as DeepSeek-V3 is served with 288 for 256."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What is simulated.
+
+    :param drift: sigma of the lognormal factor by which each expert's load has changed
+    :param policy: ``"full"``: replan from nothing; ``"incremental"``: move few experts
+    :param num_layers: to simulate; the model's without it
+    :param seed: of the loads, which are gamma-distributed before the drift
+    :raises InvalidOptions: if an option is out of its range
+    """
+
+    model: Model
+    cluster: Cluster
+    topology: EPTopology
+    drift: float = 0.1
+    policy: str = "full"
+    num_layers: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        slots, experts = self.topology.num_physical_experts, self.model.num_experts
+        if slots < experts:
+            raise TooFewSlots(
+                f"{slots} slots are too few for {experts} experts: more slots for each rank, or more ranks",
+                num_physical_experts=slots,
+                num_logical_experts=experts,
+            )
+        rules = {
+            "drift": (self.drift >= 0, "at least 0"),
+            "policy": (self.policy in {"full", "incremental"}, "full or incremental"),
+            "num_layers": (self.num_layers is None or self.num_layers >= 1, "at least 1"),
+        }
+        for option, (holds, limit) in rules.items():
+            if not holds:
+                raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)
+
+    @staticmethod
+    def topology_for(
+        model: Model, cluster: Cluster, num_ranks: int, *, num_nodes: int | None = None, num_slots: int | None = None
+    ) -> EPTopology:
+        """Return the ranks on the fewest nodes that they divide over, with slots for the model's experts.
+
+        :param num_nodes: instead of the cluster's
+        :param num_slots: of each rank, instead of as many as give each expert an eighth more
+        :raises InvalidTopology: if ranks do not divide over nodes
+        """
+        fewest = max(1, -(-num_ranks // cluster.num_ranks_per_node))
+        nodes = num_nodes or next((n for n in range(fewest, num_ranks) if num_ranks % n == 0), num_ranks)
+        return EPTopology(num_ranks, nodes, num_slots or max(1, -(-int(model.num_experts * _SPARE) // num_ranks)))
+
+    def placements(self) -> tuple[ExpertPlacement, ExpertPlacement]:
+        """Return the placement before the drift and the one after it."""
+        rng = np.random.default_rng(self.seed)
+        before = 1000 * rng.gamma(1.0, size=(self.num_layers or self.model.num_layers, self.model.num_experts))
+        after = before * np.exp(self.drift * rng.standard_normal(before.shape))
+        loads = [ExpertLoad.from_counts(load) for load in (before, after)]
+        nodes = self.topology.num_nodes
+        groups = self.model.num_groups if nodes > 1 and self.model.num_groups % nodes == 0 else 1
+        old = hierarchical(loads[0], self.topology, num_groups=groups)
+        if self.policy == "incremental":
+            return old, incremental(loads[1], old, self.topology, num_groups=groups if groups > 1 else None)
+        return old, hierarchical(loads[1], self.topology, num_groups=groups)
