@@ -104,6 +104,13 @@ class Ballot:
     standing: int = 0
     demanded: int = 0
 
+    def describe(self) -> str:
+        """Return what a log shows of a ballot."""
+        return (
+            f"staged {self.staged}, launchable {self.launchable}, committed {self.committed}, fence {self.fence}, "
+            f"step {self.step}, {self.status.name}"
+        )
+
     @classmethod
     def size(cls) -> int:
         """Return how many integers a ballot is on the wire."""

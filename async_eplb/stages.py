@@ -202,7 +202,7 @@ class LayerStages:
                 duration_ms=error.timeout_s * 1e3,
                 stages=[str(activity) for activity in activities],
                 buffers=[repr(buffer) for buffer in pool.buffers],
-                rank_states=[str(ballot) for ballot in ballots],
+                rank_states=[ballot.describe() for ballot in ballots],
             ),
         )
 

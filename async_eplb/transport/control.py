@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.transport.base import Voter
+from async_eplb.transport.one_round import require_recent
 from async_eplb.workers import Workers
 
 _LEAST_WAIT_S = 0.005
@@ -44,12 +45,15 @@ class GlooControlGroup:
         self._news.set()
 
     def _hold_rounds(self, voter: Voter) -> None:
+        last_s = time.monotonic()
         try:
             while True:
                 self._news.wait(voter.pause_s())
                 self._news.clear()
+                require_recent(time.monotonic() - last_s, self._rank, self._timeout_s)
                 if not voter.receive(self._gather(voter.ballot())):
                     return
+                last_s = time.monotonic()
         except BrokenControlGroup as error:
             voter.lose(error)
 

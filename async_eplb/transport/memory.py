@@ -15,6 +15,7 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Voter
+from async_eplb.transport.one_round import require_recent
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -314,12 +315,15 @@ class _MemoryControlGroup:
         world.groups[rank] = self
 
     async def run(self, voter: Voter) -> None:
+        last_s = anyio.current_time()
         try:
             while True:
                 with anyio.move_on_after(voter.pause_s()):
                     await self._news.wait()
+                require_recent(anyio.current_time() - last_s, self._rank, self._timeout_s)
                 if not voter.receive(await self._gather(voter.ballot())):
                     return
+                last_s = anyio.current_time()
         except BrokenControlGroup as error:
             voter.lose(error)
 

@@ -28,6 +28,22 @@ class _OneRound:
         self.lost = error
 
 
+def require_recent(elapsed_s: float, rank: int, timeout_s: float) -> None:
+    """Check that peers cannot have given this rank up, and moved on, since the last round.
+
+    Their ballots may be there all the same: a process that was stopped must not join a round that they gave up.
+
+    :param elapsed_s: since this rank had the last round's result
+    :raises BrokenControlGroup: if they can
+    """
+    if elapsed_s > timeout_s:
+        raise BrokenControlGroup(
+            f"rank {rank}: this process stood still for {elapsed_s:.1f} s; other ranks have given it up",
+            rank=rank,
+            timeout_s=timeout_s,
+        )
+
+
 async def hold_round(control: ControlGroup, row: Sequence[int]) -> list[list[int]]:
     """Gather a row of each rank, in their order; all rows have the same length.
 
