@@ -204,7 +204,7 @@ class _Rank:
         async with self._updater() as updater:
             error, detected_s = await self._update_until_error(updater)
             num_steps, in_doubt = await self._serve_on(updater)
-            named = getattr(error, "missing", ())
+            named = getattr(error, "missing", ()) or getattr(error, "ranks", ())
             members = [rank for rank in range(self.accident.num_ranks) if rank not in named]
             group = dist.new_group(members, use_local_synchronization=True)
             recovery = await updater.recover(TorchDistTransport(group), source=self.source)

@@ -15,7 +15,8 @@ def test_survivors_go_on(accident: Accident) -> None:
     survivors = tuple(rank for rank in range(accident.num_ranks) if rank != accident.victim)
     assert [report.rank for report in reports] == list(survivors)
     for report in reports:
-        assert (report.error, report.named) == ("BrokenControlGroup", (accident.victim,))
+        assert report.named == (accident.victim,)
+        assert report.error == "BrokenControlGroup" or (report.error, accident.phase) == ("UpdateNotBegun", "planning")
         assert report.phase in PHASES
         assert report.layer >= 0
         assert report.detected_s < TIMEOUTS_S + 2.0
