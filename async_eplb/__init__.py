@@ -9,6 +9,7 @@ from async_eplb.load import ExpertLoad, LoadWindow
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, Planner, SlotSource, plan_layer, plan_update, relabel
+from async_eplb.recovery import Recovery
 from async_eplb.sync import SyncUpdater
 from async_eplb.topology import EPTopology
 from async_eplb.transport import (
@@ -20,6 +21,7 @@ from async_eplb.transport import (
     Transport,
 )
 from async_eplb.updater import ExpertUpdater, UpdateHandle, UpdaterStatistics, UpdateSummary
+from async_eplb.weight_source import SafetensorsSource, WeightSource
 from async_eplb.weights import ExpertWeights
 
 __version__ = "0.1.0"
@@ -41,6 +43,8 @@ __all__ = [
     "MemoryTransport",
     "NcclOptions",
     "Planner",
+    "Recovery",
+    "SafetensorsSource",
     "SlotSource",
     "SyncUpdater",
     "TorchDistTransport",
@@ -49,6 +53,7 @@ __all__ = [
     "UpdateOptions",
     "UpdateSummary",
     "UpdaterStatistics",
+    "WeightSource",
     "configure_json_logging",
     "plan_layer",
     "plan_update",

@@ -22,14 +22,16 @@ A layer is launched in parts where launches are ordered: one at a boundary, at s
 costs the serving thread is bounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 
-from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
+from async_eplb.errors import GenerationMismatch, InvalidBallot, PlacementDisagreement, StepMismatch
 
 MAX_LEAD = 64
 """Boundaries that a fence is ahead at most."""
+_STATUS_PLACE = 6
+"""Where a ballot's status is in its row."""
 _CALM_DECISIONS = 64
 """Decisions without a wait after which the lead is halved."""
 
@@ -102,6 +104,13 @@ class Ballot:
     standing: int = 0
     demanded: int = 0
 
+    def describe(self) -> str:
+        """Return what a log shows of a ballot."""
+        return (
+            f"staged {self.staged}, launchable {self.launchable}, committed {self.committed}, fence {self.fence}, "
+            f"step {self.step}, {self.status.name}"
+        )
+
     @classmethod
     def size(cls) -> int:
         """Return how many integers a ballot is on the wire."""
@@ -115,8 +124,15 @@ class Ballot:
     def from_row(cls, row: Sequence[int]) -> "Ballot":
         """Read what :meth:`to_row` wrote.
 
-        :raises ValueError: if it is no ballot
+        :raises InvalidBallot: if it is no ballot
         """
+        known = [int(status) for status in Status]
+        if len(row) != cls.size() or row[_STATUS_PLACE] not in known or min(row) < 0:
+            raise InvalidBallot(
+                f"a rank's ballot is {list(row)}: it does not run this version, or something else talks to the control "
+                "group",
+                row=tuple(row),
+            )
         generation, digest, staged, launchable, committed, fence, status, *rest = (int(n) for n in row)
         step, standing, demanded = rest
         return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing, demanded)
@@ -184,6 +200,8 @@ class Agreement:
         self.lead = lead
         self._least_lead = lead
         self.launch_rule = launch_rule
+        self.members: tuple[int, ...] = ()
+        """Whom ballots are from, in their order, if not from ranks 0 and up."""
         self.max_step_skew = max_step_skew
         self.generation = 0
         self.step = 0
@@ -236,6 +254,19 @@ class Agreement:
         self._reset(mode, digest, total, window)
         self.generation += 1
         self.running = True
+        self.status = Status.OK
+
+    def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
+        """Go on with the ranks that are left, all before the same boundary, and with nothing under way.
+
+        :param step: boundaries that any of them has passed
+        """
+        self._reset(Mode.EXCLUSIVE, 0, 0, 0)
+        self.members = tuple(members)
+        self.generation, self.step = generation, step
+        self.fence, self.last_boundary = 0, step
+        self.demanded = self._demand_shown = 0
+        self.running = False
         self.status = Status.OK
 
     def end(self, *, broken: bool) -> None:
@@ -306,7 +337,7 @@ class Agreement:
         self._fence_wanted = False
         self._demand_shown = min(ballot.demanded for ballot in ballots)
         self.demanded = max(self.demanded, *(ballot.demanded for ballot in ballots))
-        left = _ranks(ballots, Status.LEAVING)
+        left = self._ranks(ballots, Status.LEAVING)
         if left:
             self.over = self.over or self.running
             return Verdict(agreed=self.agreed, launched=self.launched, over=self.over, left=left)
@@ -317,6 +348,11 @@ class Agreement:
             return Verdict(waiting_for=waiting_for)
         self._require_same_steps(ballots)
         return self._decide(ballots, fences)
+
+    def is_in_doubt(self) -> bool:
+        """Whether a round that is under way may decide, for other ranks, that layers are committed."""
+        exclusive = self.running and not self.over and self.mode is Mode.EXCLUSIVE
+        return self.fence > 0 or (exclusive and self.staged > self.agreed)
 
     def may_pass(self) -> bool:
         """Whether the next boundary may be passed now; otherwise the result of a round must come first."""
@@ -351,7 +387,7 @@ class Agreement:
         return due[-1] if due else None
 
     def _decide(self, ballots: Sequence[Ballot], fences: Sequence[int]) -> Verdict:
-        failed, cancelled = _ranks(ballots, Status.FAILED), _ranks(ballots, Status.CANCEL)
+        failed, cancelled = self._ranks(ballots, Status.FAILED), self._ranks(ballots, Status.CANCEL)
         self._seen = _Counts(
             staged=min(ballot.staged for ballot in ballots),
             launchable=min(ballot.launchable for ballot in ballots),
@@ -425,11 +461,11 @@ class Agreement:
                 f"ranks have begun {list(generations)} updates; every rank must begin every update, in the same order",
                 generations=generations,
             )
-        behind = tuple(rank for rank, number in enumerate(generations) if number < self.generation)
+        behind = self.named(place for place, number in enumerate(generations) if number < self.generation)
         if behind:
             return behind
         digests = tuple(ballot.digest for ballot in ballots)
-        ranks = differing_ranks(digests)
+        ranks = self.named(differing_ranks(digests))
         if ranks:
             raise PlacementDisagreement(
                 f"ranks {list(ranks)} began update {self.generation} with another placement, topology, weight layout, "
@@ -458,12 +494,15 @@ class Agreement:
                 steps=steps,
             )
 
+    def _ranks(self, ballots: Sequence[Ballot], status: Status) -> tuple[int, ...]:
+        return self.named(place for place, ballot in enumerate(ballots) if ballot.status is status)
+
+    def named(self, places: Iterable[int]) -> tuple[int, ...]:
+        """Return the ranks whose ballots are at these places."""
+        return tuple(self.members[place] if self.members else place for place in places)
+
 
 def differing_ranks(digests: Sequence[int]) -> tuple[int, ...]:
     """Return the ranks whose digest is not the most common one; of equally common ones, the first counts."""
     common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
     return tuple(rank for rank, digest in enumerate(digests) if digest != common)
-
-
-def _ranks(ballots: Sequence[Ballot], status: Status) -> tuple[int, ...]:
-    return tuple(rank for rank, ballot in enumerate(ballots) if ballot.status is status)

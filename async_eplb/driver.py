@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from async_eplb.agreement import Agreement, Ballot, Decision, LaunchRule, Mode, Verdict
-from async_eplb.errors import BrokenControlGroup, EplbError, RankInDoubt, StepMismatch
+from async_eplb.errors import BrokenControlGroup, EplbError, InvalidBallot, RankInDoubt, StepMismatch
 from async_eplb.workers import News
 
 ACTIVE_PAUSE_S = 0.125
@@ -32,10 +32,14 @@ class Driver:
         self._numbered = False
         self._alarm = math.inf
         self.num_rounds = 0
+        self.ballots: tuple[Ballot, ...] = ()
+        """What all ranks said in the last round, in the order of :attr:`Agreement.members`."""
         self.lost: BrokenControlGroup | None = None
         """Why there are no more rounds, if a rank did not answer."""
         self.in_doubt = False
-        """Whether the round that was lost carried this rank's fence: a peer may have committed there."""
+        """Whether a peer may have committed layers that the lost round decided on."""
+        self.held: EplbError | None = None
+        """Why this rank must not serve before it recovers."""
         self.left: tuple[int, ...] = ()
         """Ranks that have closed, after which there are no more rounds."""
         self.error: EplbError | None = None
@@ -64,11 +68,17 @@ class Driver:
             return self._agreement.ballot().to_row()
 
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Take in a round; return whether another follows."""
+        """Take in a round; return whether another follows. A rank that gives no ballot is as good as lost."""
+        try:
+            ballots = _ballots(rows)
+        except BrokenControlGroup as error:
+            self.lose(error)
+            return False
         with self._lock:
             known = self._agreement.demanded
+            self.ballots = ballots
             try:
-                verdict = self._agreement.receive([Ballot.from_row(row) for row in rows])
+                verdict = self._agreement.receive(self.ballots)
             except EplbError as error:
                 self.error = error
                 self._agreement.over = True
@@ -87,10 +97,28 @@ class Driver:
     def lose(self, error: BrokenControlGroup) -> None:
         """Take in that a rank did not answer."""
         with self._lock:
+            error.missing = self._agreement.named(error.missing)
             self.lost = error
-            self.in_doubt = self._agreement.fence > 0
+            self.in_doubt = self._agreement.is_in_doubt()
             self._agreement.over = True
             self._lock.notify_all()
+        self._ring()
+
+    def hold(self, error: EplbError) -> None:
+        """Pass no boundary from here on."""
+        with self._lock:
+            self.held = self.held or error
+            self._lock.notify_all()
+
+    def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
+        """Forget all that went wrong and go on with the ranks that are left; no rounds are held meanwhile."""
+        with self._lock:
+            self._agreement.restart(members, generation=generation, step=step)
+            self._numbered = False
+            self._alarm = math.inf
+            self.lost = self.held = self.error = None
+            self.in_doubt = False
+            self.left = self.failed_by = self.cancelled_by = self.waiting_for = ()
         self._ring()
 
     # --- The update: called in the event loop. ---
@@ -166,6 +194,10 @@ class Driver:
         self._wake()
         self._ring()
 
+    def behind(self, staged: int) -> tuple[int, ...]:
+        """Return the ranks that had not staged so many layers in the last round."""
+        return self._agreement.named(place for place, ballot in enumerate(self.ballots) if ballot.staged < staged)
+
     @property
     def demanded(self) -> int:
         """Rebalances that some rank has demanded."""
@@ -220,27 +252,22 @@ class Driver:
 
     def may_pass(self) -> bool:
         """Whether the next boundary can be passed, or never will be."""
-        return self._agreement.may_pass() or self.lost is not None
+        return self._agreement.may_pass() or self.lost is not None or self.held is not None
 
     def try_pass(self, number: int | None) -> tuple[bool, Decision | None]:
         """Pass the next boundary unless a fence stands there; return whether it was passed, and what is due.
 
         :param number: of the boundary, as the engine counts
         :raises StepMismatch: if ``number`` is not that of the next boundary
-        :raises RankInDoubt: if the fence will never be resolved
+        :raises RankInDoubt: if a peer may have committed layers, and it will never be known here
+        :raises CommitFailed: if a layer's copies failed on this rank only
         """
         with self._lock:
             agreement = self._agreement
             if number is not None:
                 self._require_next(number)
+            self._require_no_doubt()
             if not agreement.may_pass():
-                if self.lost is not None:
-                    raise RankInDoubt(
-                        f"boundary {agreement.fence} cannot be passed: the control round that decides whether layers "
-                        f"are committed there was lost, and a peer may have committed them ({self.lost})",
-                        step=agreement.step,
-                        boundary=agreement.fence,
-                    ) from self.lost
                 return False, None
             decision = agreement.pass_boundary()
             alarm = agreement.step >= self._alarm
@@ -271,6 +298,21 @@ class Driver:
         with self._lock:
             self._lock.wait_for(self.may_pass)
 
+    def _require_no_doubt(self) -> None:
+        agreement = self._agreement
+        if self.held is not None:
+            raise self.held
+        at_once = self.in_doubt and not agreement.fence
+        if self.lost is not None and (at_once or not agreement.may_pass()):
+            boundary = agreement.fence or agreement.step + 1
+            raise RankInDoubt(
+                f"boundary {boundary} cannot be passed: the control round that decides whether layers are committed "
+                f"there was lost, and a peer may have committed them ({self.lost}); recover() finds out",
+                step=agreement.step,
+                boundary=boundary,
+                missing=self.lost.missing,
+            ) from self.lost
+
     def _require_next(self, number: int) -> None:
         agreement = self._agreement
         untouched = agreement.step == agreement.fence == agreement.last_boundary == 0
@@ -283,6 +325,16 @@ class Driver:
                 "engine that numbers them begins before the first update",
                 steps=(agreement.step, number),
             )
+
+
+def _ballots(rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
+    ballots = []
+    for place, row in enumerate(rows):
+        try:
+            ballots.append(Ballot.from_row(row))
+        except InvalidBallot as error:
+            raise BrokenControlGroup(str(error), missing=(place,)) from error
+    return tuple(ballots)
 
 
 async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 class EplbError(Exception):
     """Base of every error that this package raises on purpose.
 
-    :param committed_layers: of an update that ended early: the layers that are new on every rank; all others are
-        as they were
+    :param committed_layers: of an update that ended early: the layers that are new on this rank; all others are as
+        they were. Other ranks have the same ones, unless a rank was lost or a copy failed (:class:`CommitFailed`):
+        then ``recover()`` makes them the same
+    :param layer_under_way: of an update that ended early: the first layer that was not new yet; -1 without one
+    :param phase: how far that layer was on this rank: planning, transfer, staged, fence or commit
     """
 
     committed_layers: tuple[int, ...] = ()
+    layer_under_way: int = -1
+    phase: str = ""
 
     def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)
@@ -232,6 +237,12 @@ class RebalanceFailed(EplbError):
     number: int
 
 
+class InvalidBallot(EplbError, ValueError):
+    """Another rank said something in a control round that no rank of this version says."""
+
+    row: tuple[int, ...]
+
+
 class UpdateNotBegun(EplbError):
     """Other ranks did not begin the update in time; nothing was moved."""
 
@@ -265,6 +276,32 @@ class TransferTimeout(BrokenTransport):
     timeout_s: float
 
 
+class UpdateStalled(EplbError):
+    """A stage of an update has done one thing for too long; the event of that name says what all stages did.
+
+    :param stage: plan, transfer, agree or commit
+    :param doing: what it did
+    :param waiting_for: ranks that hold it up, as far as their last ballots tell
+    """
+
+    layer: int
+    stage: str
+    doing: str
+    timeout_s: float
+    waiting_for: tuple[int, ...]
+
+
+class CommitFailed(EplbError):
+    """A layer that all ranks had agreed on could not be copied on this one, which must not serve before it recovers.
+
+    The layer's slots may hold anything; its staging is kept, and ``recover()`` copies it anew.
+    """
+
+    rank: int
+    layer: int
+    step: int
+
+
 class BrokenLoadGroup(EplbError):
     """Loads could not be summed over ranks: a rank is dead, closed, or never took part."""
 
@@ -273,17 +310,49 @@ class BrokenLoadGroup(EplbError):
 
 
 class BrokenControlGroup(EplbError):
-    """A control round did not complete: a rank is dead, closed, or never began the update."""
+    """A control round did not complete: a rank is dead, closed, or never began the update.
+
+    :param missing: ranks that gave no ballot, as far as it is known
+    """
 
     rank: int
     timeout_s: float
+    missing: tuple[int, ...] = ()
 
 
 class RankInDoubt(EplbError):
-    """This rank stands at a fence whose control round was lost: it cannot know whether a peer has committed there."""
+    """This rank cannot know whether a peer has committed a layer: the control round that decides it was lost.
+
+    :param missing: ranks that gave no ballot, as far as it is known
+    """
 
     step: int
     boundary: int
+    missing: tuple[int, ...] = ()
+
+
+class Unrecoverable(EplbError):
+    """Survivors cannot be brought to the same layers: one has committed a layer that another has no bytes of.
+
+    :param ranks: those that cannot follow
+    """
+
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+class DeadRankPlaced(InvalidPlacement):
+    """The new placement puts an expert on a rank that is not there any more."""
+
+    layer: int
+    rank: int
+
+
+class InvalidWeightSource(EplbError, ValueError):
+    """A source of weights does not hold an expert, or holds it in another size."""
+
+    layer: int
+    logical_expert: int
 
 
 class VerificationError(EplbError):

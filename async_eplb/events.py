@@ -191,6 +191,25 @@ class UpdateFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStalled(Event):
+    """A stage made no progress for ``progress_timeout_s``: the update fails.
+
+    ``stages`` says what each stage does, ``rank_states`` what each rank said in the last control round.
+    """
+
+    name: ClassVar[str] = "eplb.update.stalled"
+    level: ClassVar[str] = "warning"
+
+    layer: Annotated[int, "row of the placement"]
+    stage: Annotated[str, "`plan`, `transfer`, `agree` or `commit`"]
+    doing: Annotated[str, "what the stage was doing"]
+    duration_ms: Annotated[float, "how long a stage may do one thing"]
+    stages: Annotated[list[str], "what each stage does with which layer, longest first"]
+    buffers: Annotated[list[str], "each staging buffer with its state"]
+    rank_states: Annotated[list[str], "what each rank said in the last control round, by rank"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FenceWaited(Event):
     """A step had to wait at its fence until a control round was over; the lead is now larger."""
 
@@ -264,6 +283,7 @@ EVENTS: tuple[type[Event], ...] = (
     LayerCommitted,
     UpdateFinished,
     UpdateFailed,
+    UpdateStalled,
     FenceWaited,
     RebalanceFinished,
     RebalanceEvaluated,

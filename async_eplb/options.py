@@ -22,6 +22,8 @@ class UpdateOptions:
     :param transfer_timeout_s: deadline of one layer's exchange, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
+    :param progress_timeout_s: how long a stage of an update may do one thing, in seconds: plan a layer, move it, wait
+        until all ranks have staged it, wait for its boundary, commit it. Longer than ``control_timeout_s``
     :param lead: boundaries from a rank's last one to a fence, to begin with; larger after a step had to wait
     :param max_step_skew: an update is refused when ranks' step counts are further apart than this
     :param max_replicas: fixed width of :attr:`ExpertMap.logical_to_all_physical_map`; None for what the slots
@@ -38,6 +40,7 @@ class UpdateOptions:
     operations_per_group: int = 256
     transfer_timeout_s: float = 30.0
     control_timeout_s: float = 60.0
+    progress_timeout_s: float = 300.0
     lead: int = 2
     max_step_skew: int = 1000
     max_replicas: int | None = None
@@ -55,6 +58,10 @@ class UpdateOptions:
             "control_timeout_s": (
                 self.transfer_timeout_s < self.control_timeout_s < math.inf,
                 f"more than transfer_timeout_s, which is {self.transfer_timeout_s}",
+            ),
+            "progress_timeout_s": (
+                self.control_timeout_s < self.progress_timeout_s < math.inf,
+                f"more than control_timeout_s, which is {self.control_timeout_s}",
             ),
             "lead": (1 <= self.lead <= MAX_LEAD, f"from 1 to {MAX_LEAD}"),
             "max_step_skew": (self.max_step_skew >= 1, "at least 1"),

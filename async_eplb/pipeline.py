@@ -96,9 +96,11 @@ class LayerPipeline:
             decision = self._driver.due_while_standing(for_good=self._for_good)
             if decision is None or self._run is None or self._stood is None:
                 return
-            execute = partial(
-                self._run.execute_beside, decision, step=self._driver.step + 1, after=self._stood
-            )  # errors are told by the run
+            run = self._run
+            execute = partial(run.execute_beside, decision, step=self._driver.step + 1, after=self._stood)
             with CancelScope(shield=True):
-                await self._workers.run("commit", execute)
+                try:
+                    await self._workers.run("commit", execute)
+                except Exception as error:  # noqa: BLE001 - told by the update; who listens goes on
+                    run.tear(error)
             self._news.notify()

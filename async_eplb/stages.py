@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from anyio import current_time
 from torch import Tensor
 
 from async_eplb.accounting import Stopwatch, Tally, transfer_event
-from async_eplb.agreement import LaunchRule, Mode
+from async_eplb.agreement import Ballot, LaunchRule, Mode
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
+from async_eplb.errors import UpdateStalled
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
@@ -22,6 +24,7 @@ from async_eplb.events import (
     UpdateStarted,
     emit,
 )
+from async_eplb.events import UpdateStalled as UpdateStalledEvent
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
@@ -30,6 +33,7 @@ from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
 from async_eplb.verify import Verifier, Verify
+from async_eplb.watchdog import Activity
 from async_eplb.workers import Workers
 
 
@@ -184,6 +188,26 @@ class LayerStages:
                 ),
             )
 
+    def log_stall(
+        self, error: UpdateStalled, activities: Sequence[Activity], pool: StagingPool, ballots: Sequence[Ballot]
+    ) -> None:
+        """Say that a stage makes no progress, and what all stages and ranks do."""
+        emit(
+            self._logger,
+            UpdateStalledEvent(
+                generation=self._generation,
+                rank=self.rank,
+                step=self.step(),
+                layer=error.layer,
+                stage=error.stage,
+                doing=error.doing,
+                duration_ms=error.timeout_s * 1e3,
+                stages=[str(activity) for activity in activities],
+                buffers=[repr(buffer) for buffer in pool.buffers],
+                rank_states=[ballot.describe() for ballot in ballots],
+            ),
+        )
+
     async def plan(self, row: int) -> PlannedLayer:
         """Plan a layer in the planning thread."""
         watch = Stopwatch()
@@ -263,9 +287,9 @@ class LayerStages:
         :raises BrokenTransport: if the exchange fails
         :raises VerificationError: if something else arrived than should have
         """
-        deadline = time.monotonic() + self._options.transfer_timeout_s
+        deadline = current_time() + self._options.transfer_timeout_s
         for pending in layer.pending:
-            await pending.wait(max(deadline - time.monotonic(), 0.001))
+            await pending.wait(max(deadline - current_time(), 0.001))
         if self._verifier.mode is not Verify.OFF:
             await self._workers.run("transfer", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
@@ -294,7 +318,12 @@ class LayerStages:
     def copy(self, layer: LayerInFlight, *, step: int) -> None:
         """Enqueue a layer's commit on the current stream; the layer is staged on every rank."""
         start = time.perf_counter()
-        layer.nbytes = layer.commit()
+        try:
+            layer.nbytes = layer.commit()
+        except BaseException:
+            if layer.buffer.state is BufferState.COMMITTING:
+                layer.buffer.enter(BufferState.STAGED)
+            raise
         layer.buffer.consumed = self._device.record()
         layer.step = step
         layer.copy_ms = (time.perf_counter() - start) * 1e3

@@ -4,7 +4,8 @@ A buffer's life is the table below. A buffer is only ever in one state, and ever
 :meth:`StagingBuffer.enter`::
 
     FREE ──acquire──> FILLING ──full──> STAGED ──agreed──> COMMITTING ──copied──> FREE
-                         └──────abandoned──┴──────────────────────────────────────^
+                         │                 ^────copy failed────┘                    ^
+                         └──────abandoned──┴────────────────────────────────────────┘
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _ALLOWED = {
     BufferState.FREE: {BufferState.FILLING},
     BufferState.FILLING: {BufferState.STAGED, BufferState.FREE},
     BufferState.STAGED: {BufferState.COMMITTING, BufferState.FREE},
-    BufferState.COMMITTING: {BufferState.FREE},
+    BufferState.COMMITTING: {BufferState.FREE, BufferState.STAGED},
 }
 
 
@@ -86,9 +87,9 @@ class StagingPool:
 
     def __init__(self, depth: int, device: Device) -> None:
         self._device = device
-        self._memory = device.allocate(0)
+        self._depth = depth
         self._free = Semaphore(depth)
-        self.buffers = tuple(StagingBuffer(index, self._memory, device) for index in range(depth))
+        self._cut(0)
 
     @property
     def nbytes(self) -> int:
@@ -109,17 +110,19 @@ class StagingPool:
         """
         if not self.all_free:
             raise EplbError(f"staging cannot be resized while it is in use: {self.buffers}")
-        depth = len(self.buffers)
-        if layer_nbytes * depth <= self.nbytes:
+        if layer_nbytes * self._depth <= self.nbytes:
             return
         for buffer in self.buffers:
             buffer.consumed.synchronize()
-        self._memory = self._device.allocate(0)
-        self.buffers = ()
+        self._cut(0)
         self._device.empty_cache()
-        self._memory = self._device.allocate(layer_nbytes * depth)
-        blocks = self._memory.view(depth, layer_nbytes)
-        self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(depth))
+        self._cut(layer_nbytes)
+
+    def _cut(self, layer_nbytes: int) -> None:
+        """Make all buffers anew; there are as many when the device has no memory for larger ones."""
+        self._memory = self._device.allocate(layer_nbytes * self._depth)
+        blocks = self._memory.view(self._depth, layer_nbytes)
+        self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(self._depth))
 
     async def acquire(self) -> StagingBuffer:
         """Wait for a free buffer and return it, FILLING."""

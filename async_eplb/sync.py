@@ -8,8 +8,12 @@ from typing import Any, Self, TypeVar
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from async_eplb.accounting import UpdaterStatistics, UpdateSummary
+from async_eplb.audit import AuditReport
 from async_eplb.placement import ExpertPlacement
+from async_eplb.recovery import Recovery
+from async_eplb.transport.base import Transport
 from async_eplb.updater import ExpertUpdater, UpdateHandle
+from async_eplb.weight_source import WeightSource
 
 T = TypeVar("T")
 
@@ -101,6 +105,22 @@ class SyncUpdater:
             )
 
         return SyncUpdateHandle(self._call(begin), self._open_portal())
+
+    def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
+        """Block until :meth:`ExpertUpdater.recover` returns."""
+
+        async def recover() -> Recovery:
+            return await self.updater.recover(surviving_group, source=source)
+
+        return self._call(recover)
+
+    def audit(self, group: Transport) -> AuditReport:
+        """Block until :meth:`ExpertUpdater.audit` returns."""
+
+        async def audit() -> AuditReport:
+            return await self.updater.audit(group)
+
+        return self._call(audit)
 
     def idle(self) -> AbstractContextManager[None]:
         """Make no steps inside; see :meth:`ExpertUpdater.idle`."""

@@ -12,7 +12,7 @@ An update runs in a task of its own, shielded: its caller may be cancelled at an
 another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from itertools import count
 
@@ -23,12 +23,22 @@ from async_eplb.accounting import Stopwatch, UpdateSummary
 from async_eplb.agreement import Decision, Mode
 from async_eplb.device import DeviceEvent
 from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BrokenControlGroup, GenerationMismatch, UpdateAborted, UpdateCancelled, UpdateNotBegun
+from async_eplb.errors import (
+    BrokenControlGroup,
+    BrokenTransport,
+    CommitFailed,
+    GenerationMismatch,
+    UpdateAborted,
+    UpdateCancelled,
+    UpdateNotBegun,
+    UpdateStalled,
+)
 from async_eplb.events import LayerCommitted, UpdateFailed, UpdateFinished
 from async_eplb.placement import ExpertPlacement
 from async_eplb.stages import LayerInFlight, LayerStages, PlannedLayer
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport.base import Exchange
+from async_eplb.watchdog import Watchdog
 from async_eplb.workers import News, Workers
 
 
@@ -39,6 +49,7 @@ class UpdateRun:
     :param rows: layers that change, in update order
     :param begin_timeout_s: how long the other ranks may take to begin it
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most
+    :param progress_timeout_s: how long a stage may do one thing
     :param on_layer: called for each layer when its commit is enqueued, in the thread that did so
     :param on_commit: called for each layer when its commit has finished on the device
     :param on_finish: called at the end, whatever it is
@@ -58,6 +69,7 @@ class UpdateRun:
         workers: Workers,
         begin_timeout_s: float,
         max_nbytes_per_step: int | None,
+        progress_timeout_s: float,
         on_layer: Callable[[int], None],
         on_commit: Callable[[LayerCommitted], None],
         on_finish: Callable[["UpdateRun"], None],
@@ -79,6 +91,7 @@ class UpdateRun:
         self._workers = workers
         self._begin_timeout_s = begin_timeout_s
         self._max_nbytes_per_step = max_nbytes_per_step
+        self._watchdog = Watchdog(progress_timeout_s)
         self._paced_until = 0
         self._on_layer = on_layer
         self._on_commit = on_commit
@@ -87,9 +100,18 @@ class UpdateRun:
         self._cancel_early = False
         self._launchable: list[tuple[LayerInFlight, Exchange]] = []
         self._num_launched = 0
+        self._num_planned = 0
         self._staged: list[LayerInFlight] = []
         self._num_finished = 0
         self._copy_failed = False
+        self.kept: tuple[LayerInFlight, ...] = ()
+        """After a failure: layers that are staged and not committed here, which a peer may have committed."""
+        self._num_agreed = 0
+
+    @property
+    def owed(self) -> tuple[int, ...]:
+        """After a failure: layers that were agreed on and are not committed here."""
+        return self.rows[len(self.committed) : self._num_agreed]
 
     @property
     def broke(self) -> bool:
@@ -98,6 +120,10 @@ class UpdateRun:
             return False
         lost = isinstance(self.error, BrokenControlGroup | GenerationMismatch | UpdateNotBegun)
         return self._driver.begun or lost
+
+    def fail(self, error: Exception) -> None:
+        """End the update here, whatever other ranks do."""
+        self._fail(error, alone=True)
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
@@ -117,8 +143,7 @@ class UpdateRun:
             try:
                 self.stages.copy(layer, step=step)
             except Exception as error:  # noqa: BLE001 - returned, and told to the other ranks
-                self._copy_failed = True
-                failure = failure or error
+                failure = self._tear(error, layer.planned.row, step)
                 break
             self.committed.append(layer.planned.row)
             try:
@@ -134,6 +159,11 @@ class UpdateRun:
         except Exception as error:  # noqa: BLE001 - the update fails, serving does not
             self._fail(error)
         return failure
+
+    def tear(self, cause: Exception) -> None:
+        """Fail because what was agreed could not be done here, such as when the device failed."""
+        row = self.rows[min(len(self.committed), len(self.rows) - 1)]
+        self._fail(self._tear(cause, row, 0))
 
     def execute_beside(self, decision: Decision, *, step: int, after: DeviceEvent) -> None:
         """Do the same while the model stands still: on the commit stream, until the device has done it."""
@@ -153,6 +183,7 @@ class UpdateRun:
                     tasks.start_soon(self._guard, lambda: self._load(planned_out, loaded_in))
                     tasks.start_soon(self._guard, lambda: self._transfer(loaded_out))
                     tasks.start_soon(self._guard, self._commit)
+                    tasks.start_soon(self._watch)
                     await self._guard(self._until_begun)
                     await self._news.until(lambda: self._driver.over)
                     self._heed()
@@ -201,6 +232,27 @@ class UpdateRun:
         if self._driver.begun and self.error is None:
             self.stages.log_start(self._pool, self.rows, self.mode)
 
+    async def _watch(self) -> None:
+        """Fail when a stage makes no progress, and say what all of them do."""
+        stalled = await self._watchdog.until_stalled()
+        due = stalled.stage == "agree" and self._driver.agreed > stalled.index
+        behind = self._driver.behind(stalled.index + 1) if stalled.stage == "agree" and not due else ()
+        error = UpdateStalled(
+            f"rank {self.stages.rank}, layer {self.rows[stalled.index]}: {stalled.stage} has made no progress for "
+            f"{self._watchdog.timeout_s} s while {'waiting for a step' if due else stalled.doing}; ranks that have not "
+            f"staged it: {list(behind)}",
+            layer=self.rows[stalled.index],
+            stage=stalled.stage,
+            doing="waiting for a step" if due else stalled.doing,
+            timeout_s=self._watchdog.timeout_s,
+            waiting_for=behind,
+        )
+        self.stages.log_stall(error, self._watchdog.activities, self._pool, self._driver.ballots)
+        if due:
+            self._driver.hold(error)  # peers commit the layer; here no step comes, and none may any more
+            self._copy_failed = True
+        self._fail(error)
+
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:
             await stage()
@@ -219,7 +271,10 @@ class UpdateRun:
             for index, row in enumerate(self.rows):
                 if index >= self._driver.limit or self.error is not None:
                     return
+                self._watchdog.begin("plan", index, "planning")
                 layer = await self.stages.plan(row)
+                self._watchdog.end("plan", index)
+                self._num_planned += 1
                 try:
                     await planned.send(layer)
                 except BrokenResourceError:
@@ -238,6 +293,7 @@ class UpdateRun:
                 await self._keep_pace(planned_layer)
                 if index >= driver.limit or driver.over:
                     return
+                self._watchdog.begin("transfer", index, "copying own slots")
                 layer = await self.stages.load(planned_layer, buffer)
                 if self._launches_at_steps:
                     parts = layer.exchange.parts()
@@ -245,6 +301,7 @@ class UpdateRun:
                     driver.offer(len(parts))
                 elif self.stages.launch_rule.needs_grant:
                     driver.offer(1)
+                self._watchdog.end("transfer", index)
                 try:
                     await loaded.send(layer)
                 except BrokenResourceError:
@@ -254,9 +311,14 @@ class UpdateRun:
     async def _transfer(self, loaded: MemoryObjectReceiveStream[LayerInFlight]) -> None:
         with loaded:
             async for layer in loaded:
-                if not await self._is_launched(layer, len(self._staged)):
+                index = len(self._staged)
+                self._watchdog.begin("transfer", index, "waiting for its launch")
+                if not await self._is_launched(layer, index):
                     return
+                self._watchdog.begin("transfer", index, "receiving")
                 await self.stages.receive(layer)
+                self._watchdog.end("transfer", index)
+                self._watchdog.begin("agree", index, "waiting for all ranks")
                 self._staged.append(layer)
                 self._driver.advance(staged=1)
 
@@ -296,21 +358,26 @@ class UpdateRun:
             if self.mode is Mode.EXCLUSIVE:
                 await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
                 watch = Stopwatch()
+                self._watchdog.begin("commit", index, "copying")
                 await self._copy_beside(index + 1)
             else:
                 await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
                 watch = Stopwatch()
+            self._watchdog.end("agree", index)
             if len(self.committed) <= index:
                 return
             layer = self._staged[index]
+            self._watchdog.begin("commit", index, "waiting for the device")
             try:
                 committed = await self.stages.finish(layer, watch)
                 self._on_commit(committed)
             except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
                 self._fail(error)
+            self._watchdog.end("commit", index)
             self._pool.release(layer.buffer)
             self._num_finished += 1
             self._driver.advance(committed=1)
+            self._news.notify()  # no round follows that would, if a rank is lost
 
     async def _copy_beside(self, up_to: int) -> None:
         decision = Decision(boundary=0, committed=up_to, launched=0)
@@ -318,8 +385,21 @@ class UpdateRun:
         try:
             await self._workers.run("commit", execute)
         except Exception as error:  # noqa: BLE001 - likewise
-            self._copy_failed = True
-            self._fail(error)
+            self.tear(error)
+
+    def _tear(self, cause: Exception, row: int, step: int) -> CommitFailed:
+        """Hold this rank: peers have committed the layer, and it cannot."""
+        self._copy_failed = True
+        error = CommitFailed(
+            f"rank {self.stages.rank}: layer {row} was agreed on and could not be copied ({cause}); this rank must not "
+            "serve before recover(), which copies it anew",
+            rank=self.stages.rank,
+            layer=row,
+            step=step,
+        )
+        error.__cause__ = cause
+        self._driver.hold(error)
+        return error
 
     def _drained(self) -> bool:
         """Whether all that was agreed is done here, or never will be because a copy failed."""
@@ -330,6 +410,9 @@ class UpdateRun:
         driver = self._driver
         if self.error is None:
             self.error = driver.error or driver.lost
+        if driver.lost is not None and isinstance(self.error, BrokenTransport):
+            driver.lost.__context__ = self.error  # an exchange broke because its peer is gone
+            self.error = driver.lost
         if self.error is None and driver.failed_by:
             self.error = UpdateAborted(
                 f"ranks {list(driver.failed_by)} failed; see their errors", ranks=driver.failed_by
@@ -340,8 +423,11 @@ class UpdateRun:
             self.stages.abort()
 
     def _conclude(self) -> None:
+        self.kept = tuple(self._staged[len(self.committed) :]) if self.broke else ()
+        self._num_agreed = self._driver.agreed
+        kept = [layer.buffer for layer in self.kept]
         for buffer in self._pool.buffers:
-            if buffer.state is not BufferState.FREE and not self._driver.in_doubt:
+            if buffer.state is not BufferState.FREE and buffer not in kept:
                 self._pool.release(buffer)
         if self.error is None and self._driver.limit < len(self.rows):
             ranks = self._driver.cancelled_by
@@ -351,8 +437,44 @@ class UpdateRun:
             )
         if self.error is not None:
             self.error.add_note(f"layers committed before: {self.committed}; all others are as they were")
-            self.error.__dict__["committed_layers"] = tuple(self.committed)
+            self._describe(self.error)
         self._driver.end(broken=self.broke)
+
+    def _describe(self, error: Exception) -> None:
+        """Say which layer was under way, and how far it was, when the update ended."""
+        index = len(self.committed)
+        stages = (
+            ("commit", self._driver.agreed > index),
+            ("fence", self._driver.in_doubt),
+            ("staged", len(self._staged) > index),
+            ("transfer", self._num_planned > index),
+            ("planning", index < len(self.rows)),
+        )
+        error.__dict__["committed_layers"] = tuple(self.committed)
+        error.__dict__["layer_under_way"] = (*self.rows, -1)[index]
+        error.__dict__["phase"] = next((phase for phase, holds in stages if holds), "")
+
+    async def roll_forward(self, rows: Collection[int]) -> None:
+        """Commit those of ``rows`` whose staging was kept, and give all kept staging back.
+
+        :raises CommitFailed: if a layer cannot be copied; its staging is kept for another try
+        """
+        while self.kept:
+            layer = self.kept[0]
+            if layer.planned.row in rows:
+                try:
+                    await self._workers.run("commit", partial(self._copy_kept, layer))
+                except Exception as error:
+                    raise self._tear(error, layer.planned.row, 0) from error
+                await self.stages.finish(layer, Stopwatch())
+            self._pool.release(layer.buffer)
+            self.kept = self.kept[1:]
+
+    def _copy_kept(self, layer: LayerInFlight) -> None:
+        with self.stages.beside(self.stages.callers_work):
+            self.stages.copy(layer, step=0)
+            self.committed.append(layer.planned.row)
+            self._on_layer(layer.planned.row)
 
     def summary(self) -> UpdateSummary:
         """Return what the update did.

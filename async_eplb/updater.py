@@ -3,14 +3,21 @@
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from anyio import CancelScope, create_memory_object_stream, get_cancelled_exc_class, move_on_after
+from anyio import (
+    CancelScope,
+    create_memory_object_stream,
+    current_effective_deadline,
+    get_cancelled_exc_class,
+    move_on_after,
+)
 from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
-from async_eplb.accounting import UpdaterStatistics, UpdateSummary
+from async_eplb.accounting import Stopwatch, UpdaterStatistics, UpdateSummary
 from async_eplb.admission import (
     changed_rows,
     require_groups,
@@ -20,10 +27,11 @@ from async_eplb.admission import (
     update_digest,
 )
 from async_eplb.agreement import Agreement, Decision, Mode
+from async_eplb.audit import AuditReport, compare, slot_checksums
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BusyUpdater, ClosedUpdater, InvalidOptions
+from async_eplb.errors import BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
 from async_eplb.events import (
     LayerCommitted,
     Logger,
@@ -35,13 +43,18 @@ from async_eplb.handle import UpdateHandle
 from async_eplb.options import UpdateOptions
 from async_eplb.pipeline import LayerPipeline
 from async_eplb.placement import ExpertPlacement
+from async_eplb.recovery import Attempt, RankState, Recovery, recover
 from async_eplb.stages import LayerStages
 from async_eplb.staging import StagingPool
 from async_eplb.stepping import Stepper
+from async_eplb.survivors import require_on
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.transport.one_round import hold_round
+from async_eplb.transport.renumbered import RenumberedTransport
 from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
+from async_eplb.weight_source import WeightSource
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, News, ThreadWorkers, Workers
 
@@ -94,6 +107,7 @@ class ExpertUpdater:
         self._verifier = Verifier(Verify(self.options.verify), weights, rank)
         require_groups(self._verifier.weights, self.options)
         self._transport = transport
+        self._live = weights
         self.expert_map = ExpertMap(
             placement,
             topology,
@@ -111,11 +125,14 @@ class ExpertUpdater:
         self._stepper = Stepper(self._driver, self._news, self._logger, rank, self._execute_at_step)
         self._doorbell: Doorbell | None = None
         self._pipeline: LayerPipeline | None = None
-        self._control: ControlGroup | None = None
         self._rounds_ended = LoopEvent()
         self._stack = AsyncExitStack()
         self._run: UpdateRun | None = None
         self._closed_because = "it was not entered yet"
+        self._broken_because = ""
+        self._failed_run: UpdateRun | None = None
+        self._dead: tuple[int, ...] = ()
+        self._attempt = Attempt()
         self._num_finished = 0
         self._num_failed = 0
         self._num_layers_committed = 0
@@ -154,14 +171,13 @@ class ExpertUpdater:
             self._pipeline = LayerPipeline(self._driver, self._news, self._doorbell, self._workers)
             await stack.enter_async_context(self._pipeline)
             stack.push_async_callback(self._close_transport)
-            self._control = await self._transport.open(
+            control = await self._transport.open(
                 self._device,
                 self._workers,
                 self._verifier.weights,
                 control_timeout_s=self.options.control_timeout_s,
             )
-            self._driver.connect(self._control.wake, self._transport.launch_rule)
-            self._pipeline.start(self._hold_rounds)
+            self._connect(control)
             await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
             self._closed_because = ""
             stack.push_async_callback(self._leave)
@@ -315,12 +331,120 @@ class ExpertUpdater:
                 await self._run.finished.wait()
             yield
 
+    async def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
+        """Go on with the ranks that are left after a failure; all call this together, and none serves meanwhile.
+
+        Layers are compared and the ones in doubt committed from kept staging, so that weights and maps agree on every
+        survivor. Slots of ranks that are gone become empty: physical experts keep their numbers, published maps their
+        shape and addresses, and :attr:`rank` stays. Passes go on after the boundary that the rank which was ahead has
+        passed (:attr:`Recovery.step`). Not cancelled: it ends within a few times ``control_timeout_s``.
+
+        :param surviving_group: an unused transport between the survivors, in the order of their ranks; of all ranks
+            if none is gone
+        :param source: where experts are loaded from that no survivor holds
+        :raises ClosedUpdater: if this updater was left, or never entered
+        :raises BusyUpdater: inside a step, :meth:`idle` or :meth:`paused`
+        :raises Unrecoverable: if a survivor cannot follow the others
+        :raises BrokenControlGroup: if another rank is lost meanwhile; call this again without it
+        """
+        if self._pipeline is None or self._closed_because:
+            raise ClosedUpdater(f"{self!r} cannot recover")
+        with self._stepper.standing("recovering"), CancelScope(shield=True):
+            await self._end_everything(self._pipeline)
+            control = await surviving_group.open(
+                self._device,
+                self._workers,
+                self._verifier.weights,
+                control_timeout_s=self.options.control_timeout_s,
+            )
+            state = RankState(
+                rank=self.rank,
+                topology=self.topology,
+                placement=self._placement,
+                step=self._driver.step,
+                generation=self._driver.generation,
+                run=self._failed_run,
+                weights=self._live,
+                expert_map=self.expert_map,
+                device=self._device,
+                workers=self._workers,
+                attempt=self._attempt,
+            )
+            try:
+                recovery = await recover(state, control, source)
+            except BaseException as error:
+                self._driver.hold(
+                    error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
+                )
+                await surviving_group.aclose()
+                raise
+            finally:
+                self._placement, self._attempt = state.placement, state.attempt
+            self._failed_run = None
+            self._broken_because = ""
+            self._dead = tuple(rank for rank in range(self.topology.num_ranks) if rank not in recovery.ranks)
+            self._transport = RenumberedTransport(surviving_group, recovery.ranks, self.topology.num_ranks)
+            self._driver.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
+            self._connect(control)
+            await checkpoint()
+        return recovery
+
+    async def audit(self, group: Transport) -> AuditReport:
+        """Compare the bytes of all replicas of all experts across ranks; all ranks call this together.
+
+        Reads every slot once, on the device, and sends 8 bytes for each. Layers must stay as they are meanwhile.
+
+        :param group: an unused transport between the ranks, used for one control round and closed
+        :raises BusyUpdater: if an update is running
+        :raises ClosedUpdater: if this updater is not open
+        """
+        if self._closed_because:
+            raise ClosedUpdater(f"{self!r} cannot audit")
+        if self._run is not None:
+            raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
+        watch = Stopwatch()
+        placement, topology = self._placement, self.topology
+        mine = await self._workers.run(
+            "transfer", lambda: slot_checksums(self._live, placement, topology, self.rank, self._device)
+        )
+        control = await group.open(
+            self._device, self._workers, self._live, control_timeout_s=self.options.control_timeout_s
+        )
+        try:
+            rows = await hold_round(control, mine)
+        finally:
+            await group.aclose()
+        ranks = [rank for rank in range(topology.num_ranks) if rank not in self._dead]
+        sums = dict(zip(ranks, rows, strict=True))
+        compared, mismatches = compare(sums, self._live.rows, placement, topology)
+        return AuditReport(
+            num_slots=sum(len(row) for row in rows),
+            num_compared=compared,
+            nbytes=sum(sum(self._live.slot_nbytes(row)) for row in self._live.rows)
+            * topology.num_local_physical_experts,
+            duration_ms=watch.ms(),
+            mismatches=mismatches,
+        )
+
+    async def _end_everything(self, pipeline: LayerPipeline) -> None:
+        """End the running update after what was agreed, the control rounds, and the transport."""
+        run = self._run
+        if run is not None:
+            pipeline.stand(self._device.record(), for_good=True)
+            run.fail(UpdateAborted(f"rank {self.rank} gave the update up to recover", ranks=(self.rank,)))
+            await run.finished.wait()
+            await pipeline.stand_no_more()
+        self._broken_because = self._broken_because or "it did not recover"
+        self._driver.leave()
+        await self._rounds_ended.wait()
+        await self._transport.aclose()
+
     @property
     def _closed(self) -> str:
         """Why no update can begin; empty if one can."""
         driver = self._driver
         gone = f"a rank was lost: {driver.lost}" if driver.lost else f"ranks {list(driver.left)} have left"
-        return self._closed_because or (gone if driver.lost or driver.left else "")
+        return self._closed_because or self._broken_because or (gone if driver.lost or driver.left else "")
 
     def _begin(
         self,
@@ -344,6 +468,7 @@ class ExpertUpdater:
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         weights = self._verifier.weights
+        require_on(new_placement, self.topology, self._dead)
         require_relays(self.options, self._transport)
         rows = changed_rows(
             self._placement,
@@ -399,6 +524,7 @@ class ExpertUpdater:
             workers=self._workers,
             begin_timeout_s=self.options.control_timeout_s,
             max_nbytes_per_step=max_nbytes_per_step,
+            progress_timeout_s=self.options.progress_timeout_s,
             on_layer=self._on_layer,
             on_commit=count,
             on_finish=finish,
@@ -412,7 +538,8 @@ class ExpertUpdater:
         self._placement = self.placement
         self._run = None
         if run.broke:
-            self._closed_because = self._closed_because or f"an update failed with {type(run.error).__name__}"
+            self._broken_because = f"an update failed with {type(run.error).__name__}; recover() reopens it"
+            self._failed_run = run
         if run.error is None:
             self._num_finished += 1
         else:
@@ -452,29 +579,54 @@ class ExpertUpdater:
         if self._doorbell is not None:
             self._doorbell.ring()
 
-    async def _hold_rounds(self) -> None:
-        if self._control is not None:
-            await self._control.run(self._driver)
-        self._rounds_ended.set()
+    def _connect(self, control: ControlGroup) -> None:
+        """Begin to hold control rounds."""
+        if self._pipeline is None:
+            raise ClosedUpdater(f"{self!r} cannot connect")
+        self._rounds_ended = LoopEvent()
+        self._driver.connect(control.wake, self._transport.launch_rule)
+        self._pipeline.start(partial(self._hold_rounds, control))
+
+    async def _hold_rounds(self, control: ControlGroup) -> None:
+        try:
+            await control.run(self._driver)
+        finally:
+            self._rounds_ended.set()
 
     async def _leave(self) -> None:
         """End a running update, which no step follows any more, and the control rounds."""
+        cancelled: list[BaseException] = []
         with CancelScope(shield=True):
             run = self._run
             if run is not None and self._pipeline is not None:
                 run.cancel()
                 self._pipeline.stand(self._device.record(), for_good=True)
-                with move_on_after(self.options.control_timeout_s):
-                    await run.finished.wait()
+                cancelled += await _outlast(run.finished, self.options.control_timeout_s)
                 if not run.finished.is_set():
                     self._driver.fail(alone=True)
-                    await run.finished.wait()
+                cancelled += await _outlast(run.finished)
             self._driver.leave()
-            await self._rounds_ended.wait()
+            cancelled += await _outlast(self._rounds_ended)
+        if cancelled:
+            raise cancelled[0]
 
     async def _close_transport(self) -> None:
         with CancelScope(shield=True):
             await self._transport.aclose()
+
+
+async def _outlast(event: LoopEvent, timeout_s: float = math.inf) -> list[BaseException]:
+    """Wait for an event however often asyncio cancels the task, which no shield keeps off; return the cancellations."""
+    cancelled: list[BaseException] = []
+    with move_on_after(timeout_s):
+        while not event.is_set():
+            try:
+                await event.wait()
+            except get_cancelled_exc_class() as error:
+                if current_effective_deadline() == -math.inf:
+                    raise
+                cancelled.append(error)
+    return cancelled
 
 
 __all__ = ["ExpertUpdater", "LayerCommitted", "UpdateHandle", "UpdateOptions", "UpdateSummary", "UpdaterStatistics"]

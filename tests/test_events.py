@@ -20,6 +20,7 @@ from test_json_log import DROPPED
 from test_rebalancer import REBALANCE_FINISHED
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions, events
+from async_eplb.errors import UpdateStalled
 from async_eplb.event_reference import event_reference
 from async_eplb.events import EVENTS, STAMPS, Event, emit, field_names
 from async_eplb.load import ExpertLoad
@@ -168,6 +169,17 @@ WAIT_AT_A_FENCE: dict[str, Any] = {
     "lead": 2,
 }
 
+STALL: dict[str, Any] = {
+    **stamped("eplb.update.stalled", "warning"),
+    "layer": 0,
+    "stage": "agree",
+    "doing": "waiting for a step",
+    "duration_ms": 4000.0,
+    "stages": ["agree: layer number 0, waiting for all ranks"],
+    "buffers": ["<StagingBuffer 0 staged: slots [0, 1, 2, 3]>", "<StagingBuffer 1 free: slots []>"],
+    "rank_states": ["staged 1, launchable 0, committed 0, fence 0, step 0, OK"],
+}
+
 EVALUATED_REBALANCE: dict[str, Any] = {
     **stamped("eplb.rebalance.evaluated"),
     "generation": 3,
@@ -262,6 +274,23 @@ def test_a_wait_at_a_fence_is_logged_completely() -> None:
     assert 0 < logged["eplb.layer.committed"]["copy_ms"] < 10_000
 
 
+def test_a_stall_is_logged_completely() -> None:
+    """Nobody steps, so the layer that all ranks have staged is never committed."""
+    alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
+    old, new = (ExpertPlacement.from_mapping([row]) for row in ([0, 1, 2, 3], [3, 2, 1, 0]))
+    options = UpdateOptions(transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=4.0)
+    capture = LogCapture()
+    logger = structlog.wrap_logger(None, processors=[capture])
+
+    async def serve() -> None:
+        async with memory_world(old, alone, schedule=SCHEDULE, options=options, loggers=[logger]) as ranks:
+            with pytest.raises(UpdateStalled):
+                await ranks[0].updater.begin(new).wait()
+
+    trio.run(serve, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert [dict(entry) for entry in capture.entries if entry["event"] == "eplb.update.stalled"] == [STALL]
+
+
 @cache
 def log_of_a_decision() -> list[dict[str, Any]]:
     """Return what is logged when one of two layers gets twice as balanced for two receives."""
@@ -323,7 +352,7 @@ def test_every_event_is_stamped_with_its_run_and_both_clocks() -> None:
 
 def test_every_event_is_compared_here() -> None:
     """A new event is listed in EVENTS and gets its dictionary above, or with the tests of what logs it."""
-    here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE, EVALUATED_REBALANCE)
+    here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE, STALL, EVALUATED_REBALANCE)
     compared = {entry["event"] for entry in (*here, REBALANCE_FINISHED, DROPPED)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))

@@ -10,7 +10,7 @@ import trio.testing
 from helpers import memory_world, together
 
 from async_eplb import EPTopology, ExpertPlacement
-from async_eplb.errors import UpdateAborted
+from async_eplb.errors import CommitFailed, UpdateAborted
 from async_eplb.testing import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 from async_eplb.workers import Workers
@@ -62,7 +62,8 @@ def test_a_failure_is_heard_of_everywhere(cancel_at_s: float | None) -> None:
             return [*outcomes, trio.current_time()]
 
     first, second, third, ended_s = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
-    assert isinstance(second, OSError) == (cancel_at_s is None)
+    assert isinstance(second, CommitFailed) == (cancel_at_s is None)
+    assert second is None or (second.rank, second.layer, second.phase) == (1, 0, "commit")
     assert [type(outcome) for outcome in (first, third)] == [UpdateAborted] * 2
     assert first.ranks == third.ranks == (1,)
     assert ended_s < FAILS_AT_S + 2 * ROUND_S

@@ -78,7 +78,7 @@ async def test_leaving_while_another_task_updates(way: str) -> None:
     await leave_everywhere(leave)
 
 
-@pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])
+@pytest.mark.parametrize("times", [1, 2, 3, 6], ids=["once", "twice", "thrice", "again and again"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_the_task_that_entered_is_cancelled_natively(times: int) -> None:
     """Leaving waits for the end of the update, even if the update's own wait was cut short."""

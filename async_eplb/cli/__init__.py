@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from async_eplb.cli import demo, events, report, simulate
+from async_eplb.cli import demo, events, fuzz, report, simulate
 from async_eplb.errors import EplbError
 
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="async_eplb", description="Move the expert weights of a Mixture-of-Experts model while it serves."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, events, report, simulate):
+    for command in (demo, events, fuzz, report, simulate):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

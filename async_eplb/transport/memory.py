@@ -15,6 +15,7 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Voter
+from async_eplb.transport.one_round import require_recent
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -24,6 +25,9 @@ class FaultKind(Enum):
 
     DROP = "drop"
     CORRUPT = "corrupt"
+    DUPLICATE = "duplicate"
+    """It is read from the sender and written to the receiver twice, before the exchange is over."""
+    DELAY = "delay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Fault:
     """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault.
 
     :param tag: only the message with this tag; all without it
+    :param delay_s: how late a delayed or duplicated message comes, in seconds
     """
 
     kind: FaultKind
@@ -38,6 +43,7 @@ class Fault:
     dst_rank: int
     row: int
     tag: int | None = None
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,10 @@ class MemorySchedule:
     :param seed: of all random delays
     :param exchange_s: seconds that an exchange takes at least
     :param message_jitter_s: each message takes up to this many seconds more, at random
+    :param reorder: messages of an exchange arrive in an order of their own, not in that in which they were posted
     :param control_s: seconds that a control round takes
+    :param control_jitter_s: each rank has a round's result up to this many seconds later, at random
+    :param lost_results: (rank, number of the round from 0): that rank does not hear what the round returned
     :param launch_rule: of the transports; granted ones are one-sided: receivers read peers' live weights themselves
     :param faults: what happens to messages
     """
@@ -55,10 +64,16 @@ class MemorySchedule:
     seed: int = 0
     exchange_s: float = 0.0
     message_jitter_s: float = 0.0
+    reorder: bool = False
     control_s: float = 0.0
+    control_jitter_s: float = 0.0
+    lost_results: frozenset[tuple[int, int]] = frozenset()
     launch_rule: LaunchRule = LaunchRule.AT_ONCE
     faults: tuple[Fault, ...] = ()
 
+
+_CONNECT_TIMEOUTS = 4
+"""Timeouts that the first round may take: other transports would wait for their peers when they open."""
 
 _MessageKey = tuple[int, int, int, int]
 
@@ -86,6 +101,7 @@ class _World:
         self.complete: dict[int, Event] = {}
         self.waits: list[tuple[CancelScope, frozenset[int]]] = []
         self.gone: set[int] = set()
+        self.dead: set[int] = set()
         self.groups: dict[int, _MemoryControlGroup] = {}
 
     @contextmanager
@@ -110,17 +126,23 @@ class _World:
             if rank in ranks:
                 scope.cancel()
 
+    def die(self, rank: int) -> None:
+        self.dead.add(rank)
+        self.leave(rank)
+        for number, rows in list(self.rounds.items()):
+            if rank not in rows:
+                self.complete[number].set()
+
     def mail_for(self, key: _MessageKey) -> _Mail:
         return self.mail.setdefault(key, _Mail())
 
-    def fault(self, key: _MessageKey) -> FaultKind | None:
+    def faults(self, key: _MessageKey) -> list[Fault]:
         src, dst, row, tag = key
-        kinds = (
-            fault.kind
+        return [
+            fault
             for fault in self.schedule.faults
             if (fault.src_rank, fault.dst_rank, fault.row) == (src, dst, row) and fault.tag in (None, tag)
-        )
-        return next(kinds, None)
+        ]
 
 
 class MemoryTransport:
@@ -191,6 +213,10 @@ class MemoryTransport:
         """Leave the world."""
         self._world.leave(self._rank)
 
+    def die(self) -> None:
+        """Let peers see what they see when a process dies: all connections of this rank are closed."""
+        self._world.die(self._rank)
+
     async def aclose(self) -> None:
         """Leave the world."""
         self._world.leave(self._rank)
@@ -224,7 +250,7 @@ class _MemoryExchange:
                 await anyio.sleep(self._world.schedule.exchange_s)
                 for group in self._groups:
                     self._post(group)
-                    for message in group.recvs:
+                    for message in self._in_order_of_arrival(group.recvs):
                         await self._receive(message)
                     for message in group.sends:
                         await self._world.mail_for(self._send_key(message)).delivered.wait()
@@ -239,6 +265,10 @@ class _MemoryExchange:
         for message in self._sends:
             del self._world.mail[self._send_key(message)]
 
+    def _in_order_of_arrival(self, messages: Sequence[Message]) -> Sequence[Message]:
+        world = self._world
+        return world.random.sample(messages, len(messages)) if world.schedule.reorder else messages
+
     async def _receive(self, message: Message) -> None:
         mail = self._world.mail_for(self._recv_key(message))
         await mail.posted.wait()
@@ -247,12 +277,18 @@ class _MemoryExchange:
 
     async def _deliver(self, message: Message, data: Tensor | None) -> None:
         await anyio.sleep(self._world.random.uniform(0, self._world.schedule.message_jitter_s))
-        fault = self._world.fault(self._recv_key(message))
-        if fault is FaultKind.DROP or data is None:
+        faults = self._world.faults(self._recv_key(message))
+        kinds = {fault.kind for fault in faults}
+        delay_s = max((fault.delay_s for fault in faults), default=0.0)
+        if FaultKind.DROP in kinds or data is None:
             await anyio.sleep_forever()
             return
+        if FaultKind.DUPLICATE in kinds:
+            message.data.copy_(data)
+        if delay_s:
+            await anyio.sleep(delay_s)
         message.data.copy_(data)
-        if fault is FaultKind.CORRUPT:
+        if FaultKind.CORRUPT in kinds:
             message.data[0] ^= 1
 
 
@@ -279,12 +315,15 @@ class _MemoryControlGroup:
         world.groups[rank] = self
 
     async def run(self, voter: Voter) -> None:
+        last_s = anyio.current_time()
         try:
             while True:
                 with anyio.move_on_after(voter.pause_s()):
                     await self._news.wait()
+                require_recent(anyio.current_time() - last_s, self._rank, self._timeout_s)
                 if not voter.receive(await self._gather(voter.ballot())):
                     return
+                last_s = anyio.current_time()
         except BrokenControlGroup as error:
             voter.lose(error)
 
@@ -304,14 +343,20 @@ class _MemoryControlGroup:
         if len(rows) == world.num_ranks:
             del world.rounds[number], world.complete[number]
             complete.set()
-        with anyio.move_on_after(self._timeout_s):
+        if world.dead - set(rows):
+            complete.set()
+        patience = 1 if number else _CONNECT_TIMEOUTS
+        with anyio.move_on_after(self._timeout_s * patience):
             await complete.wait()
-        await anyio.sleep(world.schedule.control_s)
-        if not complete.is_set():
+        await anyio.sleep(world.schedule.control_s + world.random.uniform(0, world.schedule.control_jitter_s))
+        lost = (self._rank, number) in world.schedule.lost_results
+        if len(rows) < world.num_ranks or lost:
             missing = sorted(set(range(world.num_ranks)) - set(rows))
+            reason = f"the result of round {number} was lost" if lost else f"no ballot from ranks {missing}"
             raise BrokenControlGroup(
-                f"rank {self._rank}: no ballot from ranks {missing} within {self._timeout_s} s",
+                f"rank {self._rank}: {reason} within {self._timeout_s} s",
                 rank=self._rank,
                 timeout_s=self._timeout_s,
+                missing=tuple(missing),
             )
         return [rows[rank] for rank in range(world.num_ranks)]

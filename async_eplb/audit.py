@@ -1,0 +1,90 @@
+"""Comparing the bytes of all replicas of all experts across ranks, on demand."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from async_eplb.device import Device
+from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
+from async_eplb.topology import EPTopology
+from async_eplb.verify import checksum
+from async_eplb.weights import ExpertWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMismatch:
+    """Replicas of an expert that do not hold the same bytes.
+
+    :param physical_experts: those that differ from the most common content; all of them if none is most common
+    """
+
+    layer: int
+    logical_expert: int
+    physical_experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What an audit found, the same on every rank.
+
+    :param num_slots: slots that were read, over all ranks
+    :param num_compared: experts of layers that have several replicas
+    :param nbytes: bytes that this rank has read
+    """
+
+    num_slots: int
+    num_compared: int
+    nbytes: int
+    duration_ms: float
+    mismatches: tuple[ReplicaMismatch, ...]
+
+
+def slot_checksums(
+    weights: ExpertWeights, placement: ExpertPlacement, topology: EPTopology, rank: int, device: Device
+) -> list[int]:
+    """Return a checksum of each slot of each layer that has weights, layer by layer; 0 of empty slots. Blocks."""
+    local = placement.physical_to_logical_map[:, topology.slots_of(rank)]
+    zero = torch.zeros((), dtype=torch.int64, device=device.torch_device)
+    with device.committing(), torch.no_grad():
+        sums = [
+            checksum([view[slot] for view in weights.views(row)]) if expert != EMPTY_SLOT else zero
+            for row in weights.rows
+            for slot, expert in enumerate(local[row].tolist())
+        ]
+        values: list[int] = torch.stack(sums).tolist()
+    return values
+
+
+def compare(
+    sums: Mapping[int, Sequence[int]], rows: Sequence[int], placement: ExpertPlacement, topology: EPTopology
+) -> tuple[int, tuple[ReplicaMismatch, ...]]:
+    """Compare the replicas of each expert; return how many experts have several, and which differ. Pure.
+
+    :param sums: rank → what :func:`slot_checksums` returned there
+    :param rows: layers that have weights
+    """
+    slots = topology.num_local_physical_experts
+    compared, mismatches = 0, []
+    for number, row in enumerate(rows):
+        replicas: dict[int, dict[int, int]] = defaultdict(dict)
+        for rank, values in sums.items():
+            held = placement.physical_to_logical_map[row, topology.slots_of(rank)].tolist()
+            for slot, expert in enumerate(held):
+                if expert != EMPTY_SLOT:
+                    replicas[expert][rank * slots + slot] = values[number * slots + slot]
+        for expert, found in sorted(replicas.items()):
+            compared += len(found) > 1
+            wrong = _differing(found)
+            if wrong:
+                mismatches.append(ReplicaMismatch(row, expert, wrong))
+    return compared, tuple(mismatches)
+
+
+def _differing(found: Mapping[int, int]) -> tuple[int, ...]:
+    (common, count), *others = Counter(found.values()).most_common(2)
+    if not others:
+        return ()
+    tied = others[0][1] == count
+    return tuple(sorted(physical for physical, value in found.items() if tied or value != common))

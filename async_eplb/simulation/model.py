@@ -1,0 +1,52 @@
+"""A model of very small experts, all of a rank's in one array, so that comparing all of them takes microseconds."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from async_eplb.errors import InvalidWeightSource
+from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
+from async_eplb.topology import EPTopology
+
+_SIZES = [8, 3]
+"""Bytes of an expert's tensors; one is not a multiple of a word."""
+
+
+class TinyModel:
+    """Experts of two tensors with random bytes. As a source of weights it holds all of them.
+
+    :param content: uint8 ``[layers, experts, bytes]``
+    """
+
+    def __init__(self, seed: int, num_layers: int, num_experts: int) -> None:
+        self.num_experts = num_experts
+        rng = np.random.default_rng(seed)
+        self._content = rng.integers(0, 256, (num_layers, num_experts + 1, sum(_SIZES)), dtype=np.uint8)
+
+    def slots(self, held: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """Return the bytes of the experts that slots hold: ``[layers, slots]`` → ``[layers, slots, bytes]``."""
+        layers = np.arange(len(held))[:, None]
+        slots: npt.NDArray[np.uint8] = self._content[layers, held]
+        return slots
+
+    def memory(self, placement: ExpertPlacement, topology: EPTopology, rank: int) -> npt.NDArray[np.uint8]:
+        """Return the live weights of a rank: ``[layers, slots, bytes]``; empty slots hold anything."""
+        return self.slots(placement.physical_to_logical_map[:, topology.slots_of(rank)]).copy()
+
+    def load(self, layer: int, logical_expert: int) -> list[Tensor]:
+        """Return an expert's tensors.
+
+        :raises InvalidWeightSource: if there is no such expert
+        """
+        if logical_expert == EMPTY_SLOT:
+            raise InvalidWeightSource("an empty slot has no weights", layer=layer, logical_expert=logical_expert)
+        return list(torch.split(torch.from_numpy(self._content[layer, logical_expert]), _SIZES))
+
+
+def tensors_of(memory: npt.NDArray[np.uint8]) -> Mapping[int, list[Tensor]]:
+    """Return a rank's live weights as tensors that share their memory: row → tensors ``[slots, bytes]``."""
+    shared = torch.from_numpy(memory)
+    return {layer: list(torch.split(shared[layer], _SIZES, dim=1)) for layer in range(len(memory))}

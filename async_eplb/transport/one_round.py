@@ -1,0 +1,56 @@
+"""One control round by itself: every rank gives a row of integers and sees all of them."""
+
+from collections.abc import Sequence
+
+from async_eplb.errors import BrokenControlGroup
+from async_eplb.transport.base import ControlGroup
+
+
+class _OneRound:
+    """Gives a row in one round and keeps what all ranks gave."""
+
+    def __init__(self, row: Sequence[int]) -> None:
+        self._row = row
+        self.rows: list[list[int]] = []
+        self.lost: BrokenControlGroup | None = None
+
+    def pause_s(self) -> float:
+        return 0.0
+
+    def ballot(self) -> Sequence[int]:
+        return self._row
+
+    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
+        self.rows = [list(row) for row in rows]
+        return False
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        self.lost = error
+
+
+def require_recent(elapsed_s: float, rank: int, timeout_s: float) -> None:
+    """Check that peers cannot have given this rank up, and moved on, since the last round.
+
+    Their ballots may be there all the same: a process that was stopped must not join a round that they gave up.
+
+    :param elapsed_s: since this rank had the last round's result
+    :raises BrokenControlGroup: if they can
+    """
+    if elapsed_s > timeout_s:
+        raise BrokenControlGroup(
+            f"rank {rank}: this process stood still for {elapsed_s:.1f} s; other ranks have given it up",
+            rank=rank,
+            timeout_s=timeout_s,
+        )
+
+
+async def hold_round(control: ControlGroup, row: Sequence[int]) -> list[list[int]]:
+    """Gather a row of each rank, in their order; all rows have the same length.
+
+    :raises BrokenControlGroup: if a rank does not answer
+    """
+    voter = _OneRound(row)
+    await control.run(voter)
+    if voter.lost is not None:
+        raise voter.lost
+    return voter.rows

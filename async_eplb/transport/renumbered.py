@@ -1,0 +1,75 @@
+"""A transport between some ranks of an EP group, whose peers are named by their ranks in the whole group."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from async_eplb.agreement import LaunchRule
+from async_eplb.device import Device
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Transport
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+
+class RenumberedTransport:
+    """Translates the ranks of the EP group into places in a transport's own group.
+
+    :param transport: of the ranks that are left
+    :param members: their ranks in the EP group, by their place in the transport's
+    :param num_ranks: of the EP group
+    """
+
+    def __init__(self, transport: Transport, members: Sequence[int], num_ranks: int) -> None:
+        self._transport = transport
+        self._members = tuple(members)
+        self._place = {rank: place for place, rank in enumerate(members)}
+        self._num_ranks = num_ranks
+
+    def __repr__(self) -> str:
+        return f"<RenumberedTransport of ranks {list(self._members)}: {self._transport!r}>"
+
+    @property
+    def launch_rule(self) -> LaunchRule:
+        """The transport's."""
+        return self._transport.launch_rule
+
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """The transport's."""
+        return self._transport.needs_ordered_launch
+
+    @property
+    def rank(self) -> int:
+        """This process in the EP group."""
+        return self._members[self._transport.rank]
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the EP group, with those that are gone."""
+        return self._num_ranks
+
+    @property
+    def run_id(self) -> str:
+        """The transport's."""
+        return self._transport.run_id
+
+    async def open(
+        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+    ) -> ControlGroup:
+        """Open the transport."""
+        return await self._transport.open(device, workers, weights, control_timeout_s=control_timeout_s)
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Launch an exchange between places."""
+        groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
+        return self._transport.launch(Exchange(exchange.row, tuple(groups)))
+
+    def abort(self) -> None:
+        """Abort the transport."""
+        self._transport.abort()
+
+    async def aclose(self) -> None:
+        """Close the transport."""
+        await self._transport.aclose()
+
+    def _to_places(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        return tuple(replace(message, peer=self._place[message.peer]) for message in messages)

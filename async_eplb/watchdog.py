@@ -1,0 +1,61 @@
+"""What the stages of an update do and since when, and which of them has done it for too long."""
+
+from dataclasses import dataclass
+
+from anyio import current_time, sleep
+
+_PATIENCE = {"agree": 2}
+"""Who waits for other ranks waits longer, so that the one that hangs says so first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One thing that a stage does.
+
+    :param index: number of the layer in update order
+    :param since: on the event loop's clock, in seconds
+    """
+
+    stage: str
+    index: int
+    doing: str
+    since: float
+
+    def __str__(self) -> str:
+        return f"{self.stage}: layer number {self.index}, {self.doing}"
+
+
+class Watchdog:
+    """Knows what is being done, and tells when something takes longer than it may.
+
+    :param timeout_s: how long a stage may do one thing
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._activities: dict[tuple[str, int], Activity] = {}
+
+    @property
+    def activities(self) -> tuple[Activity, ...]:
+        """All that is being done, longest first."""
+        return tuple(sorted(self._activities.values(), key=lambda activity: activity.since))
+
+    def begin(self, stage: str, index: int, doing: str) -> None:
+        """Say that a stage begins to do something with a layer, and is done with what it did before."""
+        self._activities[stage, index] = Activity(stage, index, doing, current_time())
+
+    def end(self, stage: str, index: int) -> None:
+        """Say that a stage has no more to do with a layer for now."""
+        self._activities.pop((stage, index), None)
+
+    async def until_stalled(self) -> Activity:
+        """Return what first takes too long; never, if all goes well."""
+        while True:
+            now = current_time()
+            first = min(self._activities.values(), key=self._due_s, default=None)
+            if first is not None and self._due_s(first) <= now:
+                return first
+            await sleep(self.timeout_s if first is None else min(self._due_s(first) - now, self.timeout_s))
+
+    def _due_s(self, activity: Activity) -> float:
+        return activity.since + self.timeout_s * _PATIENCE.get(activity.stage, 1)

@@ -1,0 +1,270 @@
+"""Real processes, of which one meets with an accident at an exact point of an update; the others report."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
+from async_eplb.errors import EplbError, RankInDoubt
+from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.survivors import on_survivors
+from async_eplb.workers import ThreadWorkers
+
+T = TypeVar("T")
+
+MODEL = SampleModel(hidden=16, intermediate=8)
+NUM_LAYERS = 4
+TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
+TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Accident:
+    """What happens to a rank.
+
+    :param kind: a signal's name, or "cut": all its connections are closed
+    :param phase: at which point of the update
+    """
+
+    kind: str
+    phase: str
+    victim: int = 1
+    num_ranks: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a survivor saw."""
+
+    rank: int
+    error: str
+    named: tuple[int, ...]
+    layer: int
+    phase: str
+    detected_s: float
+    num_steps_after: int
+    in_doubt: bool
+    members: tuple[int, ...]
+    rolled_forward: tuple[int, ...]
+    lost: dict[int, tuple[int, ...]]
+    missing: dict[int, tuple[int, ...]]
+    placement: bytes
+    wrong_slots: list[tuple[int, int]]
+    last_committed: int = 0
+
+
+class Source:
+    """Holds the model's experts, and remembers which it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def load(self, layer: int, logical_expert: int) -> list[Tensor]:
+        """Return an expert."""
+        self.asked.append((layer, logical_expert))
+        return MODEL.expert_bytes(layer, logical_expert)
+
+
+def survivors_of(accident: Accident, *, timeout_s: float = 60.0) -> list[Report]:
+    """Run the world; return what the survivors report."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["async_eplb.launch", "async_eplb.updater", "faulty_world"])
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [context.Pipe(duplex=False) for _ in range(accident.num_ranks)]
+        processes = [
+            context.Process(target=_process, args=(accident, rank, str(Path(folder) / "store"), ends[rank][1]))
+            for rank in range(accident.num_ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for _, there in ends:
+                there.close()
+            mine = [here for rank, (here, _) in enumerate(ends) if rank != accident.victim]
+            return [_received(here, timeout_s) for here in mine]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for here, _ in ends:
+                here.close()
+
+
+def _received(connection: Connection, timeout_s: float) -> Report:
+    if not wait([connection], timeout=timeout_s):
+        raise TimeoutError(f"a survivor did not report within {timeout_s} s")
+    report: Report | BaseException = connection.recv()
+    if isinstance(report, BaseException):
+        raise report
+    return report
+
+
+def _process(accident: Accident, rank: int, store_path: str, connection: Connection) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_path, accident.num_ranks)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=accident.num_ranks, timeout=timedelta(seconds=30)
+    )
+    try:
+        connection.send(anyio.run(_Rank(accident, rank).run))
+    except BaseException as error:  # noqa: BLE001 - raised by the test
+        connection.send(error)
+
+
+class _Workers(ThreadWorkers):
+    """Threads that come to a point of the update."""
+
+    def __init__(self, reach: Callable[[str], None]) -> None:
+        super().__init__()
+        self._reach = reach
+        self._phases = {"plan": "planning", "exchange": "transfer"}
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        def reached() -> T:
+            if kind in self._phases:
+                self._reach(self._phases[kind])
+            return function()
+
+        return await super().run(kind, reached)
+
+
+@dataclass
+class _Rank:
+    accident: Accident
+    rank: int
+    struck: bool = False
+    source: Source = field(default_factory=Source)
+    started_s: float = 0.0
+
+    def reach(self, phase: str) -> None:
+        """Come to a point of the update; for the victim it may be the last."""
+        if self.rank != self.accident.victim or phase != self.accident.phase or self.struck:
+            return
+        self.struck = True
+        if self.accident.kind == "cut":
+            _cut_connections()
+        else:
+            os.kill(os.getpid(), signal.Signals[self.accident.kind])
+
+    def _updater(self) -> ExpertUpdater:
+        rng = np.random.default_rng(5)
+        physical = self.topology.num_physical_experts
+        self.old, self.new = (random_placement(rng, NUM_LAYERS, physical, self.num_experts) for _ in range(2))
+        self.tensors = MODEL.weights(self.old, self.topology, self.rank)
+        updater = ExpertUpdater(
+            ExpertWeights(self.tensors),
+            self.old,
+            self.topology,
+            rank=self.rank,
+            transport=TorchDistTransport(),
+            options=UpdateOptions(
+                verify="checksum", transfer_timeout_s=TRANSFER_TIMEOUT_S, control_timeout_s=CONTROL_TIMEOUT_S
+            ),
+            workers=_Workers(self.reach),
+            on_commit=lambda _layer: self.reach("commit"),
+        )
+        driver = updater._driver
+        ballot, advance = driver.ballot, driver.advance
+
+        def reach_fence() -> tuple[int, ...]:
+            given = ballot()
+            if driver._agreement.fence:
+                self.reach("fence")
+            return given
+
+        def reach_staged(**counts: int) -> None:
+            if counts.get("staged"):
+                self.reach("staged")
+            advance(**counts)
+
+        driver.ballot, driver.advance = reach_fence, reach_staged  # type: ignore[method-assign]
+        return updater
+
+    async def run(self) -> Report:
+        """Update beside serving, meet with the accident, serve on, recover, update again."""
+        self.topology = EPTopology(self.accident.num_ranks, 1, 3)
+        self.num_experts = 2 * self.accident.num_ranks
+        async with self._updater() as updater:
+            error, detected_s = await self._update_until_error(updater)
+            num_steps, in_doubt = await self._serve_on(updater)
+            named = getattr(error, "missing", ()) or getattr(error, "ranks", ())
+            members = [rank for rank in range(self.accident.num_ranks) if rank not in named]
+            group = dist.new_group(members, use_local_synchronization=True)
+            recovery = await updater.recover(TorchDistTransport(group), source=self.source)
+            wrong = MODEL.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
+            await self._update_again(updater, members)
+            wrong += MODEL.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
+            return Report(
+                rank=self.rank,
+                error=type(error).__name__,
+                named=named,
+                layer=error.layer_under_way,
+                phase=error.phase,
+                detected_s=detected_s,
+                num_steps_after=num_steps,
+                in_doubt=in_doubt,
+                members=recovery.ranks,
+                rolled_forward=recovery.rolled_forward,
+                lost=recovery.lost,
+                missing=recovery.missing,
+                placement=updater.placement.digest(),
+                wrong_slots=wrong,
+            )
+
+    async def _update_until_error(self, updater: ExpertUpdater) -> tuple[EplbError, float]:
+        handle = updater.begin(self.new)
+        start = time.monotonic()
+        with suppress(RankInDoubt):
+            while not handle.done:
+                await updater.step()
+                await anyio.sleep(0.001)
+        try:
+            await handle.wait()
+        except EplbError as error:
+            return error, time.monotonic() - start
+        raise AssertionError("the update ended as if nothing had happened")
+
+    async def _serve_on(self, updater: ExpertUpdater) -> tuple[int, bool]:
+        """Make passes with the placement that this rank has; return how many, and whether a fence ended them."""
+        for number in range(20):
+            try:
+                await updater.step()
+            except RankInDoubt:
+                return number, True
+        return 20, False
+
+    async def _update_again(self, updater: ExpertUpdater, members: list[int]) -> None:
+        rng = np.random.default_rng(6)
+        drawn = random_placement(rng, NUM_LAYERS, len(members) * 3, self.num_experts)
+        handle = updater.begin(on_survivors(drawn, self.topology, members))
+        while not handle.done:
+            await updater.step()
+            await anyio.sleep(0.001)
+        await handle.wait()
+
+
+def _cut_connections() -> None:
+    """Shut down every TCP connection of this process."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if entry.is_socket():
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    if connection.family != socket.AF_UNIX:
+                        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,27 @@
+"""Real processes over gloo: whatever happens to one rank, the others know which, where and soon; and go on."""
+
+import pytest
+from faulty_world import TIMEOUTS_S, Accident, survivors_of
+
+PHASES = ("planning", "transfer", "staged", "fence", "commit")
+ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
+ACCIDENTS += [Accident("cut", "transfer"), Accident("SIGKILL", "transfer", victim=0)]
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: f"{a.kind} of rank {a.victim}, {a.phase}")
+def test_survivors_go_on(accident: Accident) -> None:
+    """A typed error names the rank, the layer and the phase in time; then all serve the same placement."""
+    reports = survivors_of(accident)
+    survivors = tuple(rank for rank in range(accident.num_ranks) if rank != accident.victim)
+    assert [report.rank for report in reports] == list(survivors)
+    for report in reports:
+        assert report.named == (accident.victim,)
+        assert report.error == "BrokenControlGroup" or (report.error, accident.phase) == ("UpdateNotBegun", "planning")
+        assert report.phase in PHASES
+        assert report.layer >= 0
+        assert report.detected_s < TIMEOUTS_S + 2.0
+        assert report.in_doubt or report.num_steps_after == 20
+        assert report.members == survivors
+        assert report.missing == {}
+        assert report.wrong_slots == []
+    assert len({report.placement for report in reports}) == 1

@@ -1,0 +1,130 @@
+"""Hundreds of updates with a fault in every tenth leave no thread, task, socket or memory behind."""
+
+import asyncio
+import gc
+import os
+import threading
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from anyio import create_task_group
+from helpers import MemoryRank, assert_same_layer, memory_world, together, two_placements
+
+from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
+from async_eplb.errors import BrokenControlGroup
+from async_eplb.workers import ThreadWorkers
+
+TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
+OPTIONS = UpdateOptions(transfer_timeout_s=1.0, control_timeout_s=2.0, verify="checksum")
+NUM_UPDATES = 500
+_WARM = 100
+
+Ranks = list[MemoryRank]
+
+
+async def update(ranks: Ranks, new: ExpertPlacement) -> list[Any]:
+    """Update on all ranks."""
+    outcomes: list[Any] = await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+    return outcomes
+
+
+async def recover(ranks: Ranks) -> None:
+    """Recover all ranks."""
+    transports = MemoryTransport.world(len(ranks))
+    calls: list[Any] = [
+        lambda r=rank, t=transport: r.updater.recover(t) for rank, transport in zip(ranks, transports, strict=True)
+    ]
+    assert not [outcome for outcome in await together(calls) if isinstance(outcome, Exception)]
+
+
+async def cancel(ranks: Ranks, new: ExpertPlacement) -> None:
+    """One caller goes away."""
+    async with create_task_group() as tasks:
+        for rank in ranks[1:]:
+            tasks.start_soon(update, [rank], new)
+        with anyio.move_on_after(0.004):
+            await ranks[0].updater.update(new)
+
+
+async def abort(ranks: Ranks, new: ExpertPlacement) -> None:
+    """A transport breaks under the update."""
+    async with create_task_group() as tasks:
+        tasks.start_soon(update, ranks, new)
+        await anyio.sleep(0.004)
+        ranks[1].updater._transport.abort()
+    await recover(ranks)
+
+
+async def fail_a_copy(ranks: Ranks, new: ExpertPlacement) -> None:
+    """A commit fails on one rank."""
+    table = ranks[1].updater.expert_map
+    failures, publish = [OSError("no luck")], table.publish
+
+    def fail_once(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        publish(*arguments)
+
+    table.publish = fail_once  # type: ignore[method-assign, assignment]
+    await update(ranks, new)
+    del table.publish
+    await recover(ranks)
+
+
+async def lose_a_rank(ranks: Ranks, new: ExpertPlacement) -> None:
+    """All ranks give each other up."""
+    for rank in ranks:
+        rank.updater._driver.lose(BrokenControlGroup("given up", rank=rank.updater.rank, timeout_s=0.0))
+    await recover(ranks)
+    await update(ranks, new)
+
+
+FAULTS: tuple[Callable[[Ranks, ExpertPlacement], Awaitable[None]], ...] = (cancel, abort, fail_a_copy, lose_a_rank)
+
+
+async def census() -> dict[str, int]:
+    """Count what could be left behind."""
+    gc.collect()
+    return {
+        "threads": threading.active_count(),
+        "tasks": len(asyncio.all_tasks()),
+        "files": await anyio.to_thread.run_sync(lambda: len(os.listdir("/proc/self/fd"))),  # noqa: PTH208 - names only
+        "bytes": tracemalloc.get_traced_memory()[0],
+    }
+
+
+@pytest.mark.timeout(240)
+def test_nothing_is_left_behind(record_property: Callable[[str, object], None]) -> None:
+    """Between update 100 and update 500."""
+    old, new = two_placements(TOPOLOGY, 3, num_experts=5)
+
+    async def run() -> list[dict[str, int]]:
+        counts = []
+        async with memory_world(old, TOPOLOGY, options=OPTIONS, workers=ThreadWorkers) as ranks:
+            for number in range(1, NUM_UPDATES + 1):
+                target = new if number % 2 else old
+                if number % 10 == 0:
+                    await FAULTS[number // 10 % len(FAULTS)](ranks, target)
+                else:
+                    await update(ranks, target)
+                if number in {_WARM, NUM_UPDATES}:
+                    await update(ranks, target)
+                    assert_same_layer(ranks, target)
+                    counts.append(await census())
+        return counts
+
+    tracemalloc.start()
+    try:
+        first, last = asyncio.run(run())
+    finally:
+        tracemalloc.stop()
+    record_property("census", (first, last))
+    print(first, last, sep="\n")  # noqa: T201 - the numbers are the point
+    assert (first["threads"], first["tasks"]) == (last["threads"], last["tasks"])
+    assert abs(last["files"] - first["files"]) <= 2
+    assert last["bytes"] - first["bytes"] < 300_000
+    assert not [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
