@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Literal
 
 import anyio
 import pytest
@@ -27,19 +28,19 @@ def device_of(world: WorldRank) -> CudaDevice:
     return CudaDevice(torch_device)
 
 
-def conform(world: WorldRank) -> str:
+def conform(world: WorldRank, backend: Literal["gloo", "nccl"]) -> str:
     """Run the conformance suite."""
     device = device_of(world)
-    transport = TorchDistTransport(nccl=NcclOptions(max_ctas=2, high_priority=True))
+    transport = TorchDistTransport(backend=backend, nccl=NcclOptions(max_ctas=2, high_priority=True))
     anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))
     return repr(transport)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_it_keeps_the_contract(num_ranks: int) -> None:
-    """Every byte arrives, packed or not, with few CTAs on a stream of high priority."""
-    for rank, text in enumerate(run_world(conform, num_ranks)):
-        assert text == f"<TorchDistTransport rank {rank} of {num_ranks}, nccl, closed>"
+@pytest.mark.parametrize(("backend", "num_ranks"), [("nccl", 2), ("nccl", 4), ("gloo", 2)])
+def test_it_keeps_the_contract(backend: Literal["gloo", "nccl"], num_ranks: int) -> None:
+    """Every byte arrives: packed or not, with few CTAs on a stream of high priority; over gloo from pinned memory."""
+    for rank, text in enumerate(run_world(conform, num_ranks, backend)):
+        assert text == f"<TorchDistTransport rank {rank} of {num_ranks}, {backend}, closed>"
 
 
 @pytest.mark.parametrize("operations_per_group", [256, 10])
