@@ -7,7 +7,8 @@ ranks holds everywhere.
 How a decision gets its step, while the model serves: a round that shows new layers staged everywhere makes every
 rank put a *fence* in its next ballot, a boundary that it promises not to pass before that round's result is known.
 The result is the largest fence, which no rank can have passed, so the layers are committed there, on all ranks at
-the same boundary. If all ranks stand, that is the boundary before them, and what was decided for later ones comes
+the same boundary. A fence is behind all boundaries that were decided before, which steps come to even if its round is
+lost. If all ranks stand, that is the boundary before them, and what was decided for later ones comes
 forward to it, so that nothing waits for steps that nobody makes. In the exclusive mode nobody serves, and layers that
 are staged everywhere may be committed at once.
 
@@ -293,7 +294,7 @@ class Agreement:
     def ballot(self) -> Ballot:
         """Return what this rank says in the round that it now joins, and hold to its fence until the result."""
         if self._fence_wanted:
-            ahead = max(self.step + self.lead, self.last_boundary + self.launch_rule.needs_order)
+            ahead = max(self.step + self.lead, self.last_boundary + 1)
             self.fence = self.step + 1 if self.standing else ahead
         return Ballot(
             generation=self.generation,

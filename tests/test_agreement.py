@@ -71,12 +71,12 @@ def test_a_fence_is_ahead_of_the_step_of_the_ballot() -> None:
     assert agreement.ballot().fence == 8
 
 
-def test_a_fence_is_not_before_the_last_boundary() -> None:
-    """Later layers are not decided for an earlier boundary while ranks make steps."""
+def test_a_fence_is_behind_the_last_boundary() -> None:
+    """If its round is lost, what was decided before can still be done by steps; and a boundary has one decision."""
     agreement = serving()
     decided(agreement, 2, 9)
     agreement.receive([replace(READY, staged=2)] * 2)
-    assert agreement.ballot().fence == 9
+    assert agreement.ballot().fence == 10
 
 
 def test_the_fence_of_a_standing_rank_is_the_boundary_before_it() -> None:

@@ -128,7 +128,7 @@ MUTATIONS = {
     "all parts at one boundary": (PARTS, "Decision(boundary + n,", "Decision(boundary,"),
     "two layers' parts at one boundary": (
         PARTS,
-        "self.last_boundary + self.launch_rule.needs_order",
+        "self.last_boundary + 1",
         "self.last_boundary",
     ),
     "decided for boundaries of a layer's later parts": (

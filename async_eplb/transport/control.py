@@ -1,8 +1,10 @@
 """Control rounds over a gloo group of their own, in a thread of their own."""
 
+import json
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
@@ -15,6 +17,8 @@ from async_eplb.transport.base import Voter
 from async_eplb.transport.one_round import require_recent
 from async_eplb.workers import Workers
 
+_SETTLE_S = 0.5
+"""By which ranks can notice a loss sooner and later."""
 _LEAST_WAIT_S = 0.005
 """For rows that are there already when the deadline has passed."""
 
@@ -27,6 +31,7 @@ class GlooControlGroup:
     """
 
     def __init__(self, store: Store, rank: int, num_ranks: int, workers: Workers, *, timeout_s: float) -> None:
+        self._store = store
         self._group = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))
         self._rank = rank
         self._num_ranks = num_ranks
@@ -63,25 +68,70 @@ class GlooControlGroup:
         rows = [given if rank == self._rank else torch.empty_like(given) for rank in range(self._num_ranks)]
         deadline = time.monotonic() + self._timeout_s
         failures: dict[int, RuntimeError] = {}
-        works: list[tuple[int, Work]] = []
+        recvs: list[tuple[int, Work]] = []
+        sends: list[tuple[int, Work]] = []
         for peer in (rank for rank in range(self._num_ranks) if rank != self._rank):
             try:
-                works.append((peer, self._group.recv([rows[peer]], peer, 0)))  # type: ignore[attr-defined]
-                works.append((peer, self._group.send([given], peer, 0)))  # type: ignore[attr-defined]
+                recvs.append((peer, self._group.recv([rows[peer]], peer, 0)))  # type: ignore[attr-defined]
+                sends.append((peer, self._group.send([given], peer, 0)))  # type: ignore[attr-defined]
             except RuntimeError as error:
                 failures[peer] = error
-        for peer, work in works:
-            try:
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), _LEAST_WAIT_S)))
-            except RuntimeError as error:
-                failures[peer] = error
-        if failures:
-            self._unfinished = (rows, works)
-            raise BrokenControlGroup(
-                f"rank {self._rank}: no ballot from ranks {sorted(failures)} within {self._timeout_s} s: dead, cut "
-                f"off, or stopped for that long ({next(iter(failures.values()))})",
-                rank=self._rank,
-                timeout_s=self._timeout_s,
-                missing=tuple(sorted(failures)),
-            )
-        return [gathered.tolist() for gathered in rows]
+        failures |= _failures(recvs, deadline) or _failures(sends, deadline)
+        if not failures:
+            return [each.tolist() for each in rows]
+        self._unfinished = (rows, recvs, sends)
+        missing = self._give_up(set(failures), in_time=time.monotonic() < deadline - _SETTLE_S)
+        raise BrokenControlGroup(
+            f"rank {self._rank}: no ballot from ranks {missing} within {self._timeout_s} s: dead, cut off, or stopped "
+            f"for that long ({next(iter(failures.values()))})",
+            rank=self._rank,
+            timeout_s=self._timeout_s,
+            missing=tuple(missing),
+        )
+
+    def _give_up(self, silent: set[int], *, in_time: bool) -> list[int]:
+        """Tell the others, and return who of the silent ranks has not given up too, for want of somebody else.
+
+        A rank that is a round ahead waits for one that has given up already. So that says why in the store, and then
+        closes its connections, which is noticed at once.
+
+        :param in_time: this did not take until the deadline, so that whoever gave up has said so by now
+        """
+        deadline = time.monotonic() + (_SETTLE_S / 10 if in_time else 2 * _SETTLE_S)
+        missing: set[int] = set()
+        try:
+            self._store.set(f"gave up/{self._rank}", json.dumps(sorted(silent)))
+            self._close_connections()
+            looked_at = {self._rank}
+            while silent - looked_at:
+                peer = min(silent - looked_at)
+                looked_at.add(peer)
+                key = f"gave up/{peer}"
+                while not (said := self._store.check([key])) and time.monotonic() < deadline:
+                    time.sleep(_LEAST_WAIT_S)
+                if said:
+                    silent |= set(json.loads(self._store.get(key)))
+                else:
+                    missing.add(peer)
+        except RuntimeError:  # the store went with its rank
+            missing |= silent - {self._rank}
+        return sorted(missing or silent - {self._rank})
+
+    def _close_connections(self) -> None:
+        """Let gloo close all connections, as it does when something has taken too long."""
+        nothing = torch.empty(1)
+        for peer in range(self._num_ranks):
+            if peer != self._rank:
+                with suppress(RuntimeError):
+                    self._group.recv([nothing], peer, 1).wait(timedelta(milliseconds=1))  # type: ignore[attr-defined]
+
+
+def _failures(works: Sequence[tuple[int, Work]], deadline: float) -> dict[int, RuntimeError]:
+    """Wait for works until a deadline; return the peers of those that failed."""
+    failures: dict[int, RuntimeError] = {}
+    for peer, work in works:
+        try:
+            work.wait(timedelta(seconds=max(deadline - time.monotonic(), _LEAST_WAIT_S)))
+        except RuntimeError as error:
+            failures[peer] = error
+    return failures

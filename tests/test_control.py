@@ -1,0 +1,75 @@
+"""Control rounds over gloo, between threads of one process: who is missing is told to ranks that are a round ahead."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from async_eplb.errors import BrokenControlGroup
+from async_eplb.transport.control import GlooControlGroup
+from async_eplb.workers import ThreadWorkers
+
+ROW = (1, 2, 3, 4)
+
+
+class Counting:
+    """A voter that takes part in so many rounds, and remembers how they ended."""
+
+    def __init__(self, rounds: int) -> None:
+        self.left = rounds
+        self.error: BrokenControlGroup | None = None
+
+    def pause_s(self) -> float:
+        return 0.0
+
+    def ballot(self) -> Sequence[int]:
+        return ROW
+
+    def receive(self, rows: Sequence[Sequence[int]]) -> bool:
+        assert list(map(tuple, rows)) == [ROW] * 3
+        self.left -= 1
+        return self.left > 0
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        self.error = error
+
+
+def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
+    """Rank 1 has given rank 0 its last row, and rank 2 none: both others name rank 1, and neither the other."""
+    groups: dict[int, GlooControlGroup] = {}
+
+    def connect(rank: int) -> None:
+        store = dist.FileStore(str(tmp_path / "store"), 3)  # type: ignore[attr-defined]
+        groups[rank] = GlooControlGroup(store, rank, 3, ThreadWorkers(), timeout_s=20.0)
+
+    together([threading.Thread(target=connect, args=(rank,)) for rank in range(3)])
+    voters = {rank: Counting(5) for rank in (0, 2)}
+
+    def give_rank_0_a_row_and_die() -> None:
+        group = groups.pop(1)._group
+        row, received = torch.tensor(ROW), torch.empty(len(ROW), dtype=torch.int64)
+        group.send([row], 0, 0).wait()  # type: ignore[attr-defined]
+        group.recv([received], 0, 0).wait()  # type: ignore[attr-defined]
+
+    together(
+        [
+            threading.Thread(target=give_rank_0_a_row_and_die),
+            *(threading.Thread(target=groups[rank]._hold_rounds, args=(voters[rank],)) for rank in (0, 2)),
+        ]
+    )
+    for rank in (0, 2):
+        error = voters[rank].error
+        assert error is not None
+        assert error.missing == (1,)
+    assert voters[0].left == 4
+    assert voters[2].left == 5
+
+
+def together(threads: Sequence[threading.Thread]) -> None:
+    """Run threads to their end."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
