@@ -13,8 +13,8 @@ from torch import Tensor
 
 from async_eplb.device import Device
 from async_eplb.errors import (
+    BrokenControlGroup,
     CommitFailed,
-    EplbError,
     InvalidWeightSource,
     PlacementDisagreement,
     RankMismatch,
@@ -115,7 +115,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     left = without_ranks(state.placement, state.topology, dead)
     if len({row[3] for row in rows}) == 1 and not all(row[4] for row in rows):
         left = vacated(left, attempt.homes)  # some ranks may have written there, others not
-    digests = tuple(row[0] for row in await hold_round(control, [int.from_bytes(left.digest()[:8]) >> 1]))
+    digests = tuple(row[0] for row in await _round(control, members, [int.from_bytes(left.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
             f"ranks {list(members)} serve different placements: digests {list(digests)}",
@@ -133,7 +133,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
         placement=left,
         lost=left.unplaced(),
     )
-    loaded = await _fetch_lost(state, control, source)
+    loaded = await _fetch_lost(state, control, members, source)
     state.attempt = replace(state.attempt, complete=True)
     return Recovery(
         ranks=recovery.ranks,
@@ -145,6 +145,18 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
         missing=state.placement.unplaced(),
         loaded=loaded,
     )
+
+
+async def _round(control: ControlGroup, members: tuple[int, ...], row: Sequence[int]) -> list[list[int]]:
+    """Gather a row of each survivor.
+
+    :raises BrokenControlGroup: if one is lost; ``missing`` has its rank in the EP group
+    """
+    try:
+        return await hold_round(control, row)
+    except BrokenControlGroup as error:
+        error.missing = tuple(members[place] for place in error.missing)
+        raise
 
 
 def _generations(state: RankState) -> list[int]:
@@ -163,7 +175,7 @@ async def _roll_forward(
     behind = [row for row, (mine, wanted) in enumerate(zip(has, goal, strict=True)) if mine < wanted]
     kept = () if state.run is None else tuple(layer.planned.row for layer in state.run.kept)
     follows = all(row in kept and goal[row] == has[row] + 1 for row in behind)
-    can = [row[0] for row in await hold_round(control, [int(follows)])]
+    can = [row[0] for row in await _round(control, members, [int(follows)])]
     if not all(can):
         ranks = tuple(rank for rank, able in zip(members, can, strict=True) if not able)
         raise Unrecoverable(
@@ -172,8 +184,12 @@ async def _roll_forward(
             layers=tuple(behind),
         )
     if state.run is not None:
-        await state.run.roll_forward(behind)
-        state.placement = state.placement.with_layers(state.run.target, tuple(behind))
+        try:
+            await state.run.roll_forward(behind)
+        finally:
+            has = state.expert_map.layer_generation.tolist()
+            done = tuple(row for row in behind if has[row] == goal[row])
+            state.placement = state.placement.with_layers(state.run.target, done)
     return tuple(behind)
 
 
@@ -187,22 +203,22 @@ def _publish(state: RankState, placement: ExpertPlacement, row: int) -> None:
 
 
 async def _fetch_lost(
-    state: RankState, control: ControlGroup, source: WeightSource | None
+    state: RankState, control: ControlGroup, members: tuple[int, ...], source: WeightSource | None
 ) -> dict[int, tuple[int, ...]]:
     """Load what nobody holds into slots that can be spared, layer by layer; return what this rank loaded."""
     loaded: dict[int, tuple[int, ...]] = {}
-    able = all(row[0] for row in await hold_round(control, [int(source is not None)]))
+    able = all(row[0] for row in await _round(control, members, [int(source is not None)]))
     if source is None or not able:
         return loaded
     for layer, found in by_layer(state.attempt.homes).items():
         mine = [home for home in found if state.topology.rank_of(home.physical_expert) == state.rank]
         contents: list[tuple[Home, list[Tensor]]] = []
-        failure: EplbError | None = None
+        failure: Exception | None = None
         try:
             contents = await state.workers.run("transfer", partial(_load, state, source, mine))
-        except InvalidWeightSource as error:
+        except Exception as error:  # noqa: BLE001 - whatever a source raises, the others must hear of it
             failure = error
-        if not all(row[0] for row in await hold_round(control, [int(failure is None)])):
+        if not all(row[0] for row in await _round(control, members, [int(failure is None)])):
             continue
         placement = with_homes(state.placement, found)
         try:

@@ -183,7 +183,7 @@ class UpdateRun:
                     tasks.start_soon(self._guard, lambda: self._load(planned_out, loaded_in))
                     tasks.start_soon(self._guard, lambda: self._transfer(loaded_out))
                     tasks.start_soon(self._guard, self._commit)
-                    tasks.start_soon(self._watch)
+                    tasks.start_soon(self._guard, self._watch)
                     await self._guard(self._until_begun)
                     await self._news.until(lambda: self._driver.over)
                     self._heed()
@@ -247,11 +247,12 @@ class UpdateRun:
             timeout_s=self._watchdog.timeout_s,
             waiting_for=behind,
         )
-        self.stages.log_stall(error, self._watchdog.activities, self._pool, self._driver.ballots)
         if due:
             self._driver.hold(error)  # peers commit the layer; here no step comes, and none may any more
             self._copy_failed = True
+        activities, ballots = self._watchdog.activities, self._driver.ballots
         self._fail(error)
+        self.stages.log_stall(error, activities, self._pool, ballots)
 
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:

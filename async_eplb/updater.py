@@ -31,7 +31,7 @@ from async_eplb.audit import AuditReport, compare, slot_checksums
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
+from async_eplb.errors import BusyTransport, BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
 from async_eplb.events import (
     LayerCommitted,
     Logger,
@@ -56,7 +56,7 @@ from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
 from async_eplb.weight_source import WeightSource
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Doorbell, News, ThreadWorkers, Workers
+from async_eplb.workers import Doorbell, News, OtherWorkers, ThreadWorkers, Workers
 
 
 class ExpertUpdater:
@@ -350,13 +350,17 @@ class ExpertUpdater:
         if self._pipeline is None or self._closed_because:
             raise ClosedUpdater(f"{self!r} cannot recover")
         with self._stepper.standing("recovering"), CancelScope(shield=True):
-            await self._end_everything(self._pipeline)
-            control = await surviving_group.open(
-                self._device,
-                self._workers,
-                self._verifier.weights,
-                control_timeout_s=self.options.control_timeout_s,
-            )
+            try:
+                await self._end_everything(self._pipeline)
+                control = await surviving_group.open(
+                    self._device,
+                    self._workers,
+                    self._verifier.weights,
+                    control_timeout_s=self.options.control_timeout_s,
+                )
+            except BaseException as error:
+                await self._stay_behind(error, surviving_group)
+                raise
             state = RankState(
                 rank=self.rank,
                 topology=self.topology,
@@ -373,10 +377,7 @@ class ExpertUpdater:
             try:
                 recovery = await recover(state, control, source)
             except BaseException as error:
-                self._driver.hold(
-                    error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
-                )
-                await surviving_group.aclose()
+                await self._stay_behind(error, surviving_group)
                 raise
             finally:
                 self._placement, self._attempt = state.placement, state.attempt
@@ -408,7 +409,10 @@ class ExpertUpdater:
             "transfer", lambda: slot_checksums(self._live, placement, topology, self.rank, self._device)
         )
         control = await group.open(
-            self._device, self._workers, self._live, control_timeout_s=self.options.control_timeout_s
+            self._device,
+            OtherWorkers(self._workers, "audit"),  # this updater's own rounds go on
+            self._live,
+            control_timeout_s=self.options.control_timeout_s,
         )
         try:
             rows = await hold_round(control, mine)
@@ -425,6 +429,14 @@ class ExpertUpdater:
             duration_ms=watch.ms(),
             mismatches=mismatches,
         )
+
+    async def _stay_behind(self, error: BaseException, surviving_group: Transport) -> None:
+        """Let no step pass until a recovery succeeds: peers may have committed what this rank has not."""
+        self._driver.hold(
+            error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
+        )
+        if not isinstance(error, BusyTransport):  # which somebody else has open
+            await surviving_group.aclose()
 
     async def _end_everything(self, pipeline: LayerPipeline) -> None:
         """End the running update after what was agreed, the control rounds, and the transport."""

@@ -57,6 +57,25 @@ class ThreadWorkers:
         return SocketDoorbell()
 
 
+class OtherWorkers:
+    """Workers whose kinds of work are not those of others on the same threads' owner.
+
+    :param prefix: of the names of its kinds
+    """
+
+    def __init__(self, workers: Workers, prefix: str) -> None:
+        self._workers = workers
+        self._prefix = prefix
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        """Run ``function`` beside what the others do of this kind."""
+        return await self._workers.run(f"{self._prefix} {kind}", function)
+
+    def doorbell(self) -> Doorbell:
+        """Return a doorbell of the running event loop."""
+        return self._workers.doorbell()
+
+
 class SocketDoorbell:
     """A pair of sockets: a ring never waits for the loop, which may be blocked."""
 

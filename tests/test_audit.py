@@ -2,12 +2,23 @@
 
 from typing import Any
 
+import anyio
 import pytest
 from helpers import in_virtual_time, memory_world, together
 
-from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
+from async_eplb import (
+    EPTopology,
+    ExpertPlacement,
+    ExpertUpdater,
+    ExpertWeights,
+    MemoryTransport,
+    TorchDistTransport,
+    UpdateOptions,
+)
 from async_eplb.audit import AuditReport, ReplicaMismatch, compare
 from async_eplb.errors import BusyUpdater, ClosedUpdater
+from async_eplb.launch import World, WorldRank
+from async_eplb.sample_model import SampleModel
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=2)
 PLACEMENT = ExpertPlacement.from_mapping([[0, 1, 0, 2, 0, -1], [0, 1, 2, 2, 1, 0]])
@@ -52,3 +63,25 @@ def test_comparing_needs_several_replicas() -> None:
     """An expert with one replica has nothing to be compared with; ranks that are gone give no sums."""
     sums = {0: [7, 8, 1, 2], 1: [7, 9, 3, 3]}
     assert compare(sums, [0, 1], PLACEMENT, TOPOLOGY) == (2, ())
+
+
+def audit_rank(world: WorldRank) -> AuditReport:
+    """Audit over gloo, beside the updater's own control rounds."""
+
+    async def audit() -> AuditReport:
+        tensors = SampleModel(hidden=8, intermediate=4).weights(PLACEMENT, TOPOLOGY, world.rank)
+        if world.rank == 2:
+            tensors[0][3][0, 0, 0] += 1.0
+        updater = ExpertUpdater(
+            ExpertWeights(tensors), PLACEMENT, TOPOLOGY, rank=world.rank, transport=TorchDistTransport()
+        )
+        async with updater:
+            return await updater.audit(TorchDistTransport())
+
+    return anyio.run(audit)
+
+
+def test_processes_audit_beside_their_control_rounds() -> None:
+    """A replica that differs is found, by all ranks."""
+    for report in World(3, timeout_s=60).run(audit_rank):
+        assert report.mismatches == (ReplicaMismatch(0, 0, (4,)),)

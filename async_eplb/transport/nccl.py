@@ -118,7 +118,8 @@ class NcclLink:
         posted, packs = pack(messages)
         needed = sum(_padded(message.data.nbytes) for small in packs for message in small)
         if self._scratch[side].nbytes < needed:
-            self._scratch[side] = self._device.allocate(needed)
+            with torch.inference_mode(mode=False):  # the next launch may be outside of the caller's
+                self._scratch[side] = self._device.allocate(needed)
         pairs: list[tuple[Tensor, Tensor]] = []
         end = 0
         for small in packs:

@@ -145,6 +145,8 @@ class _Pending:
                     timeout_s=timeout_s,
                 ) from error
             raise BrokenTransport(f"{where}: {error}", rank=self._transport.rank) from error
+        if self._transport._link is not link:
+            raise BrokenTransport(f"{where}: {self._transport!r} was aborted meanwhile", rank=self._transport.rank)
 
 
 class _GlooLink:
