@@ -60,7 +60,7 @@ class ExpertPlacement:
         """
         try:
             table = np.asarray(maps.cpu() if isinstance(maps, torch.Tensor) else maps)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise InvalidPlacement(f"{MAP_KEY} is not a table: {error}") from error
         if table.size and not np.issubdtype(table.dtype, np.integer):
             raise InvalidPlacement(f"{MAP_KEY} holds {table.dtype}; logical experts are integers")

@@ -1,0 +1,126 @@
+"""Run targets, each in a process of its own: libFuzzer makes up bytes, guided by the branches of async_eplb they reach."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+_IN_PROCESS = "--in-process"
+with atheris.instrument_imports(include=["async_eplb"]) if _IN_PROCESS in sys.argv else nullcontext():
+    from fuzzing.targets import TARGETS, Target
+
+_HANGS_AFTER_S = 20
+_MEMORY_MIB = 4096
+_LONGEST = 4096
+
+_EPILOG = """\
+examples:
+  scripts/fuzz-inputs                          all targets, 60 s each
+  scripts/fuzz-inputs log --seconds 600        one of them for longer
+  scripts/fuzz-inputs log --input found/log-crash-...  what a failure wrote
+
+Exit status: 0 if every input was taken or refused with a typed error, 1 if not.
+"""
+
+
+def main() -> int:
+    """Parse the command line and run the targets it names."""
+    names = "\n".join(f"  {name:<16}{target.reads}" for name, target in TARGETS.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/fuzz-inputs",
+        description=f"Feed made-up bytes to what reads bytes from outside.\n\ntargets:\n{names}",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="targets (default: all)")
+    parser.add_argument("--seconds", type=int, default=60, metavar="N", help="for each target (default: 60)")
+    parser.add_argument("--runs", type=int, metavar="N", help="inputs for each target, instead of --seconds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="repeats a run; 0 draws one (default: 0)")
+    parser.add_argument("--found", type=Path, default=Path("found"), metavar="DIR", help="for inputs that fail")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="run this input only")
+    parser.add_argument(_IN_PROCESS, action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in TARGETS:
+            parser.error(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
+    if options.input is not None:
+        if len(options.names) != 1:
+            parser.error("--input needs the one target that reads it")
+        run_input(TARGETS[options.names[0]], options.input.read_bytes())
+        print("taken, or refused with a typed error")
+        return 0
+    if options.in_process:
+        fuzz(options.names[0], options)
+    options.found.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in options.names or TARGETS if not _runs_well(name, options)]
+    if not any(options.found.iterdir()):
+        options.found.rmdir()
+    return 1 if failed else 0
+
+
+def run_input(target: Target, data: bytes) -> None:
+    """Feed one input to a target in an empty folder; what it prints goes nowhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        target.guarded()(data)
+
+
+def fuzz(name: str, options: argparse.Namespace) -> None:
+    """Hand this process to libFuzzer; it does not return."""
+    target = TARGETS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        work, corpus, words = (Path(folder) / part for part in ("work", "corpus", "words"))
+        work.mkdir()
+        corpus.mkdir()
+        for number, seed in enumerate(target.seeds()):
+            (corpus / str(number)).write_bytes(seed)
+        words.write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
+        limit = f"-max_total_time={options.seconds}" if options.runs is None else f"-runs={options.runs}"
+        found = options.found.resolve()
+        os.chdir(work)
+        arguments = [
+            limit,
+            f"-seed={options.seed}",
+            f"-timeout={_HANGS_AFTER_S}",
+            f"-rss_limit_mb={_MEMORY_MIB}",
+            f"-max_len={_LONGEST}",
+            *([f"-dict={words}"] if target.words else []),
+            f"-artifact_prefix={found}/{name}-",
+            "-use_value_profile=1",
+            "-print_final_stats=1",
+            str(corpus),
+        ]
+        atheris.Setup([sys.argv[0], *arguments], target.guarded())
+        atheris.Fuzz()
+
+
+def _escaped(word: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in word)
+
+
+def _runs_well(name: str, options: argparse.Namespace) -> bool:
+    command = [sys.executable, str(Path(__file__).parent), name, _IN_PROCESS]
+    command += ["--seconds", str(options.seconds), "--seed", str(options.seed), "--found", str(options.found.resolve())]
+    command += [] if options.runs is None else ["--runs", str(options.runs)]
+    outcome = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    if outcome.returncode == 0:
+        print(f"{name}: {_figure(outcome.stderr)} inputs taken or refused with a typed error", flush=True)
+        return True
+    print(outcome.stdout, outcome.stderr, sep="\n", file=sys.stderr)
+    print(f"{name}: FAILED; again: scripts/fuzz-inputs {name} --input {options.found}/{name}-...", flush=True)
+    return False
+
+
+def _figure(text: str) -> str:
+    marker = "stat::number_of_executed_units:"
+    return next((line.removeprefix(marker).strip() for line in text.splitlines() if line.startswith(marker)), "?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
