@@ -99,5 +99,5 @@ class SafetensorsSource:
 def _named_in(index: object, folder: Path) -> dict[str, Path]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise ValueError('it has no "weight_map" of names to files')  # noqa: TRY004 - of the document, not of an argument
+        raise ValueError('it has no "weight_map" of names to files')
     return {name: folder / file for name, file in names.items()}

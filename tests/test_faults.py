@@ -1,7 +1,7 @@
 """Real processes over gloo: whatever happens to one rank, the others know which, where and soon; and go on."""
 
 import pytest
-from faulty_world import TIMEOUTS_S, Accident, survivors_of
+from faulty_world import LATE, OTHER_PLACEMENT, OTHER_WEIGHTS, TIMEOUTS_S, Accident, survivors_of
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
@@ -25,3 +25,19 @@ def test_survivors_go_on(accident: Accident) -> None:
         assert report.missing == {}
         assert report.wrong_slots == []
     assert len({report.placement for report in reports}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (LATE, "UpdateNotBegun"),
+        (OTHER_WEIGHTS, "PlacementDisagreement"),
+        (OTHER_PLACEMENT, "PlacementDisagreement"),
+    ],
+)
+def test_all_go_on_without_an_update_that_one_begins_otherwise(kind: str, error: str) -> None:
+    """A typed error names the rank in time, on it too; nothing has moved, and all serve on together."""
+    accident = Accident(kind, "planning")
+    reports = survivors_of(accident)
+    for report in reports:
+        print(report)

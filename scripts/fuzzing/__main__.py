@@ -1,4 +1,4 @@
-"""Run targets, each in a process of its own: libFuzzer makes up bytes, guided by the branches of async_eplb they reach."""
+"""Run targets, each in a process of its own: libFuzzer makes up bytes, guided by the branches that they reach."""
 
 import argparse
 import os
@@ -13,11 +13,12 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parent.parent))
 _IN_PROCESS = "--in-process"
 with atheris.instrument_imports(include=["async_eplb"]) if _IN_PROCESS in sys.argv else nullcontext():
+    from fuzzing.mutation import mutate_json
     from fuzzing.targets import TARGETS, Target
 
 _HANGS_AFTER_S = 20
 _MEMORY_MIB = 4096
-_LONGEST = 4096
+_LONGEST = 16384
 
 _EPILOG = """\
 examples:
@@ -96,7 +97,8 @@ def fuzz(name: str, options: argparse.Namespace) -> None:
             "-print_final_stats=1",
             str(corpus),
         ]
-        atheris.Setup([sys.argv[0], *arguments], target.guarded())
+        options_of_json = {"custom_mutator": mutate_json} if target.is_json else {}
+        atheris.Setup([sys.argv[0], *arguments], target.guarded(), **options_of_json)
         atheris.Fuzz()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from async_eplb.cli import demo, fuzz, main, report, simulate
+from async_eplb.sample_model import random_placement
 
 _MOST_EXPERTS = 1 << 20
 
@@ -27,12 +28,12 @@ SEEDS = [
         "simulate --ranks 8 64 --layers 8 --plot scale.png --json scale.json --slowest 2 --nodes 2",
     )
 ]
-WORDS = tuple({word for line in SEEDS for word in line.split(b"\n")}) + (b"\n", b"-1", b"nan", b"inf", b"1e999")
+WORDS = (*tuple({word for line in SEEDS for word in line.split(b"\n")}), b"\n", b"-1", b"nan", b"inf", b"1e999")
 
 _PLACEMENT = '{"physical_to_logical_map": [[0, 1, 1, 0]], "num_logical_experts": 2}'
 
 
-class _Reached(Exception):  # noqa: N818 - not an error
+class _Reached(Exception):
     """All checks are passed, and work would begin."""
 
 
@@ -58,10 +59,8 @@ def _idle() -> Iterator[None]:
     def reached(*_arguments: Any, **_options: Any) -> Any:
         raise _Reached
 
-    place = demo.random_placement
-
     def place_few(rng: Any, layers: int, physical: int, experts: int) -> Any:
-        return place(rng, layers, physical, experts) if layers * physical < _MOST_EXPERTS else reached()
+        return random_placement(rng, layers, physical, experts) if layers * physical < _MOST_EXPERTS else reached()
 
     with (
         Path(os.devnull).open() as nothing,

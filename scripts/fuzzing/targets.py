@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzzing import command_line
 from rich.console import Console
 from safetensors.torch import save as save_safetensors
 
@@ -28,8 +27,9 @@ from async_eplb.report.text import report_lines
 from async_eplb.simulation import Scenario, scenario_for
 from async_eplb.transport.copy_engine import Offer
 from async_eplb.weight_source import INDEX, SafetensorsSource
+from fuzzing import command_line
 
-_JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[", b"]]", b'{"', b'":', b'\\ud800')
+_JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[", b"]]", b'{"', b'":', b"\\ud800")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Target:
     :param seeds: bytes to begin with
     :param words: what else bytes are made of
     :param refusals: what it may raise besides an ``EplbError``
+    :param is_json: lines of JSON, of which values are changed besides bytes
     """
 
     reads: str
@@ -48,6 +49,7 @@ class Target:
     seeds: Callable[[], Sequence[bytes]]
     words: tuple[bytes, ...] = ()
     refusals: tuple[type[BaseException], ...] = ()
+    is_json: bool = False
 
     def guarded(self) -> Callable[[bytes], None]:
         """Return a function that raises only what is a fault; what the reader prints goes nowhere."""
@@ -115,13 +117,18 @@ def _tensor_files() -> list[bytes]:
 
 
 def _read_log(data: bytes) -> None:
-    """Report on bytes as they are, and as what a gzip file holds."""
-    for content in (data, gzip.compress(data, 1)):
-        Path("log.jsonl").write_bytes(content)
+    path = Path("log.jsonl")
+    path.write_bytes(data)
+    report = summarize(read_events(str(path)))
+    report_lines(report)
+    json.dumps(report.to_json())
+
+
+def _read_packed_log(data: bytes) -> None:
+    """Report on bytes that begin as a gzip file does, packed or not."""
+    for content in (b"\x1f\x8b" + data[2:], gzip.compress(data, 1)):
         with contextlib.suppress(EplbError):
-            report = summarize(read_events("log.jsonl"))
-            report_lines(report)
-            json.dumps(report.to_json())
+            _read_log(content)
 
 
 def _follow_log(data: bytes) -> None:
@@ -196,27 +203,31 @@ def _offers() -> list[bytes]:
     return [Offer("host", "name", ["ab"], {0: [(0, 0, 64)]}).to_json().encode()]
 
 
+def _read_index(data: bytes) -> None:
+    Path(INDEX).write_bytes(data)
+    Path("model.safetensors").write_bytes(save_safetensors({"0.0": torch.zeros(2)}))
+    SafetensorsSource(".", ["{layer}.{expert}"]).load(0, 0)
+
+
+def _indexes() -> list[bytes]:
+    return [json.dumps({"weight_map": {"0.0": "model.safetensors"}}).encode()]
+
+
 def _read_checkpoint(data: bytes) -> None:
-    """Read an expert with bytes for the index, and then for the checkpoint."""
-    index, file = Path(INDEX), Path("model.safetensors")
-    index.write_bytes(data)
-    file.write_bytes(save_safetensors({"0.0": torch.zeros(2)}))
-    with contextlib.suppress(EplbError):
-        SafetensorsSource(".", ["{layer}.{expert}"]).load(0, 0)
-    index.unlink()
-    file.write_bytes(data)
+    Path("model.safetensors").write_bytes(data)
     SafetensorsSource(".", ["{layer}.{expert}"]).load(0, 0)
 
 
 def _checkpoints() -> list[bytes]:
-    return [
-        json.dumps({"weight_map": {"0.0": "model.safetensors"}}).encode(),
-        save_safetensors({"0.0": torch.zeros(2)}),
-    ]
+    return [save_safetensors({"0.0": torch.zeros(2)})]
 
 
 def _read_scenario(data: bytes) -> None:
     Scenario.from_json(data.decode(errors="replace"))
+
+
+def _scenarios() -> list[bytes]:
+    return [scenario_for(seed).to_json().encode() for seed in range(4)]
 
 
 def _read_condition(data: bytes) -> None:
@@ -230,22 +241,19 @@ TARGETS = {
         _read_document,
         _documents,
         (b'"physical_to_logical_map"', b'"logical_count"', b'"num_logical_experts"', *_JSON_WORDS),
+        is_json=True,
     ),
     "tensors": Target("placements and loads as .pt files", _read_tensors, _tensor_files),
-    "log": Target("logs that are reported on, plain and gzip", _read_log, _log_lines, _JSON_WORDS),
-    "follow": Target("logs that are followed", _follow_log, _log_lines, (b"[/]", b"[red]", *_JSON_WORDS)),
+    "log": Target("logs that are reported on", _read_log, _log_lines, _JSON_WORDS, is_json=True),
+    "gzip": Target("logs that are packed, or nearly so", _read_packed_log, lambda: _log_lines()[1:2]),
+    "follow": Target("logs that are followed", _follow_log, _log_lines, (b"[/]", b"[red]", *_JSON_WORDS), is_json=True),
     "ballots": Target("ballots of another rank", _take_ballots, _ballots),
-    "offer": Target("what another rank lets this one read", _read_offer, _offers, _JSON_WORDS, (RuntimeError,)),
-    "checkpoint": Target("safetensors files and their index", _read_checkpoint, _checkpoints, _JSON_WORDS),
-    "scenario": Target(
-        "worlds to simulate",
-        _read_scenario,
-        lambda: [scenario_for(seed).to_json().encode() for seed in range(4)],
-        _JSON_WORDS,
-        (ValueError,),
+    "offer": Target(
+        "what another rank lets this one read", _read_offer, _offers, _JSON_WORDS, (RuntimeError,), is_json=True
     ),
+    "index": Target("indexes of safetensors files", _read_index, _indexes, _JSON_WORDS, is_json=True),
+    "checkpoint": Target("safetensors files", _read_checkpoint, _checkpoints, _JSON_WORDS),
+    "scenario": Target("worlds to simulate", _read_scenario, _scenarios, _JSON_WORDS, (ValueError,), is_json=True),
     "condition": Target("conditions on figures", _read_condition, lambda: [b"num_failed > 2", b"num_failed == -1.5e3"]),
-    "command-line": Target(
-        "arguments, one a line", command_line.feed, lambda: command_line.SEEDS, command_line.WORDS, ()
-    ),
+    "command-line": Target("arguments, one a line", command_line.feed, lambda: command_line.SEEDS, command_line.WORDS),
 }
