@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from async_eplb.cli import main
 from async_eplb.cli.follow import view
 from async_eplb.errors import InvalidPlacement, InvalidWeightSource, UnreadableLog
 from async_eplb.events import LayerPlanned, UpdateFailed, UpdateStarted
@@ -95,6 +96,14 @@ def test_a_number_beyond_all_real_ones_is_left_out(tmp_path: Path, monkeypatch: 
     (tmp_path / "log.jsonl").write_bytes(line_of(LayerPlanned.name, duration_ms=10**400) + b"\n")
     with pytest.raises(UnreadableLog, match="a value that its key cannot have"):
         read_events(str(tmp_path / "log.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "with a null"])
+def test_a_name_that_no_file_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line and status 2."""
+    assert main(["report", name]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["simulate", "--json", f"{name}/a.json"]) == 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"0.0": 1}}', "[" * 100_000])

@@ -1,18 +1,19 @@
 """Run targets, each in a process of its own: libFuzzer makes up bytes, guided by the branches that they reach."""
 
 import argparse
+import contextlib
+import io
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import atheris
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-_IN_PROCESS = "--in-process"
-with atheris.instrument_imports(include=["async_eplb"]) if _IN_PROCESS in sys.argv else nullcontext():
+with contextlib.redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["async_eplb"]):
     from fuzzing.mutation import mutate_json
     from fuzzing.targets import TARGETS, Target
 
@@ -45,7 +46,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="repeats a run; 0 draws one (default: 0)")
     parser.add_argument("--found", type=Path, default=Path("found"), metavar="DIR", help="for inputs that fail")
     parser.add_argument("--input", type=Path, metavar="FILE", help="run this input only")
-    parser.add_argument(_IN_PROCESS, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.names:
         if name not in TARGETS:
@@ -56,8 +56,6 @@ def main() -> int:
         run_input(TARGETS[options.names[0]], options.input.read_bytes())
         print("taken, or refused with a typed error")
         return 0
-    if options.in_process:
-        fuzz(options.names[0], options)
     options.found.mkdir(parents=True, exist_ok=True)
     failed = [name for name in options.names or TARGETS if not _runs_well(name, options)]
     if not any(options.found.iterdir()):
@@ -107,16 +105,26 @@ def _escaped(word: bytes) -> str:
 
 
 def _runs_well(name: str, options: argparse.Namespace) -> bool:
-    command = [sys.executable, str(Path(__file__).parent), name, _IN_PROCESS]
-    command += ["--seconds", str(options.seconds), "--seed", str(options.seed), "--found", str(options.found.resolve())]
-    command += [] if options.runs is None else ["--runs", str(options.runs)]
-    outcome = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
-    if outcome.returncode == 0:
-        print(f"{name}: {_figure(outcome.stderr)} inputs taken or refused with a typed error", flush=True)
+    """Run a target in a fork: libFuzzer ends the process that it is in, and imports take longer than a short run."""
+    with tempfile.TemporaryFile() as file:
+        process = multiprocessing.get_context("fork").Process(target=_fuzz_into, args=(file.fileno(), name, options))
+        process.start()
+        process.join()
+        file.seek(0)
+        said = file.read().decode(errors="replace")
+    if process.exitcode == 0:
+        print(f"{name}: {_figure(said)} inputs taken or refused with a typed error", flush=True)
         return True
-    print(outcome.stdout, outcome.stderr, sep="\n", file=sys.stderr)
+    print(said, file=sys.stderr)
     print(f"{name}: FAILED; again: scripts/fuzz-inputs {name} --input {options.found}/{name}-...", flush=True)
     return False
+
+
+def _fuzz_into(descriptor: int, name: str, options: argparse.Namespace) -> None:
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    fuzz(name, options)
 
 
 def _figure(text: str) -> str:
