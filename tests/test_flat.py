@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import gc
+import logging
 import os
 import sys
 import threading
@@ -139,8 +140,11 @@ def _allocated_bytes() -> int:
 
 
 @pytest.mark.timeout(240)
-def test_nothing_is_left_behind(record_property: Callable[[str, object], None]) -> None:
+def test_nothing_is_left_behind(
+    record_property: Callable[[str, object], None], caplog: pytest.LogCaptureFixture
+) -> None:
     """Between update 100 and update 500."""
+    caplog.set_level(logging.CRITICAL)  # pytest would keep what each fault logs
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=5)
 
     async def run() -> list[dict[str, int]]:
@@ -164,6 +168,6 @@ def test_nothing_is_left_behind(record_property: Callable[[str, object], None]) 
     assert (first["threads"], first["tasks"]) == (last["threads"], last["tasks"])
     assert last["workers"] <= first["workers"] + 2
     assert abs(last["files"] - first["files"]) <= 2
-    assert last["blocks"] - first["blocks"] < 1_500
+    assert last["blocks"] - first["blocks"] < 1_000
     assert last["bytes"] - first["bytes"] < 300_000
     assert not [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
