@@ -20,6 +20,9 @@ EMPTY_SLOT = -1
 MAP_KEY = "physical_to_logical_map"
 LOAD_KEY = "logical_count"
 
+_MOST_EXPERTS = 1 << 20
+"""Of a model: the number sizes arrays, so that a damaged one must not be taken."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlacement:
@@ -39,6 +42,10 @@ class ExpertPlacement:
         if table.ndim != 2 or table.shape[1] == 0:  # noqa: PLR2004
             raise InvalidPlacement(
                 f"{MAP_KEY} has shape {list(table.shape)}; it must be [layers, physical experts]",
+            )
+        if not 0 <= self.num_logical_experts <= _MOST_EXPERTS:
+            raise InvalidPlacement(
+                f"num_logical_experts is {self.num_logical_experts}; it must be from 0 to {_MOST_EXPERTS}"
             )
         wrong = np.argwhere((table < EMPTY_SLOT) | (table >= self.num_logical_experts))
         if len(wrong):
@@ -60,7 +67,7 @@ class ExpertPlacement:
         """
         try:
             table = np.asarray(maps.cpu() if isinstance(maps, torch.Tensor) else maps)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise InvalidPlacement(f"{MAP_KEY} is not a table: {error}") from error
         if table.size and not np.issubdtype(table.dtype, np.integer):
             raise InvalidPlacement(f"{MAP_KEY} holds {table.dtype}; logical experts are integers")
@@ -93,7 +100,9 @@ class ExpertPlacement:
                 hint = f"; {LOAD_KEY!r} is a load, from which a policy computes a placement"
             raise InvalidPlacement(f"{describe(source)} holds no {MAP_KEY!r}{hint}")
         declared = document.get("num_logical_experts")
-        if num_logical_experts is None and isinstance(declared, int):
+        if declared is not None and type(declared) is not int:
+            raise InvalidPlacement(f"num_logical_experts is {declared!r}; it must be a whole number")
+        if num_logical_experts is None:
             num_logical_experts = declared
         return cls.from_mapping(document[MAP_KEY], num_logical_experts)
 

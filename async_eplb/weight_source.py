@@ -35,7 +35,7 @@ class SafetensorsSource:
     :param first_layer: what ``{layer}`` is for row 0 of the placement, as models whose first layers are dense need
     :param convert: applied to each tensor that was made, with its number; for quantised layouts of the engine's own
     :raises EplbError: if the extra ``checkpoint`` is not installed
-    :raises InvalidWeightSource: if there is no checkpoint
+    :raises InvalidWeightSource: if there is no checkpoint, or it cannot be read
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class SafetensorsSource:
         convert: Callable[[int, Tensor], Tensor] = lambda _number, tensor: tensor,
     ) -> None:
         try:
-            from safetensors import safe_open  # noqa: PLC0415 - an extra
+            from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - an extra
         except ImportError as error:
             raise EplbError(
                 "reading safetensors needs the extra 'checkpoint': pip install 'async-eplb[checkpoint]'"
             ) from error
         self._open = safe_open
+        self._unreadable = (OSError, ValueError, SafetensorError)
         self._patterns = [(pattern,) if isinstance(pattern, str) else tuple(pattern) for pattern in patterns]
         self._first_layer = first_layer
         self._convert = convert
@@ -71,23 +72,32 @@ class SafetensorsSource:
         try:
             with self._open(self._files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (KeyError, OSError) as error:
+        except (KeyError, *self._unreadable) as error:
             raise InvalidWeightSource(
-                f"layer {layer}: the checkpoint holds no {name!r} for logical expert {expert}",
+                f"layer {layer}: the checkpoint holds no {name!r} for logical expert {expert} ({error})",
                 layer=layer,
                 logical_expert=expert,
             ) from error
         return tensor
 
     def _find(self, folder: Path) -> dict[str, Path]:
-        index = folder / INDEX
-        if index.is_file():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return {name: folder / file for name, file in names.items()}
+        path = folder / INDEX
         found: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with self._open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+        try:
+            if path.is_file():
+                return _named_in(json.loads(path.read_text()), folder)
+            for path in sorted(folder.glob("*.safetensors")):
+                with self._open(path, framework="pt") as file:
+                    found |= dict.fromkeys(file.keys(), path)
+        except (RecursionError, *self._unreadable) as error:
+            raise InvalidWeightSource(f"{path} cannot be read: {error}", layer=-1, logical_expert=-1) from error
         if not found:
             raise InvalidWeightSource(f"{folder} holds no safetensors files", layer=-1, logical_expert=-1)
         return found
+
+
+def _named_in(index: object, folder: Path) -> dict[str, Path]:
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError('it has no "weight_map" of names to files')
+    return {name: folder / file for name, file in names.items()}

@@ -32,13 +32,15 @@ MODEL = SampleModel(hidden=16, intermediate=8)
 NUM_LAYERS = 4
 TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
 TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
+LATE, OTHER_WEIGHTS, OTHER_PLACEMENT = DIFFERENCES = ("late", "other weights", "other placement")
+"""What a rank that lives may begin an update with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accident:
     """What happens to a rank.
 
-    :param kind: a signal's name, or "cut": all its connections are closed
+    :param kind: a signal's name, "cut" (all its connections are closed), or one of :data:`DIFFERENCES`
     :param phase: at which point of the update
     """
 
@@ -46,6 +48,11 @@ class Accident:
     phase: str
     victim: int = 1
     num_ranks: int = 3
+
+    @property
+    def reporting(self) -> list[int]:
+        """Ranks that report: a rank that only differs does so too."""
+        return [rank for rank in range(self.num_ranks) if rank != self.victim or self.kind in DIFFERENCES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +103,7 @@ def survivors_of(accident: Accident, *, timeout_s: float = 60.0) -> list[Report]
                 process.start()
             for _, there in ends:
                 there.close()
-            mine = [here for rank, (here, _) in enumerate(ends) if rank != accident.victim]
-            return [_received(here, timeout_s) for here in mine]
+            return [_received(ends[rank][0], timeout_s) for rank in accident.reporting]
         finally:
             for process in processes:
                 process.kill()
@@ -108,7 +114,7 @@ def survivors_of(accident: Accident, *, timeout_s: float = 60.0) -> list[Report]
 
 def _received(connection: Connection, timeout_s: float) -> Report:
     if not wait([connection], timeout=timeout_s):
-        raise TimeoutError(f"a survivor did not report within {timeout_s} s")
+        raise TimeoutError(f"a rank did not report within {timeout_s} s")
     report: Report | BaseException = connection.recv()
     if isinstance(report, BaseException):
         raise report
@@ -151,7 +157,10 @@ class _Rank:
     rank: int
     struck: bool = False
     source: Source = field(default_factory=Source)
-    started_s: float = 0.0
+    model: SampleModel = MODEL
+
+    def _differs(self, kind: str) -> bool:
+        return self.rank == self.accident.victim and self.accident.kind == kind
 
     def reach(self, phase: str) -> None:
         """Come to a point of the update; for the victim it may be the last."""
@@ -167,7 +176,11 @@ class _Rank:
         rng = np.random.default_rng(5)
         physical = self.topology.num_physical_experts
         self.old, self.new = (random_placement(rng, NUM_LAYERS, physical, self.num_experts) for _ in range(2))
-        self.tensors = MODEL.weights(self.old, self.topology, self.rank)
+        if self._differs(OTHER_PLACEMENT):
+            self.new = random_placement(rng, NUM_LAYERS, physical, self.num_experts)
+        if self._differs(OTHER_WEIGHTS):
+            self.model = SampleModel(hidden=2 * MODEL.hidden, intermediate=MODEL.intermediate)
+        self.tensors = self.model.weights(self.old, self.topology, self.rank)
         updater = ExpertUpdater(
             ExpertWeights(self.tensors),
             self.old,
@@ -205,12 +218,14 @@ class _Rank:
             error, detected_s = await self._update_until_error(updater)
             num_steps, in_doubt = await self._serve_on(updater)
             named = getattr(error, "missing", ()) or getattr(error, "ranks", ())
-            members = [rank for rank in range(self.accident.num_ranks) if rank not in named]
+            wrong = self._wrong_slots(updater)
+            members = self.accident.reporting
             group = dist.new_group(members, use_local_synchronization=True)
             recovery = await updater.recover(TorchDistTransport(group), source=self.source)
-            wrong = MODEL.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
-            await self._update_again(updater, members)
-            wrong += MODEL.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
+            wrong += self._wrong_slots(updater)
+            if self.accident.kind != OTHER_WEIGHTS:  # which differ for good
+                await self._update_again(updater, members)
+            wrong += self._wrong_slots(updater)
             return Report(
                 rank=self.rank,
                 error=type(error).__name__,
@@ -228,7 +243,12 @@ class _Rank:
                 wrong_slots=wrong,
             )
 
+    def _wrong_slots(self, updater: ExpertUpdater) -> list[tuple[int, int]]:
+        return self.model.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
+
     async def _update_until_error(self, updater: ExpertUpdater) -> tuple[EplbError, float]:
+        if self._differs(LATE):
+            await anyio.sleep(CONTROL_TIMEOUT_S + 0.5)
         handle = updater.begin(self.new)
         start = time.monotonic()
         with suppress(RankInDoubt):

@@ -1,7 +1,7 @@
 """Real processes over gloo: whatever happens to one rank, the others know which, where and soon; and go on."""
 
 import pytest
-from faulty_world import TIMEOUTS_S, Accident, survivors_of
+from faulty_world import LATE, OTHER_PLACEMENT, OTHER_WEIGHTS, TIMEOUTS_S, Accident, survivors_of
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
@@ -23,5 +23,31 @@ def test_survivors_go_on(accident: Accident) -> None:
         assert report.in_doubt or report.num_steps_after == 20
         assert report.members == survivors
         assert report.missing == {}
+        assert report.wrong_slots == []
+    assert len({report.placement for report in reports}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (LATE, "UpdateNotBegun"),
+        (OTHER_WEIGHTS, "PlacementDisagreement"),
+        (OTHER_PLACEMENT, "PlacementDisagreement"),
+    ],
+    ids=[LATE, OTHER_WEIGHTS, OTHER_PLACEMENT],
+)
+def test_all_go_on_without_an_update_that_one_begins_otherwise(kind: str, error: str) -> None:
+    """A typed error names the rank in time, on it too; nothing has moved, and all serve on together."""
+    accident = Accident(kind, "beginning")
+    reports = survivors_of(accident)
+    assert [report.rank for report in reports] == [0, 1, 2]
+    for report in reports:
+        if (kind, report.rank) == (LATE, accident.victim):
+            assert report.error in ("StepMismatch", "UpdateAborted", "UpdateNotBegun")  # what it finds is over
+        else:
+            assert (report.error, report.named) == (error, (accident.victim,))
+        assert report.detected_s < TIMEOUTS_S
+        assert (report.layer, report.num_steps_after, report.in_doubt) == (0, 20, False)
+        assert (report.members, report.rolled_forward, report.lost) == ((0, 1, 2), (), {})
         assert report.wrong_slots == []
     assert len({report.placement for report in reports}) == 1

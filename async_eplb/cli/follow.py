@@ -67,6 +67,7 @@ def _logs_now(names: Sequence[str]) -> list[str]:
 
 
 def _updates(updates: list[LiveUpdate]) -> "Table":
+    from rich.markup import escape  # noqa: PLC0415 - an extra
     from rich.table import Table  # noqa: PLC0415 - an extra
 
     table = Table(title="updates", title_justify="left")
@@ -77,8 +78,8 @@ def _updates(updates: list[LiveUpdate]) -> "Table":
         committed = min((update.done[rank, "commit"] for rank in range(update.num_ranks)), default=0)
         table.add_row(
             str(update.generation),
-            update.mode,
-            f"[{styles[update.outcome]}]{update.outcome}[/] {update.error}",
+            escape(update.mode),
+            f"[{styles[update.outcome]}]{update.outcome}[/] {escape(update.error)}",
             in_ms(update.duration_ms) if update.ended else "",
             f"{committed}/{update.num_layers}",
             in_bytes(update.received_nbytes),

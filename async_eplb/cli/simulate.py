@@ -115,7 +115,13 @@ def _scenario(options: argparse.Namespace, num_ranks: int) -> Scenario:
 
 
 def _require_folder(option: str, path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    try:
+        is_there = path.absolute().parent.is_dir()
+    except OSError as error:
+        raise InvalidOptions(f"--{option}: {error.strerror}", option=option) from error
+    if not is_there:
         raise InvalidOptions(f"--{option} {path}: there is no folder {path.parent}", option=option)
 
 

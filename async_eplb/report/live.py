@@ -19,6 +19,7 @@ from async_eplb.events import (
     UpdateFinished,
     UpdateStarted,
 )
+from async_eplb.report.columns import fits
 
 _MAX_READ = 1 << 24
 
@@ -80,18 +81,18 @@ class LiveState:
                     self._take(event)
                     self.num_events += 1
                     continue
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 pass
             self.num_left_out += 1
 
     def _take(self, event: Mapping[str, Any]) -> None:
         name = event["event"]
         if name == RebalanceFinished.name:
-            self.balancedness = (float(event["balancedness_before"]), float(event["balancedness_after"]))
+            self.balancedness = (_real(event, "balancedness_before"), _real(event, "balancedness_after"))
         elif name == LogDropped.name:
-            self.num_dropped += int(event["num_events"])
+            self.num_dropped += _whole(event, "num_events")
         elif name in _STAGES or name in (UpdateStarted.name, UpdateFinished.name, UpdateFailed.name, FenceWaited.name):
-            self._take_of_update(self._update(str(event["run_id"]), int(event["generation"])), event)
+            self._take_of_update(self._update(str(event["run_id"]), _whole(event, "generation")), event)
 
     def _update(self, run_id: str, generation: int) -> LiveUpdate:
         update = self.updates.setdefault((run_id, generation), LiveUpdate(run_id, generation))
@@ -100,24 +101,37 @@ class LiveState:
         return update
 
     def _take_of_update(self, update: LiveUpdate, event: Mapping[str, Any]) -> None:
-        name, rank = event["event"], int(event["rank"])
+        name, rank = event["event"], _whole(event, "rank")
         if name == UpdateStarted.name:
-            update.num_ranks, update.num_layers = int(event["num_ranks"]), int(event["num_layers"])
+            update.num_ranks, update.num_layers = _whole(event, "num_ranks"), _whole(event, "num_layers")
             update.mode = str(event["mode"])
         elif name in _STAGES:
             update.done[rank, _STAGES[name]] += 1
             if name == LayerTransferred.name:
-                update.received_nbytes += int(event["received_nbytes"])
+                update.received_nbytes += _whole(event, "received_nbytes")
             if name == LayerCommitted.name and event["step"]:
-                update.stalls_ms[rank, int(event["step"])] += event["copy_ms"]
+                update.stalls_ms[rank, _whole(event, "step")] += _real(event, "copy_ms")  # type: ignore[assignment]
         elif name == FenceWaited.name:
             update.num_fence_waits += 1
-            update.stalls_ms[rank, int(event["step"])] += event["duration_ms"]
+            update.stalls_ms[rank, _whole(event, "step")] += _real(event, "duration_ms")  # type: ignore[assignment]
         else:
             update.ended[rank] = name
-            update.duration_ms = max(update.duration_ms, float(event["duration_ms"]))
+            update.duration_ms = max(update.duration_ms, _real(event, "duration_ms"))
             if name == UpdateFailed.name:
                 update.error = str(event["error"])
+
+
+def _whole(event: Mapping[str, Any], key: str) -> int:
+    """Return a number that is one, in the bounds of its name: a damaged one must not size what is shown."""
+    if not fits([event[key]], "int", key):
+        raise ValueError(f"{key} is {event[key]!r}")
+    return int(event[key])
+
+
+def _real(event: Mapping[str, Any], key: str) -> float:
+    if not fits([event[key]], "float"):
+        raise ValueError(f"{key} is {event[key]!r}")
+    return float(event[key])
 
 
 class Tail:

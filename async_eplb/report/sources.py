@@ -22,17 +22,23 @@ def find_logs(names: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        path = Path(name)
-        if name == STANDARD_INPUT or path.is_file() or path.is_fifo():
-            here = [name]
-        elif path.is_dir():
-            here = sorted(str(each) for pattern in ("*.jsonl", "*.jsonl.gz") for each in path.glob(pattern))
-        else:
-            here = sorted(each for each in glob(name, recursive=True) if Path(each).is_file())  # noqa: PTH207 - absolute ones too
+        try:
+            here = _files_of(name)
+        except (OSError, ValueError) as error:  # too long, or with a null byte
+            raise UnreadableLog(f"{name[:80]!r} is no name of a log: {error}", path=name) from error
         if not here:
             raise UnreadableLog(f"{name}: there is no such log", path=name)
         found.update(dict.fromkeys(here))
     return list(found)
+
+
+def _files_of(name: str) -> list[str]:
+    path = Path(name)
+    if name == STANDARD_INPUT or path.is_file() or path.is_fifo():
+        return [name]
+    if path.is_dir():
+        return sorted(str(each) for pattern in ("*.jsonl", "*.jsonl.gz") for each in path.glob(pattern))
+    return sorted(each for each in glob(name, recursive=True) if Path(each).is_file())  # noqa: PTH207 - absolute ones too
 
 
 def read_lines(name: str) -> Iterator[bytes]:

@@ -187,10 +187,22 @@ class Offer:
 
     @classmethod
     def from_json(cls, text: str) -> "Offer":
-        """Read what :meth:`to_json` wrote."""
-        fields = json.loads(text)
-        slots = {int(row): [tuple(place) for place in places] for row, places in fields.pop("slots").items()}
-        return cls(**fields, slots=slots)
+        """Read what :meth:`to_json` wrote.
+
+        :raises RuntimeError: if it is something else
+        """
+        try:
+            fields = json.loads(text)
+            slots = {
+                int(row): [(int(number), int(first), int(stride)) for number, first, stride in places]
+                for row, places in fields["slots"].items()
+            }
+            handles = [bytes.fromhex(handle).hex() for handle in fields["handles"]]
+            if not {number for places in slots.values() for number, _, _ in places} <= set(range(len(handles))):
+                raise ValueError("a slot is in an allocation that is not offered")  # noqa: TRY301 - one answer to all
+            return cls(str(fields["host"]), str(fields["host_name"]), handles, slots)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise RuntimeError(f"a rank's offer makes no sense; does it run this version? ({error!r})") from error
 
 
 class _Link:

@@ -1,0 +1,259 @@
+"""The table of what reads bytes from outside, each with bytes to begin with and the words of its language."""
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save as save_safetensors
+
+from async_eplb.agreement import Agreement, Ballot, Mode, Status
+from async_eplb.cli.follow import view
+from async_eplb.driver import Driver
+from async_eplb.errors import BrokenControlGroup, EplbError
+from async_eplb.events import EVENTS
+from async_eplb.load import ExpertLoad
+from async_eplb.placement import ExpertPlacement
+from async_eplb.report import read_events, summarize
+from async_eplb.report.conditions import parse_condition
+from async_eplb.report.live import LiveState
+from async_eplb.report.text import report_lines
+from async_eplb.simulation import Scenario, scenario_for
+from async_eplb.transport.copy_engine import Offer
+from async_eplb.weight_source import INDEX, SafetensorsSource
+from fuzzing import command_line
+
+_JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[", b"]]", b'{"', b'":', b"\\ud800")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One reader.
+
+    :param reads: what it reads, for people
+    :param feed: takes bytes in; runs in an empty folder
+    :param seeds: bytes to begin with
+    :param words: what else bytes are made of
+    :param refusals: what it may raise besides an ``EplbError``
+    :param is_json: lines of JSON, of which values are changed besides bytes
+    """
+
+    reads: str
+    feed: Callable[[bytes], None]
+    seeds: Callable[[], Sequence[bytes]]
+    words: tuple[bytes, ...] = ()
+    refusals: tuple[type[BaseException], ...] = ()
+    is_json: bool = False
+
+    def guarded(self) -> Callable[[bytes], None]:
+        """Return a function that raises only what is a fault; what the reader prints goes nowhere."""
+
+        def run(data: bytes) -> None:
+            nowhere = io.StringIO()
+            with (
+                contextlib.redirect_stdout(nowhere),
+                contextlib.redirect_stderr(nowhere),
+                contextlib.suppress(EplbError, *self.refusals),
+            ):
+                self.feed(data)
+
+        return run
+
+
+def _use(placement: ExpertPlacement) -> None:
+    """Ask a placement that was taken for what an update asks it."""
+    placement.unplaced()
+    placement.digest()
+    assert placement.physical_to_logical_map.max(initial=-1) < placement.num_logical_experts
+
+
+def _read_document(data: bytes) -> None:
+    """Read a placement and a load, inline and from a file, each whether or not the others were refused."""
+    Path("document.json").write_bytes(data)
+    inline = data.decode(errors="replace")
+    for source in (Path("document.json"), "{" + inline.lstrip().removeprefix("{")):
+        with contextlib.suppress(EplbError):
+            _use(ExpertPlacement.load(source))
+        with contextlib.suppress(EplbError):
+            assert (ExpertLoad.load(source).tokens_per_step() >= 0).all()
+
+
+def _documents() -> list[bytes]:
+    documents: list[dict[str, Any]] = [
+        {"physical_to_logical_map": [[0, 1, -1], [1, 0, 1]], "num_logical_experts": 2},
+        {"logical_count": [[1, 2, 3]]},
+        {"logical_count": [[[1, 2.5], [3, 4]]]},
+    ]
+    return [json.dumps(document).encode() for document in documents]
+
+
+def _read_tensors(data: bytes) -> None:
+    path = Path("document.pt")
+    path.write_bytes(data)
+    with contextlib.suppress(EplbError):
+        _use(ExpertPlacement.load(path))
+    with contextlib.suppress(EplbError):
+        ExpertLoad.load(path)
+
+
+def _tensor_files() -> list[bytes]:
+    files = []
+    for key, tensor in (
+        ("physical_to_logical_map", torch.arange(4).view(1, 4)),
+        ("physical_to_logical_map", torch.zeros(1, 2, dtype=torch.bfloat16)),
+        ("logical_count", torch.ones(1, 2)),
+    ):
+        for new_format in (True, False):
+            buffer = io.BytesIO()
+            torch.save({key: tensor}, buffer, _use_new_zipfile_serialization=new_format)
+            files.append(buffer.getvalue())
+    return files
+
+
+def _read_log(data: bytes) -> None:
+    path = Path("log.jsonl")
+    path.write_bytes(data)
+    report = summarize(read_events(str(path)))
+    report_lines(report)
+    json.dumps(report.to_json())
+
+
+def _read_packed_log(data: bytes) -> None:
+    """Report on bytes that begin as a gzip file does, packed or not."""
+    for content in (b"\x1f\x8b" + data[2:], gzip.compress(data, 1)):
+        with contextlib.suppress(EplbError):
+            _read_log(content)
+
+
+def _follow_log(data: bytes) -> None:
+    """Show bytes as they come, as ``report --follow`` does."""
+    state = LiveState()
+    console = Console(file=io.StringIO(), width=100)
+    for line in data.split(b"\n"):
+        state.take([line])
+    console.print(view(state))
+
+
+def _log_lines() -> list[bytes]:
+    lines = []
+    for event in EVENTS:
+        row: dict[str, Any] = {"event": event.name, "schema_version": 1, "run_id": "a", "level": "info"}
+        row |= {"wall_s": 1.0, "monotonic_s": 1.0}
+        for name, kind in event.__annotations__.items():
+            row.setdefault(name, _example(str(kind)))
+        row |= {"generation": 1, "rank": 0, "step": 1, "layer": 0, "num_ranks": 1, "num_layers": 1, "num_nodes": 1}
+        lines.append(json.dumps(row).encode() + b"\n")
+    whole = b"".join(lines)
+    return [whole, gzip.compress(whole), *lines]
+
+
+def _example(kind: str) -> object:
+    for word, value in (("tuple", [0]), ("list", [0]), ("bool", True), ("int", 1), ("float", 1.0)):
+        if word in kind:
+            return value
+    return "a"
+
+
+def _take_ballots(data: bytes) -> None:
+    """Take bytes as the rows of a control round, 8 bytes a number, row after row as long as a ballot."""
+    numbers = [int.from_bytes(data[start : start + 8], "little", signed=True) for start in range(0, len(data), 8)]
+    size = Ballot.size()
+    rows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    driver = Driver(Agreement(), ring=lambda: None)
+    driver.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
+    for row in rows:
+        driver.advance(staged=1)
+        if not driver.receive([driver.ballot(), row]):
+            assert isinstance(driver.lost, BrokenControlGroup) or driver.left
+            return
+        with contextlib.suppress(EplbError):
+            driver.try_pass(None)
+
+
+def _ballots() -> list[bytes]:
+    def row(**values: Any) -> bytes:
+        ballot = {
+            "generation": 1,
+            "digest": 1,
+            "staged": 1,
+            "launchable": 1,
+            "committed": 0,
+            "fence": 0,
+            "status": Status.OK,
+            "step": 0,
+            "standing": 0,
+            "demanded": 0,
+        }
+        return b"".join(int(number).to_bytes(8, "little") for number in Ballot(**(ballot | values)).to_row())
+
+    return [row() + row(staged=2), *(row(status=status) for status in Status), row()[:-8]]
+
+
+def _read_offer(data: bytes) -> None:
+    Offer.from_json(data.decode(errors="replace"))
+
+
+def _offers() -> list[bytes]:
+    return [Offer("host", "name", ["ab"], {0: [(0, 0, 64)]}).to_json().encode()]
+
+
+def _read_index(data: bytes) -> None:
+    Path(INDEX).write_bytes(data)
+    Path("model.safetensors").write_bytes(save_safetensors({"0.0": torch.zeros(2)}))
+    SafetensorsSource(".", ["{layer}.{expert}"]).load(0, 0)
+
+
+def _indexes() -> list[bytes]:
+    return [json.dumps({"weight_map": {"0.0": "model.safetensors"}}).encode()]
+
+
+def _read_checkpoint(data: bytes) -> None:
+    Path("model.safetensors").write_bytes(data)
+    SafetensorsSource(".", ["{layer}.{expert}"]).load(0, 0)
+
+
+def _checkpoints() -> list[bytes]:
+    return [save_safetensors({"0.0": torch.zeros(2)})]
+
+
+def _read_scenario(data: bytes) -> None:
+    Scenario.from_json(data.decode(errors="replace"))
+
+
+def _scenarios() -> list[bytes]:
+    return [scenario_for(seed).to_json().encode() for seed in range(4)]
+
+
+def _read_condition(data: bytes) -> None:
+    figures = {"num_failed": 1.0}
+    parse_condition(data.decode(errors="replace"), figures).broken_by(figures)
+
+
+TARGETS = {
+    "document": Target(
+        "placements and loads as JSON, inline and in files",
+        _read_document,
+        _documents,
+        (b'"physical_to_logical_map"', b'"logical_count"', b'"num_logical_experts"', *_JSON_WORDS),
+        is_json=True,
+    ),
+    "tensors": Target("placements and loads as .pt files", _read_tensors, _tensor_files),
+    "log": Target("logs that are reported on", _read_log, _log_lines, _JSON_WORDS, is_json=True),
+    "gzip": Target("logs that are packed, or nearly so", _read_packed_log, lambda: _log_lines()[1:2]),
+    "follow": Target("logs that are followed", _follow_log, _log_lines, (b"[/]", b"[red]", *_JSON_WORDS), is_json=True),
+    "ballots": Target("ballots of another rank", _take_ballots, _ballots),
+    "offer": Target(
+        "what another rank lets this one read", _read_offer, _offers, _JSON_WORDS, (RuntimeError,), is_json=True
+    ),
+    "index": Target("indexes of safetensors files", _read_index, _indexes, _JSON_WORDS, is_json=True),
+    "checkpoint": Target("safetensors files", _read_checkpoint, _checkpoints, _JSON_WORDS),
+    "scenario": Target("worlds to simulate", _read_scenario, _scenarios, _JSON_WORDS, (ValueError,), is_json=True),
+    "condition": Target("conditions on figures", _read_condition, lambda: [b"num_failed > 2", b"num_failed == -1.5e3"]),
+    "command-line": Target("arguments, one a line", command_line.feed, lambda: command_line.SEEDS, command_line.WORDS),
+}
