@@ -61,8 +61,6 @@ class LayerInFlight:
     buffer: StagingBuffer
     exchange: Exchange
     commit: Callable[[], int]
-    load_ms: float
-    """Time of laying out its staging and copying this rank's own slots there."""
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started anew when its transfer's turn came, and when it was staged."""
     pending: list[PendingExchange] = field(default_factory=list)
@@ -241,7 +239,6 @@ class LayerStages:
 
     async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
-        watch = Stopwatch()
         buffer.lay_out(
             planned.plan.staged_slots,
             self._weights.slot_nbytes(planned.row),
@@ -264,7 +261,7 @@ class LayerStages:
                 return commit
 
         commit = await self._workers.run("transfer", copy_own_slots)
-        return LayerInFlight(planned, buffer, exchange, commit, load_ms=watch.ms())
+        return LayerInFlight(planned, buffer, exchange, commit)
 
     def launch(self, layer: LayerInFlight, part: Exchange) -> None:
         """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
@@ -301,7 +298,7 @@ class LayerStages:
             generation=self._generation,
             step=self.step(),
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
-            ms=layer.load_ms + layer.watch.ms(),
+            ms=layer.watch.ms(),
         )
         self.tally.add_transfer(event)
         emit(self._logger, event)

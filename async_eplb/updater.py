@@ -534,7 +534,7 @@ class ExpertUpdater:
             news=self._news,
             pool=self._pool,
             workers=self._workers,
-            begin_timeout_s=self.options.control_timeout_s,
+            begin_timeout_s=2 * self.options.control_timeout_s,  # a lost round comes first, and says who is missing
             max_nbytes_per_step=max_nbytes_per_step,
             progress_timeout_s=self.options.progress_timeout_s,
             on_layer=self._on_layer,
