@@ -248,7 +248,7 @@ class _Rank:
 
     async def _update_until_error(self, updater: ExpertUpdater) -> tuple[EplbError, float]:
         if self._differs(LATE):
-            await anyio.sleep(CONTROL_TIMEOUT_S + 0.5)
+            await anyio.sleep(2 * CONTROL_TIMEOUT_S + 0.5)  # longer than the others wait for it to begin
         handle = updater.begin(self.new)
         start = time.monotonic()
         with suppress(RankInDoubt):
