@@ -15,6 +15,7 @@ from async_eplb.device import Device
 from async_eplb.errors import (
     BrokenControlGroup,
     CommitFailed,
+    EplbError,
     InvalidWeightSource,
     PlacementDisagreement,
     RankMismatch,
@@ -213,10 +214,10 @@ async def _fetch_lost(
     for layer, found in by_layer(state.attempt.homes).items():
         mine = [home for home in found if state.topology.rank_of(home.physical_expert) == state.rank]
         contents: list[tuple[Home, list[Tensor]]] = []
-        failure: Exception | None = None
+        failure: EplbError | None = None
         try:
             contents = await state.workers.run("transfer", partial(_load, state, source, mine))
-        except Exception as error:  # noqa: BLE001 - whatever a source raises, the others must hear of it
+        except InvalidWeightSource as error:
             failure = error
         if not all(row[0] for row in await _round(control, members, [int(failure is None)])):
             continue
@@ -237,7 +238,21 @@ async def _fetch_lost(
 
 
 def _load(state: RankState, source: WeightSource, mine: Sequence[Home]) -> list[tuple[Home, list[Tensor]]]:
-    return [(home, _checked(state, home, source.load(home.layer, home.logical_expert))) for home in mine]
+    return [(home, _checked(state, home, _from_source(source, home))) for home in mine]
+
+
+def _from_source(source: WeightSource, home: Home) -> Sequence[Tensor]:
+    """Load an expert; whatever a source raises, the other ranks must hear of it."""
+    try:
+        return source.load(home.layer, home.logical_expert)
+    except InvalidWeightSource:
+        raise
+    except Exception as error:
+        raise InvalidWeightSource(
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source failed ({error!r})",
+            layer=home.layer,
+            logical_expert=home.logical_expert,
+        ) from error
 
 
 def _checked(state: RankState, home: Home, tensors: Sequence[Tensor]) -> list[Tensor]:
