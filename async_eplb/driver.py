@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from async_eplb.agreement import Agreement, Ballot, Decision, LaunchRule, Mode, Verdict
-from async_eplb.errors import BrokenControlGroup, EplbError, InvalidBallot, RankInDoubt, StepMismatch
+from async_eplb.errors import BrokenControlGroup, CommitFailed, EplbError, InvalidBallot, RankInDoubt, StepMismatch
 from async_eplb.workers import News
 
 ACTIVE_PAUSE_S = 0.125
@@ -105,9 +105,10 @@ class Driver:
         self._ring()
 
     def hold(self, error: EplbError) -> None:
-        """Pass no boundary from here on."""
+        """Pass no boundary from here on; the layer that could not be copied last is the one that is torn."""
         with self._lock:
-            self.held = self.held or error
+            if self.held is None or isinstance(error, CommitFailed):
+                self.held = error
             self._lock.notify_all()
 
     def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
