@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import LayerCountMismatch, MissingExtra
+from async_eplb.errors import MissingExtra
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.plan.transfers import Ints
+from async_eplb.plan.update import require_update
 from async_eplb.topology import EPTopology
 
 Assign = Callable[[npt.NDArray[Any]], tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
@@ -43,14 +44,7 @@ def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) ->
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
     """
     assign = linear_assignment()
-    if old.num_layers != new.num_layers:
-        raise LayerCountMismatch(
-            f"the new placement has {new.num_layers} layers, the old one {old.num_layers}",
-            expected=old.num_layers,
-            actual=new.num_layers,
-        )
-    old.require_fit(topology)
-    new.require_fit(topology)
+    require_update(old, new, topology)
     before, after = old.physical_to_logical_map, new.physical_to_logical_map
     shape = (topology.num_ranks, topology.num_local_physical_experts)
     result = np.empty_like(after)

@@ -137,6 +137,18 @@ def plan_update(
     :raises InvalidPlacement: if one does not fit the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
     """
+    require_update(old, new, topology)
+    rows = slice(None) if layers is None else list(layers)
+    before, after = old.physical_to_logical_map[rows], new.physical_to_logical_map[rows]
+    return UpdatePlan(before, after, topology, rank, (planner or Planner()).transfers(before, after, topology))
+
+
+def require_update(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) -> None:
+    """Check that there is an update from one placement to another.
+
+    :raises LayerCountMismatch: if the placements have different numbers of layers
+    :raises InvalidPlacement: if one does not fit the topology
+    """
     if old.num_layers != new.num_layers:
         raise LayerCountMismatch(
             f"the new placement has {new.num_layers} layers, the old one {old.num_layers}",
@@ -145,6 +157,3 @@ def plan_update(
         )
     old.require_fit(topology)
     new.require_fit(topology)
-    rows = slice(None) if layers is None else list(layers)
-    before, after = old.physical_to_logical_map[rows], new.physical_to_logical_map[rows]
-    return UpdatePlan(before, after, topology, rank, (planner or Planner()).transfers(before, after, topology))

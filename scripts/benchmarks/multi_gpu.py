@@ -46,7 +46,6 @@ from async_eplb.policy import hierarchical, incremental
 from benchmarks import gpu_serving
 
 _EXPERT_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
-_EXPERT_NBYTES = sum(int(np.prod(shape)) for shape in _EXPERT_SHAPES)
 _TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "nccl": TorchDistTransport,
     "copy_engine": CopyEngineTransport,
