@@ -40,6 +40,7 @@ from async_eplb import (
     SyncUpdater,
     TorchDistTransport,
     Transport,
+    UpdateOptions,
 )
 from async_eplb.launch import World, WorldRank
 from async_eplb.policy import hierarchical, incremental
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="of the world (default: the GPUs, or 4 if there is one)")
     parser.add_argument("--layers", type=int, default=8, help="of the model (default: 8)")
     parser.add_argument("--slots", type=int, default=36, help="experts of a layer on each rank (default: 36)")
+    parser.add_argument(
+        "--staging-depth",
+        type=int,
+        default=3,
+        help="layers at once in staging: one is received, one commits, one is ready (default: 3)",
+    )
     parser.add_argument("--link-mb", type=int, default=256, help="of a tensor that links carry (default: 256)")
     parser.add_argument("--nccl-link-mb", type=int, default=256, help="the same over NCCL (default: 256)")
     parser.add_argument("--runs", type=int, default=5, help="of each; medians are shown (default: 5)")
@@ -229,6 +236,7 @@ class _Experts:
     def __init__(self, world: WorldRank, options: argparse.Namespace) -> None:
         self._device = be_rank(world)
         self._rank = world.rank
+        self._options = UpdateOptions(staging_depth=options.staging_depth)
         self._topology = EPTopology(world.num_ranks, 1, options.slots)
         physical = self._topology.num_physical_experts
         rng = np.random.default_rng(0)
@@ -254,7 +262,12 @@ class _Experts:
     def updater(self, transport: Transport) -> SyncUpdater:
         """Return an updater of the live weights."""
         return SyncUpdater(
-            ExpertWeights(self.tensors), self.placement, self._topology, rank=self._rank, transport=transport
+            ExpertWeights(self.tensors),
+            self.placement,
+            self._topology,
+            rank=self._rank,
+            transport=transport,
+            options=self._options,
         )
 
     def require(self, placement: ExpertPlacement) -> None:
