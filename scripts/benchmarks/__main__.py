@@ -28,7 +28,12 @@ def main() -> int:
         name = path.stem.replace("_", "-")
         modules[name] = module
         doc = module.__doc__ or ""
-        command = commands.add_parser(name, help=doc.splitlines()[0], description=doc)
+        command = commands.add_parser(
+            name,
+            help=doc.splitlines()[0],
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the machine there")
         module.add_arguments(command)
     options = parser.parse_args()
