@@ -62,12 +62,16 @@ class Attempt:
     """Where a recovery puts lost experts. Every rank knows this before any rank writes the first.
 
     :param number: of the recovery, equal on all ranks that took part in it
+    :param placement: what all survivors have before lost experts are loaded; None before the first recovery
     :param complete: this rank is done with it
+    :param proposed: the one that follows, if this rank has proposed it and does not know that all others have too
     """
 
     number: int = 0
     homes: tuple[Home, ...] = ()
+    placement: ExpertPlacement | None = None
     complete: bool = False
+    proposed: "Attempt | None" = None
 
 
 @dataclass(slots=True)
@@ -100,8 +104,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     :raises PlacementDisagreement: if they serve different placements all the same
     :raises BrokenControlGroup: if one is lost meanwhile; recover without it
     """
-    attempt = state.attempt
-    facts = [state.rank, state.step, state.generation, attempt.number, int(attempt.complete)]
+    facts = [state.rank, state.step, state.generation, state.attempt.number, int(state.attempt.complete)]
     rows = await hold_round(control, [*facts, *_generations(state)])
     members = tuple(row[0] for row in rows)
     if sorted(set(members)) != list(members):
@@ -110,12 +113,17 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
             expected=state.rank,
             actual=state.rank,
         )
+    numbers = [row[3] for row in rows]
+    latest = max(numbers)
+    _catch_up(state, latest)
     goal = [max(column) for column in zip(*(row[len(facts) :] for row in rows), strict=True)]
     rolled = await _roll_forward(state, control, members, goal)
     dead = [rank for rank in range(state.topology.num_ranks) if rank not in members]
     left = without_ranks(state.placement, state.topology, dead)
-    if len({row[3] for row in rows}) == 1 and not all(row[4] for row in rows):
-        left = vacated(left, attempt.homes)  # some ranks may have written there, others not
+    if min(numbers) == latest and not all(row[4] for row in rows):
+        left = vacated(left, state.attempt.homes)  # some ranks may have written there, others not
+    attempt = Attempt(latest + 1, homes(left, state.topology, dead), left)
+    state.attempt = replace(state.attempt, proposed=attempt)
     digests = tuple(row[0] for row in await _round(control, members, [int.from_bytes(left.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
@@ -123,10 +131,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
             digests=digests,
             ranks=members,
         )
-    for row in left.changed_layers(state.placement):
-        _publish(state, left, row)
-    state.placement = left
-    state.attempt = Attempt(max(row[3] for row in rows) + 1, homes(left, state.topology, dead))
+    _begin_attempt(state, attempt)
     recovery = Recovery(
         ranks=members,
         generation=max(row[2] for row in rows),
@@ -192,6 +197,25 @@ async def _roll_forward(
             done = tuple(row for row in behind if has[row] == goal[row])
             state.placement = state.placement.with_layers(state.run.target, done)
     return tuple(behind)
+
+
+def _catch_up(state: RankState, latest: int) -> None:
+    """Begin the attempt that this rank has proposed too, if others know that all have; none of them has got further.
+
+    Whoever knows has seen that this rank proposed the same, and waits for it before it writes an expert.
+    """
+    proposed = state.attempt.proposed
+    if proposed is not None and proposed.number == latest:
+        _begin_attempt(state, proposed)
+
+
+def _begin_attempt(state: RankState, attempt: Attempt) -> None:
+    """Serve what all survivors have; slots where experts are loaded later may be empty by now."""
+    placement = attempt.placement or state.placement
+    for row in placement.changed_layers(state.placement):
+        _publish(state, placement, row)
+    state.placement = placement
+    state.attempt = attempt
 
 
 def _publish(state: RankState, placement: ExpertPlacement, row: int) -> None:
