@@ -72,7 +72,7 @@ class Driver:
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
         """Take in a round; return whether another follows. A rank that gives no ballot is as good as lost."""
         try:
-            ballots = _ballots(rows)
+            ballots = self._ballots(rows)
         except BrokenControlGroup as error:
             self.lose(error)
             return False
@@ -99,7 +99,6 @@ class Driver:
     def lose(self, error: BrokenControlGroup) -> None:
         """Take in that a rank did not answer."""
         with self._lock:
-            error.missing = self._agreement.named(error.missing)
             self.lost = error
             self.in_doubt = self._agreement.is_in_doubt()
             self._agreement.over = True
@@ -308,6 +307,15 @@ class Driver:
         with self._lock:
             self._lock.wait_for(self.may_pass)
 
+    def _ballots(self, rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
+        ballots = []
+        for place, row in enumerate(rows):
+            try:
+                ballots.append(Ballot.from_row(row))
+            except InvalidBallot as error:
+                raise BrokenControlGroup(str(error), missing=self._agreement.named([place])) from error
+        return tuple(ballots)
+
     def _take(self, decision: Decision | None) -> Decision | None:
         if decision is not None:
             self.taken = decision.committed
@@ -345,16 +353,6 @@ class Driver:
                 "engine that numbers them begins before the first update",
                 steps=(agreement.step, number),
             )
-
-
-def _ballots(rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
-    ballots = []
-    for place, row in enumerate(rows):
-        try:
-            ballots.append(Ballot.from_row(row))
-        except InvalidBallot as error:
-            raise BrokenControlGroup(str(error), missing=(place,)) from error
-    return tuple(ballots)
 
 
 async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:

@@ -51,7 +51,7 @@ from async_eplb.survivors import require_on
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
 from async_eplb.transport.one_round import hold_round
-from async_eplb.transport.renumbered import RenumberedTransport
+from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
 from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
 from async_eplb.weight_source import WeightSource
@@ -386,7 +386,7 @@ class ExpertUpdater:
             self._dead = tuple(rank for rank in range(self.topology.num_ranks) if rank not in recovery.ranks)
             self._transport = RenumberedTransport(surviving_group, recovery.ranks, self.topology.num_ranks)
             self._driver.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
-            self._connect(control)
+            self._connect(RenumberedControlGroup(control, recovery.ranks))
             await checkpoint()
         return recovery
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from anyio import current_time, move_on_after, sleep
+from anyio import current_time, fail_after
 from helpers import MemoryRank, assert_same_layer, in_virtual_time, memory_world, together
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
@@ -11,16 +11,18 @@ from async_eplb.transport import MemorySchedule
 
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2)
 OLD, NEW = (ExpertPlacement.from_mapping([row] * 3) for row in ([0, 1, 2, 3], [1, 0, 3, 2]))
-OPTIONS = UpdateOptions(lead=32, staging_depth=1, transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=20.0)
+OPTIONS = UpdateOptions(
+    lead=32, staging_depth=1, transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=20.0
+)
 SCHEDULE = MemorySchedule(control_s=0.01)
 
 
 async def until_agreed(ranks: list[MemoryRank]) -> None:
     """Wait until a layer is to be committed at a boundary that is far ahead."""
-    with move_on_after(5.0):
-        while not all(rank.updater._driver.agreed for rank in ranks):
-            await sleep(0.001)
-    assert all(rank.updater._driver.agreed == 1 for rank in ranks)
+    for rank in ranks:
+        driver = rank.updater._driver
+        with fail_after(5.0):
+            await rank.updater._news.until(lambda driver=driver: driver.agreed == 1)  # type: ignore[misc]
 
 
 @in_virtual_time
