@@ -17,7 +17,8 @@ How an update ends early: a rank begins a layer's transfer only when it has a st
 way (granted and ordered launches: nothing beyond what was agreed to be launched). When a round shows a CANCEL, that
 number is known to all ranks alike and becomes the update's length: what may be under way is finished and committed,
 nothing else is begun, and no posted exchange is left without its other side. After a FAILED nothing more is agreed at
-all, but what was agreed before is still committed, everywhere.
+all, but what was agreed before is still committed, everywhere; rounds go on, and while all ranks stand it comes
+forward as before.
 
 A layer is launched in parts where launches are ordered: one at a boundary, at successive ones, so that what a boundary
 costs the serving thread is bounded.
@@ -320,7 +321,7 @@ class Agreement:
         return self.running and (
             not self.begun
             or self._pending_status() is not Status.OK
-            or bool(self.standing and self.decisions and not self.over)
+            or bool(self.standing and self.decisions)
             or self.staged > self._seen.staged
             or self.committed > self._seen.committed
             or (self.launch_rule is not LaunchRule.AT_ONCE and self.launchable > self._seen.launchable)
@@ -343,7 +344,8 @@ class Agreement:
             self.over = self.over or self.running
             return Verdict(agreed=self.agreed, launched=self.launched, over=self.over, left=left)
         if not self.running or self.over:
-            return Verdict(agreed=self.agreed, launched=self.launched, over=self.over)
+            boundary = self._bring_forward(ballots, fences)
+            return Verdict(boundary, agreed=self.agreed, launched=self.launched, over=self.over)
         waiting_for = self._require_same_update(ballots)
         if waiting_for:
             return Verdict(waiting_for=waiting_for)
@@ -408,7 +410,7 @@ class Agreement:
                 self.launched = self._everywhere()[1]
             if all(fences) and (self._is_more_ready() or max(fences) < self.last_boundary):
                 boundary = max(fences)
-                self._agree(boundary)
+                self._agree(boundary, *self._everywhere())
         self.begun = True
         self._fence_wanted = self.mode is Mode.SERVING and (self._is_more_ready() or self._is_out_of_reach(ballots))
         self.over = self._seen.committed >= self.limit
@@ -428,9 +430,18 @@ class Agreement:
         launchable = 0 if self.launch_rule is LaunchRule.AT_ONCE else min(self.limit, self._seen.launchable)
         return max(staged, self.agreed), max(launchable, self.launched)
 
-    def _agree(self, boundary: int) -> None:
+    def _bring_forward(self, ballots: Sequence[Ballot], fences: Sequence[int]) -> int:
+        """Let what was agreed before the end come to where all ranks stand; return that boundary, 0 if they do not."""
+        here = max(fences) if all(fences) else self.last_boundary
+        comes = here < self.last_boundary
+        if comes:
+            self._agree(here, self.agreed, self.launched)
+        self._fence_wanted = self._is_out_of_reach(ballots)
+        return here if comes else 0
+
+    def _agree(self, boundary: int, agreed: int, launched: int) -> None:
         before = self._parts_launched()
-        self.agreed, self.launched = self._everywhere()
+        self.agreed, self.launched = agreed, launched
         later = range(before + 1, self._parts_launched() + 1) or (before,)
         decisions = (Decision(boundary + n, self.agreed, launched) for n, launched in enumerate(later))
         self.decisions = (*(each for each in self.decisions if each.boundary < boundary), *decisions)

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from async_eplb.accounting import Stopwatch
 from async_eplb.device import Device
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
+from async_eplb.transport.base import Transport
+from async_eplb.transport.one_round import hold_round
+from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.verify import checksum
 from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,42 @@ class AuditReport:
     nbytes: int
     duration_ms: float
     mismatches: tuple[ReplicaMismatch, ...]
+
+
+async def audit_replicas(
+    weights: ExpertWeights,
+    placement: ExpertPlacement,
+    topology: EPTopology,
+    *,
+    members: Sequence[int],
+    rank: int,
+    group: Transport,
+    device: Device,
+    workers: Workers,
+    control_timeout_s: float,
+) -> AuditReport:
+    """Compare the bytes of all replicas of all experts; the ranks of ``members`` call this together.
+
+    :param members: ranks in the EP group, by their place in ``group``
+    :param group: unused; it is used for one control round and closed
+    :param workers: whose control rounds are not those of an updater
+    """
+    watch = Stopwatch()
+    mine = await workers.run("transfer", lambda: slot_checksums(weights, placement, topology, rank, device))
+    control = await group.open(device, workers, weights, control_timeout_s=control_timeout_s)
+    try:
+        rows = await hold_round(RenumberedControlGroup(control, members), mine)
+    finally:
+        await group.aclose()
+    sums = dict(zip(members, rows, strict=True))
+    compared, mismatches = compare(sums, weights.rows, placement, topology)
+    return AuditReport(
+        num_slots=sum(len(row) for row in rows),
+        num_compared=compared,
+        nbytes=sum(sum(weights.slot_nbytes(row)) for row in weights.rows) * topology.num_local_physical_experts,
+        duration_ms=watch.ms(),
+        mismatches=mismatches,
+    )
 
 
 def slot_checksums(

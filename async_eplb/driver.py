@@ -40,6 +40,8 @@ class Driver:
         """Whether a peer may have committed layers that the lost round decided on."""
         self.held: EplbError | None = None
         """Why this rank must not serve before it recovers."""
+        self.taken = 0
+        """Layers of the update whose commit has begun, or will without fail: who does it has its decision."""
         self.left: tuple[int, ...] = ()
         """Ranks that have closed, after which there are no more rounds."""
         self.error: EplbError | None = None
@@ -70,7 +72,7 @@ class Driver:
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
         """Take in a round; return whether another follows. A rank that gives no ballot is as good as lost."""
         try:
-            ballots = _ballots(rows)
+            ballots = self._ballots(rows)
         except BrokenControlGroup as error:
             self.lose(error)
             return False
@@ -97,7 +99,6 @@ class Driver:
     def lose(self, error: BrokenControlGroup) -> None:
         """Take in that a rank did not answer."""
         with self._lock:
-            error.missing = self._agreement.named(error.missing)
             self.lost = error
             self.in_doubt = self._agreement.is_in_doubt()
             self._agreement.over = True
@@ -107,9 +108,15 @@ class Driver:
     def hold(self, error: EplbError) -> None:
         """Pass no boundary from here on; the layer that could not be copied last is the one that is torn."""
         with self._lock:
-            if self.held is None or isinstance(error, CommitFailed):
-                self.held = error
-            self._lock.notify_all()
+            self._hold(error)
+
+    def hold_before(self, index: int, error: EplbError) -> bool:
+        """Hold, unless the layer's commit is taken; return whether this rank is held, so that nobody ever takes it."""
+        with self._lock:
+            if self.taken > index:
+                return False
+            self._hold(error)
+            return True
 
     def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
         """Forget all that went wrong and go on with the ranks that are left; no rounds are held meanwhile."""
@@ -128,6 +135,7 @@ class Driver:
         """Begin an update; ``failed`` if this rank could not prepare for it."""
         with self._lock:
             self.error = None
+            self.taken = 0
             self.failed_by = self.cancelled_by = self.waiting_for = ()
             self._agreement.begin(mode, digest=digest, total=total, window=window)
             if failed:
@@ -184,9 +192,9 @@ class Driver:
     def due_while_standing(self, *, for_good: bool) -> Decision | None:
         """Return what is due before the next boundary, or ``for_good`` at any boundary to come."""
         with self._lock:
-            if not self._agreement.standing:
+            if not self._agreement.standing or self.held is not None:
                 return None
-            return self._agreement.drain() if for_good else self._agreement.stand()
+            return self._take(self._agreement.drain() if for_good else self._agreement.stand())
 
     def demand(self, number: int) -> None:
         """Ask all ranks for their rebalance of this number, counted from 1."""
@@ -270,7 +278,7 @@ class Driver:
             self._require_no_doubt()
             if not agreement.may_pass():
                 return False, None
-            decision = agreement.pass_boundary()
+            decision = self._take(agreement.pass_boundary())
             alarm = agreement.step >= self._alarm
             if alarm:
                 self._alarm = math.inf
@@ -299,6 +307,25 @@ class Driver:
         with self._lock:
             self._lock.wait_for(self.may_pass)
 
+    def _ballots(self, rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
+        ballots = []
+        for place, row in enumerate(rows):
+            try:
+                ballots.append(Ballot.from_row(row))
+            except InvalidBallot as error:
+                raise BrokenControlGroup(str(error), missing=self._agreement.named([place])) from error
+        return tuple(ballots)
+
+    def _take(self, decision: Decision | None) -> Decision | None:
+        if decision is not None:
+            self.taken = decision.committed
+        return decision
+
+    def _hold(self, error: EplbError) -> None:
+        if self.held is None or isinstance(error, CommitFailed):
+            self.held = error
+        self._lock.notify_all()
+
     def _require_no_doubt(self) -> None:
         agreement = self._agreement
         if self.held is not None:
@@ -326,16 +353,6 @@ class Driver:
                 "engine that numbers them begins before the first update",
                 steps=(agreement.step, number),
             )
-
-
-def _ballots(rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
-    ballots = []
-    for place, row in enumerate(rows):
-        try:
-            ballots.append(Ballot.from_row(row))
-        except InvalidBallot as error:
-            raise BrokenControlGroup(str(error), missing=(place,)) from error
-    return tuple(ballots)
 
 
 async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from async_eplb.device import Device
 from async_eplb.errors import (
-    BrokenControlGroup,
     CommitFailed,
     EplbError,
     InvalidWeightSource,
@@ -27,6 +26,7 @@ from async_eplb.survivors import Home, by_layer, homes, vacated, with_homes, wit
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
+from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.update_run import UpdateRun
 from async_eplb.weight_source import WeightSource
 from async_eplb.weights import ExpertWeights
@@ -62,12 +62,16 @@ class Attempt:
     """Where a recovery puts lost experts. Every rank knows this before any rank writes the first.
 
     :param number: of the recovery, equal on all ranks that took part in it
+    :param placement: what all survivors have before lost experts are loaded; None before the first recovery
     :param complete: this rank is done with it
+    :param proposed: the one that follows, if this rank has proposed it and does not know that all others have too
     """
 
     number: int = 0
     homes: tuple[Home, ...] = ()
+    placement: ExpertPlacement | None = None
     complete: bool = False
+    proposed: "Attempt | None" = None
 
 
 @dataclass(slots=True)
@@ -100,8 +104,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
     :raises PlacementDisagreement: if they serve different placements all the same
     :raises BrokenControlGroup: if one is lost meanwhile; recover without it
     """
-    attempt = state.attempt
-    facts = [state.rank, state.step, state.generation, attempt.number, int(attempt.complete)]
+    facts = [state.rank, state.step, state.generation, state.attempt.number, int(state.attempt.complete)]
     rows = await hold_round(control, [*facts, *_generations(state)])
     members = tuple(row[0] for row in rows)
     if sorted(set(members)) != list(members):
@@ -110,23 +113,26 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
             expected=state.rank,
             actual=state.rank,
         )
+    control = RenumberedControlGroup(control, members)
+    numbers = [row[3] for row in rows]
+    latest = max(numbers)
+    _catch_up(state, latest)
     goal = [max(column) for column in zip(*(row[len(facts) :] for row in rows), strict=True)]
     rolled = await _roll_forward(state, control, members, goal)
     dead = [rank for rank in range(state.topology.num_ranks) if rank not in members]
     left = without_ranks(state.placement, state.topology, dead)
-    if len({row[3] for row in rows}) == 1 and not all(row[4] for row in rows):
-        left = vacated(left, attempt.homes)  # some ranks may have written there, others not
-    digests = tuple(row[0] for row in await _round(control, members, [int.from_bytes(left.digest()[:8]) >> 1]))
+    if min(numbers) == latest and not all(row[4] for row in rows):
+        left = vacated(left, state.attempt.homes)  # some ranks may have written there, others not
+    attempt = Attempt(latest + 1, homes(left, state.topology, dead), left)
+    state.attempt = replace(state.attempt, proposed=attempt)
+    digests = tuple(row[0] for row in await hold_round(control, [int.from_bytes(left.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
             f"ranks {list(members)} serve different placements: digests {list(digests)}",
             digests=digests,
             ranks=members,
         )
-    for row in left.changed_layers(state.placement):
-        _publish(state, left, row)
-    state.placement = left
-    state.attempt = Attempt(max(row[3] for row in rows) + 1, homes(left, state.topology, dead))
+    _begin_attempt(state, attempt)
     recovery = Recovery(
         ranks=members,
         generation=max(row[2] for row in rows),
@@ -134,7 +140,7 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
         placement=left,
         lost=left.unplaced(),
     )
-    loaded = await _fetch_lost(state, control, members, source)
+    loaded = await _fetch_lost(state, control, source)
     state.attempt = replace(state.attempt, complete=True)
     return Recovery(
         ranks=recovery.ranks,
@@ -146,18 +152,6 @@ async def recover(state: RankState, control: ControlGroup, source: WeightSource 
         missing=state.placement.unplaced(),
         loaded=loaded,
     )
-
-
-async def _round(control: ControlGroup, members: tuple[int, ...], row: Sequence[int]) -> list[list[int]]:
-    """Gather a row of each survivor.
-
-    :raises BrokenControlGroup: if one is lost; ``missing`` has its rank in the EP group
-    """
-    try:
-        return await hold_round(control, row)
-    except BrokenControlGroup as error:
-        error.missing = tuple(members[place] for place in error.missing)
-        raise
 
 
 def _generations(state: RankState) -> list[int]:
@@ -176,7 +170,7 @@ async def _roll_forward(
     behind = [row for row, (mine, wanted) in enumerate(zip(has, goal, strict=True)) if mine < wanted]
     kept = () if state.run is None else tuple(layer.planned.row for layer in state.run.kept)
     follows = all(row in kept and goal[row] == has[row] + 1 for row in behind)
-    can = [row[0] for row in await _round(control, members, [int(follows)])]
+    can = [row[0] for row in await hold_round(control, [int(follows)])]
     if not all(can):
         ranks = tuple(rank for rank, able in zip(members, can, strict=True) if not able)
         raise Unrecoverable(
@@ -194,6 +188,25 @@ async def _roll_forward(
     return tuple(behind)
 
 
+def _catch_up(state: RankState, latest: int) -> None:
+    """Begin the attempt that this rank has proposed too, if others know that all have; none of them has got further.
+
+    Whoever knows has seen that this rank proposed the same, and waits for it before it writes an expert.
+    """
+    proposed = state.attempt.proposed
+    if proposed is not None and proposed.number == latest:
+        _begin_attempt(state, proposed)
+
+
+def _begin_attempt(state: RankState, attempt: Attempt) -> None:
+    """Serve what all survivors have; slots where experts are loaded later may be empty by now."""
+    placement = attempt.placement or state.placement
+    for row in placement.changed_layers(state.placement):
+        _publish(state, placement, row)
+    state.placement = placement
+    state.attempt = attempt
+
+
 def _publish(state: RankState, placement: ExpertPlacement, row: int) -> None:
     """Publish a layer's maps; its generation stays, for it tells of updates only."""
     generation = state.expert_map.layer_generation[row].clone()
@@ -204,11 +217,11 @@ def _publish(state: RankState, placement: ExpertPlacement, row: int) -> None:
 
 
 async def _fetch_lost(
-    state: RankState, control: ControlGroup, members: tuple[int, ...], source: WeightSource | None
+    state: RankState, control: ControlGroup, source: WeightSource | None
 ) -> dict[int, tuple[int, ...]]:
     """Load what nobody holds into slots that can be spared, layer by layer; return what this rank loaded."""
     loaded: dict[int, tuple[int, ...]] = {}
-    able = all(row[0] for row in await _round(control, members, [int(source is not None)]))
+    able = all(row[0] for row in await hold_round(control, [int(source is not None)]))
     if source is None or not able:
         return loaded
     for layer, found in by_layer(state.attempt.homes).items():
@@ -219,7 +232,7 @@ async def _fetch_lost(
             contents = await state.workers.run("transfer", partial(_load, state, source, mine))
         except InvalidWeightSource as error:
             failure = error
-        if not all(row[0] for row in await _round(control, members, [int(failure is None)])):
+        if not all(row[0] for row in await hold_round(control, [int(failure is None)])):
             continue
         placement = with_homes(state.placement, found)
         try:

@@ -41,6 +41,9 @@ from async_eplb.transport.base import Exchange
 from async_eplb.watchdog import Watchdog
 from async_eplb.workers import News, Workers
 
+_COPYING = "copying"
+_FOR_A_STEP = "waiting for a step"
+
 
 class UpdateRun:
     """One update on its way through the stages.
@@ -233,26 +236,28 @@ class UpdateRun:
             self.stages.log_start(self._pool, self.rows, self.mode)
 
     async def _watch(self) -> None:
-        """Fail when a stage makes no progress, and say what all of them do."""
-        stalled = await self._watchdog.until_stalled()
-        due = stalled.stage == "agree" and self._driver.agreed > stalled.index
-        behind = self._driver.behind(stalled.index + 1) if stalled.stage == "agree" and not due else ()
-        error = UpdateStalled(
-            f"rank {self.stages.rank}, layer {self.rows[stalled.index]}: {stalled.stage} has made no progress for "
-            f"{self._watchdog.timeout_s} s while {'waiting for a step' if due else stalled.doing}; ranks that have not "
-            f"staged it: {list(behind)}",
-            layer=self.rows[stalled.index],
-            stage=stalled.stage,
-            doing="waiting for a step" if due else stalled.doing,
-            timeout_s=self._watchdog.timeout_s,
-            waiting_for=behind,
-        )
-        if due:
-            self._driver.hold(error)  # peers commit the layer; here no step comes, and none may any more
-            self._copy_failed = True
-        activities, ballots = self._watchdog.activities, self._driver.ballots
-        self._fail(error)
-        self.stages.log_stall(error, activities, self._pool, ballots)
+        """Fail whenever a stage makes no progress, and say what all of them do."""
+        while True:
+            stalled = await self._watchdog.until_stalled()
+            waits = stalled.stage == "agree" and stalled.doing != _FOR_A_STEP
+            behind = self._driver.behind(stalled.index + 1) if waits else ()
+            error = UpdateStalled(
+                f"rank {self.stages.rank}, layer {self.rows[stalled.index]}: {stalled.stage} has made no progress for "
+                f"{self._watchdog.timeout_s} s while {stalled.doing}; ranks that have not staged it: {list(behind)}",
+                layer=self.rows[stalled.index],
+                stage=stalled.stage,
+                doing=stalled.doing,
+                timeout_s=self._watchdog.timeout_s,
+                waiting_for=behind,
+            )
+            if stalled.doing == _FOR_A_STEP:
+                if not self._driver.hold_before(stalled.index, error):
+                    self._news.notify()  # a step has come, and copies the layer now
+                    continue
+                self._copy_failed = True  # peers commit the layer; here no step comes, and none may any more
+            activities, ballots = self._watchdog.activities, self._driver.ballots
+            self._fail(error)
+            self.stages.log_stall(error, activities, self._pool, ballots)
 
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -272,9 +277,8 @@ class UpdateRun:
             for index, row in enumerate(self.rows):
                 if index >= self._driver.limit or self.error is not None:
                     return
-                self._watchdog.begin("plan", index, "planning")
-                layer = await self.stages.plan(row)
-                self._watchdog.end("plan", index)
+                with self._watchdog.doing("plan", index, "planning"):
+                    layer = await self.stages.plan(row)
                 self._num_planned += 1
                 try:
                     await planned.send(layer)
@@ -294,15 +298,14 @@ class UpdateRun:
                 await self._keep_pace(planned_layer)
                 if index >= driver.limit or driver.over:
                     return
-                self._watchdog.begin("transfer", index, "copying own slots")
-                layer = await self.stages.load(planned_layer, buffer)
+                with self._watchdog.doing("transfer", index, "copying own slots"):
+                    layer = await self.stages.load(planned_layer, buffer)
                 if self._launches_at_steps:
                     parts = layer.exchange.parts()
                     self._launchable += [(layer, part) for part in parts]
                     driver.offer(len(parts))
                 elif self.stages.launch_rule.needs_grant:
                     driver.offer(1)
-                self._watchdog.end("transfer", index)
                 try:
                     await loaded.send(layer)
                 except BrokenResourceError:
@@ -313,15 +316,14 @@ class UpdateRun:
         with loaded:
             async for layer in loaded:
                 index = len(self._staged)
-                self._watchdog.begin("transfer", index, "waiting for its launch")
-                if not await self._is_launched(layer, index):
-                    return
-                self._watchdog.begin("transfer", index, "receiving")
-                await self.stages.receive(layer)
-                self._watchdog.end("transfer", index)
-                self._watchdog.begin("agree", index, "waiting for all ranks")
+                with self._watchdog.doing("transfer", index, "waiting for its launch"):
+                    if not await self._is_launched(layer, index):
+                        return
+                with self._watchdog.doing("transfer", index, "receiving"):
+                    await self.stages.receive(layer)
                 self._staged.append(layer)
                 self._driver.advance(staged=1)
+                self._news.notify()
 
     @property
     def _launches_at_steps(self) -> bool:
@@ -354,31 +356,38 @@ class UpdateRun:
         self._paced_until = driver.step + -(-layer.peak_nbytes // self._max_nbytes_per_step)
 
     async def _commit(self) -> None:
-        """Follow each layer from its agreed commit until the device has finished it, also after a failure."""
+        """Follow each layer from when it is staged until the device has committed it, also after a failure."""
         for index in count():
-            if self.mode is Mode.EXCLUSIVE:
+            await self._news.until(lambda index=index: len(self._staged) > index)  # type: ignore[misc]
+            with self._watchdog.doing("agree", index, "waiting for all ranks"):
                 await self._news.until(lambda index=index: self._driver.agreed > index)  # type: ignore[misc]
-                watch = Stopwatch()
-                self._watchdog.begin("commit", index, "copying")
-                await self._copy_beside(index + 1)
-            else:
-                await self._news.until(lambda index=index: len(self.committed) > index or self._copy_failed)  # type: ignore[misc]
-                watch = Stopwatch()
-            self._watchdog.end("agree", index)
+            watch = await self._copied(index)
             if len(self.committed) <= index:
                 return
             layer = self._staged[index]
-            self._watchdog.begin("commit", index, "waiting for the device")
-            try:
-                committed = await self.stages.finish(layer, watch)
-                self._on_commit(committed)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-                self._fail(error)
-            self._watchdog.end("commit", index)
+            with self._watchdog.doing("commit", index, "waiting for the device"):
+                try:
+                    committed = await self.stages.finish(layer, watch)
+                    self._on_commit(committed)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+                    self._fail(error)
             self._pool.release(layer.buffer)
             self._num_finished += 1
             self._driver.advance(committed=1)
             self._news.notify()  # no round follows that would, if a rank is lost
+
+    async def _copied(self, index: int) -> Stopwatch:
+        """Return when an agreed layer is copied, or will never be; with the time since."""
+        watch = Stopwatch()
+        if self.mode is Mode.EXCLUSIVE:
+            with self._watchdog.doing("commit", index, _COPYING):
+                await self._copy_beside(index + 1)
+            return watch
+        with self._watchdog.doing("agree", index, _FOR_A_STEP):
+            await self._news.until(lambda: self._driver.taken > index or self._copy_failed)
+        with self._watchdog.doing("commit", index, _COPYING):
+            await self._news.until(lambda: len(self.committed) > index or self._copy_failed)
+        return Stopwatch()
 
     async def _copy_beside(self, up_to: int) -> None:
         decision = Decision(boundary=0, committed=up_to, launched=0)

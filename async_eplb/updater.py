@@ -17,7 +17,7 @@ from anyio import (
 from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
-from async_eplb.accounting import Stopwatch, UpdaterStatistics, UpdateSummary
+from async_eplb.accounting import UpdaterStatistics, UpdateSummary
 from async_eplb.admission import (
     changed_rows,
     require_groups,
@@ -27,7 +27,7 @@ from async_eplb.admission import (
     update_digest,
 )
 from async_eplb.agreement import Agreement, Decision, Mode
-from async_eplb.audit import AuditReport, compare, slot_checksums
+from async_eplb.audit import AuditReport, audit_replicas
 from async_eplb.commit import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.driver import Driver, until_step
@@ -50,8 +50,7 @@ from async_eplb.stepping import Stepper
 from async_eplb.survivors import require_on
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import ControlGroup, Transport
-from async_eplb.transport.one_round import hold_round
-from async_eplb.transport.renumbered import RenumberedTransport
+from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
 from async_eplb.update_run import UpdateRun
 from async_eplb.verify import Verifier, Verify
 from async_eplb.weight_source import WeightSource
@@ -350,7 +349,7 @@ class ExpertUpdater:
         if self._pipeline is None or self._closed_because:
             raise ClosedUpdater(f"{self!r} cannot recover")
         with self._stepper.standing("recovering"), CancelScope(shield=True):
-            try:
+            async with self._staying_behind(surviving_group):
                 await self._end_everything(self._pipeline)
                 control = await surviving_group.open(
                     self._device,
@@ -358,35 +357,13 @@ class ExpertUpdater:
                     self._verifier.weights,
                     control_timeout_s=self.options.control_timeout_s,
                 )
-            except BaseException as error:
-                await self._stay_behind(error, surviving_group)
-                raise
-            state = RankState(
-                rank=self.rank,
-                topology=self.topology,
-                placement=self._placement,
-                step=self._driver.step,
-                generation=self._driver.generation,
-                run=self._failed_run,
-                weights=self._live,
-                expert_map=self.expert_map,
-                device=self._device,
-                workers=self._workers,
-                attempt=self._attempt,
-            )
-            try:
-                recovery = await recover(state, control, source)
-            except BaseException as error:
-                await self._stay_behind(error, surviving_group)
-                raise
-            finally:
-                self._placement, self._attempt = state.placement, state.attempt
+                recovery = await self._agree_again(control, source)
             self._failed_run = None
             self._broken_because = ""
             self._dead = tuple(rank for rank in range(self.topology.num_ranks) if rank not in recovery.ranks)
             self._transport = RenumberedTransport(surviving_group, recovery.ranks, self.topology.num_ranks)
             self._driver.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
-            self._connect(control)
+            self._connect(RenumberedControlGroup(control, recovery.ranks))
             await checkpoint()
         return recovery
 
@@ -403,40 +380,50 @@ class ExpertUpdater:
             raise ClosedUpdater(f"{self!r} cannot audit")
         if self._run is not None:
             raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
-        watch = Stopwatch()
-        placement, topology = self._placement, self.topology
-        mine = await self._workers.run(
-            "transfer", lambda: slot_checksums(self._live, placement, topology, self.rank, self._device)
-        )
-        control = await group.open(
-            self._device,
-            OtherWorkers(self._workers, "audit"),  # this updater's own rounds go on
+        return await audit_replicas(
             self._live,
+            self._placement,
+            self.topology,
+            members=[rank for rank in range(self.topology.num_ranks) if rank not in self._dead],
+            rank=self.rank,
+            group=group,
+            device=self._device,
+            workers=OtherWorkers(self._workers, "audit"),  # this updater's own rounds go on
             control_timeout_s=self.options.control_timeout_s,
         )
-        try:
-            rows = await hold_round(control, mine)
-        finally:
-            await group.aclose()
-        ranks = [rank for rank in range(topology.num_ranks) if rank not in self._dead]
-        sums = dict(zip(ranks, rows, strict=True))
-        compared, mismatches = compare(sums, self._live.rows, placement, topology)
-        return AuditReport(
-            num_slots=sum(len(row) for row in rows),
-            num_compared=compared,
-            nbytes=sum(sum(self._live.slot_nbytes(row)) for row in self._live.rows)
-            * topology.num_local_physical_experts,
-            duration_ms=watch.ms(),
-            mismatches=mismatches,
-        )
 
-    async def _stay_behind(self, error: BaseException, surviving_group: Transport) -> None:
-        """Let no step pass until a recovery succeeds: peers may have committed what this rank has not."""
-        self._driver.hold(
-            error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
+    @asynccontextmanager
+    async def _staying_behind(self, surviving_group: Transport) -> AsyncIterator[None]:
+        """Let no step pass from a failure inside on: peers may have committed what this rank has not."""
+        try:
+            yield
+        except BaseException as error:
+            self._driver.hold(
+                error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
+            )
+            if not isinstance(error, BusyTransport):  # which somebody else has open
+                await surviving_group.aclose()
+            raise
+
+    async def _agree_again(self, control: ControlGroup, source: WeightSource | None) -> Recovery:
+        """Bring this rank to what all survivors have."""
+        state = RankState(
+            rank=self.rank,
+            topology=self.topology,
+            placement=self._placement,
+            step=self._driver.step,
+            generation=self._driver.generation,
+            run=self._failed_run,
+            weights=self._live,
+            expert_map=self.expert_map,
+            device=self._device,
+            workers=self._workers,
+            attempt=self._attempt,
         )
-        if not isinstance(error, BusyTransport):  # which somebody else has open
-            await surviving_group.aclose()
+        try:
+            return await recover(state, control, source)
+        finally:
+            self._placement, self._attempt = state.placement, state.attempt
 
     async def _end_everything(self, pipeline: LayerPipeline) -> None:
         """End the running update after what was agreed, the control rounds, and the transport."""

@@ -1,5 +1,7 @@
 """What the stages of an update do and since when, and which of them has done it for too long."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from anyio import current_time, sleep
@@ -33,27 +35,32 @@ class Watchdog:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._activities: dict[tuple[str, int], Activity] = {}
+        self._activities: list[Activity] = []
+        self._told: set[Activity] = set()
 
     @property
     def activities(self) -> tuple[Activity, ...]:
         """All that is being done, longest first."""
-        return tuple(sorted(self._activities.values(), key=lambda activity: activity.since))
+        return tuple(sorted(self._activities, key=lambda activity: activity.since))
 
-    def begin(self, stage: str, index: int, doing: str) -> None:
-        """Say that a stage begins to do something with a layer, and is done with what it did before."""
-        self._activities[stage, index] = Activity(stage, index, doing, current_time())
-
-    def end(self, stage: str, index: int) -> None:
-        """Say that a stage has no more to do with a layer for now."""
-        self._activities.pop((stage, index), None)
+    @contextmanager
+    def doing(self, stage: str, index: int, what: str) -> Iterator[None]:
+        """Inside, a stage does something with a layer."""
+        activity = Activity(stage, index, what, current_time())
+        self._activities.append(activity)
+        try:
+            yield
+        finally:
+            self._activities.remove(activity)
 
     async def until_stalled(self) -> Activity:
-        """Return what first takes too long; never, if all goes well."""
+        """Return what next takes too long, and was not returned before; never, if all goes well."""
         while True:
             now = current_time()
-            first = min(self._activities.values(), key=self._due_s, default=None)
+            untold = (activity for activity in self._activities if activity not in self._told)
+            first = min(untold, key=self._due_s, default=None)
             if first is not None and self._due_s(first) <= now:
+                self._told.add(first)
                 return first
             await sleep(self.timeout_s if first is None else min(self._due_s(first) - now, self.timeout_s))
 

@@ -36,7 +36,7 @@ class Do(Enum):
     SETTLE = auto()
     """Do what is due while standing."""
     DRAIN = auto()
-    """Do what is due at boundaries that this rank never comes to, when an update has ended early."""
+    """Do what is due at boundaries that this rank never comes to, when there are no more rounds."""
     GO_ON = auto()
     """Stop standing."""
     WAITED = auto()
@@ -253,7 +253,7 @@ class Actions:
             decision = agreement.stand()
             if decision:
                 yield Do.SETTLE, self._execute(replace(rank, agreement=agreement), decision)
-            elif agreement.decisions and (agreement.over or rank.left):
+            elif agreement.decisions and rank.left:
                 yield Do.DRAIN, self._execute(replace(rank, agreement=agreement), agreement.drain())
             return
         if self.world.stands:

@@ -86,7 +86,8 @@ class _Table:
             self.ranks.append(rank)
             if rank.gone or rank.agreement.may_pass():
                 self.free.add(number)
-            if rank.ended and (rank.left or rank.agreement.generation == self._actions.world.updates):
+            last = rank.left or rank.agreement.generation == self._actions.world.updates
+            if rank.ended and last and not rank.agreement.fence:
                 self.ended.add(number)
         return number
 

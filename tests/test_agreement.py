@@ -551,7 +551,7 @@ def test_a_wait_starts_the_count_again() -> None:
         ({"begun": False}, True),
         ({"standing": True}, False),
         ({"standing": True, "decisions": (Decision(2, 1, 0),)}, True),
-        ({"standing": True, "decisions": (Decision(2, 1, 0),), "over": True}, False),
+        ({"standing": True, "decisions": (Decision(2, 1, 0),), "over": True}, True),
         ({"running": False, "staged": 1}, False),
     ],
 )

@@ -81,6 +81,11 @@ WORLDS = {
     ),
     "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
     "left between parts": World(leads=(1, 2), layers=2, parts=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
+    "failed while ranks stand": World(leads=(2, 2), layers=1, standing=True, budget=(Do.FAIL,)),
+    "failed while traffic ends": World(leads=(1, 2), layers=2, budget=(Do.FAIL, Do.QUIET)),
+    "failed while traffic ends between parts": World(
+        leads=(1, 2), layers=1, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.FAIL, Do.QUIET)
+    ),
     "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
 }
 
@@ -112,6 +117,8 @@ AGAIN = World(leads=(1, 1), layers=1, updates=2, at_once=False)
 EXCLUSIVE = World(leads=(1, 1), layers=2, mode=Mode.EXCLUSIVE)
 STANDING = World(leads=(1, 1), layers=1, standing=True)
 QUIET = World(leads=(2, 2), layers=1, budget=(Do.QUIET,))
+FAILED_QUIET = World(leads=(1, 2), layers=1, budget=(Do.FAIL, Do.QUIET))
+FAILED_STANDING = World(leads=(1, 2), layers=1, standing=True, budget=(Do.FAIL,))
 
 MUTATIONS = {
     "decided for the smallest fence": (TWO, "boundary = max(fences)", "boundary = min(fences)"),
@@ -174,6 +181,22 @@ MUTATIONS = {
         replace(STANDING, leads=(2, 2)),
         "self._due(self.step + 1)",
         "self._due(self.step + 2)",
+    ),
+    "nothing comes forward after a failure": (FAILED_QUIET, "comes = here < self.last_boundary", "comes = False"),
+    "what comes forward after a failure is for the last rank": (
+        FAILED_STANDING,
+        "here = max(fences) if all(fences)",
+        "here = min(fences) if all(fences)",
+    ),
+    "after a failure, what comes forward is for ranks that may go on": (
+        FAILED_STANDING,
+        "here = max(fences) if all(fences)",
+        "here = self.step + 1 if self._is_out_of_reach(ballots)",
+    ),
+    "nobody wants a fence after a failure": (
+        FAILED_QUIET,
+        "        self._fence_wanted = self._is_out_of_reach(ballots)\n",
+        "",
     ),
     "steps of one round are compared": (STANDING, "min(steps) < self._stood_before", "len(set(steps)) > 1"),
 }

@@ -12,6 +12,7 @@ from helpers import TINY, assert_same_layer, in_virtual_time, memory_world, toge
 from safetensors.torch import save_file
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
+from async_eplb.device import CpuDevice
 from async_eplb.errors import (
     BrokenControlGroup,
     BusyUpdater,
@@ -20,10 +21,14 @@ from async_eplb.errors import (
     DeadRankPlaced,
     InvalidWeightSource,
     RankMismatch,
+    TransferTimeout,
 )
 from async_eplb.recovery import Recovery
 from async_eplb.survivors import homes, on_survivors, without_ranks
-from async_eplb.transport import MemorySchedule, MemoryTransport
+from async_eplb.testing import ScheduledWorkers
+from async_eplb.transport import Fault, FaultKind, MemorySchedule, MemoryTransport
+from async_eplb.transport.one_round import hold_round
+from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.weight_source import INDEX, SafetensorsSource, WeightSource
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
@@ -42,9 +47,13 @@ class TinySource:
         return TINY.expert_bytes(layer, logical_expert)
 
 
-async def recover(ranks: list[Any], sources: Sequence[WeightSource | None] | None = None) -> list[Recovery]:
+async def recover(
+    ranks: list[Any],
+    sources: Sequence[WeightSource | None] | None = None,
+    transports: Sequence[MemoryTransport] | None = None,
+) -> list[Recovery]:
     """Recover all of these ranks."""
-    transports = MemoryTransport.world(len(ranks))
+    transports = transports or MemoryTransport.world(len(ranks))
     chosen = sources or [None] * len(ranks)
     calls: list[Any] = [
         lambda r=rank, t=transport, s=source: r.updater.recover(t, source=s)
@@ -154,6 +163,31 @@ async def test_recovering_at_the_wrong_time() -> None:
         assert_same_layer(ranks, old)
     with pytest.raises(ClosedUpdater):
         await ranks[0].updater.recover(MemoryTransport.world(1)[0])
+
+
+@in_virtual_time
+async def test_errors_after_a_recovery_name_ranks_of_the_whole_group() -> None:
+    """Not places in the transport of those that were left."""
+    old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
+    new = on_survivors(ExpertPlacement.trivial(3, 6, 6), TOPOLOGY, [0, 2])
+    async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
+        left = [ranks[0], ranks[2]]
+        dropped, deaf = Fault(FaultKind.DROP, 0, 1, 0), frozenset({(1, 7)})
+        for schedule, kind in (
+            (MemorySchedule(control_s=0.01, faults=(dropped,)), TransferTimeout),
+            (MemorySchedule(control_s=0.01, lost_results=deaf), BrokenControlGroup),
+        ):
+            await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
+            _, error = await together([lambda u=rank.updater: u.update(new) for rank in left])  # type: ignore[misc]
+            assert isinstance(error, kind)
+            assert error.rank == 2
+            assert "ranks [0, 2]" in str(error)
+        alone = MemoryTransport.world(2)[1]
+        weights = left[1].updater._live
+        control = await alone.open(CpuDevice(), ScheduledWorkers(), weights, control_timeout_s=0.4)
+        with pytest.raises(BrokenControlGroup, match=r"ranks \[0, 2\]") as caught:
+            await hold_round(RenumberedControlGroup(control, (0, 2)), [1])
+        assert (caught.value.rank, caught.value.missing) == (2, (0,))
 
 
 def test_homes_are_spread() -> None:

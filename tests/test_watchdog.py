@@ -1,6 +1,7 @@
 """A stage that makes no progress ends in one event that says what all stages do, and in a typed error."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import anyio
@@ -27,17 +28,42 @@ SCHEDULE = MemorySchedule(control_s=0.01)
 """A round takes a time; without it the clock would stand while ranks wait."""
 
 
-class HangingWorkers(ScheduledWorkers):
-    """Workers of which one kind takes very long."""
+FAR_AHEAD = replace(OPTIONS, lead=32)
+"""What is agreed waits for many steps."""
 
-    def __init__(self, kind: str) -> None:
+
+class HangingWorkers(ScheduledWorkers):
+    """Workers of which one kind takes very long, the first times excepted."""
+
+    def __init__(self, kind: str, *, after: int = 0, hangs_s: float = 8.0) -> None:
         super().__init__()
         self._kind = kind
+        self._left = after
+        self._hangs_s = hangs_s
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
         if kind == self._kind:
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(8.0)
+            self._left -= 1
+            if self._left < 0:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(self._hangs_s)
+        return await super().run(kind, function)
+
+
+class FailingWorkers(ScheduledWorkers):
+    """Workers that fail at one kind of work, the first times excepted."""
+
+    def __init__(self, kind: str, *, after: int) -> None:
+        super().__init__()
+        self._kind = kind
+        self._left = after
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        if kind == self._kind:
+            self._left -= 1
+            if self._left < 0:
+                await anyio.sleep(1.0)
+                raise OSError("no luck")
         return await super().run(kind, function)
 
 
@@ -68,8 +94,9 @@ def test_a_stage_that_hangs(kind: str, stage: str) -> None:
     assert isinstance(second, UpdateStalled)
     assert (second.stage, second.layer) == (stage, 0)
     assert isinstance(first, UpdateAborted | UpdateStalled)
-    (event,) = stalled_events(loggers[1])
+    event, *later = stalled_events(loggers[1])
     assert event["stage"] == stage
+    assert [(other["stage"], other["layer"]) for other in later] == [(stage, 1)] * len(later)
     assert len(event["buffers"]) == len(event["rank_states"]) == 2
     assert any(text.startswith(stage) for text in event["stages"])
 
@@ -102,3 +129,93 @@ def test_progress_is_no_stall() -> None:
 
     start = trio.testing.MockClock(autojump_threshold=0)
     assert trio.run(update, clock=start) > OPTIONS.progress_timeout_s
+
+
+def test_a_stall_after_another_is_no_less_seen() -> None:
+    """Planning hangs while an agreed layer waits for a step that never comes: the update ends all the same."""
+    logger = CapturingLogger()
+    workers = iter([ScheduledWorkers(), HangingWorkers("plan", after=1)])
+
+    async def update() -> list[Any]:
+        wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers), loggers=wrapped
+        ) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            with anyio.fail_after(20.0):
+                return await together([handle.wait for handle in handles])
+
+    first, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert isinstance(first, UpdateAborted)
+    assert isinstance(second, UpdateStalled)
+    assert [event["stage"] for event in stalled_events(logger)] == ["plan", "agree"]
+
+
+def test_a_stage_that_failed_does_nothing_any_more() -> None:
+    """It makes no progress either, but that is no stall."""
+    logger = CapturingLogger()
+    workers = iter([ScheduledWorkers(), FailingWorkers("plan", after=1)])
+
+    async def update() -> list[Any]:
+        wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers), loggers=wrapped
+        ) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            with anyio.fail_after(20.0):
+                return await together([handle.wait for handle in handles])
+
+    _, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert isinstance(second, OSError)
+    (event,) = stalled_events(logger)
+    assert event["doing"] == "waiting for a step"
+    assert event["stages"] == ["agree: layer number 0, waiting for a step"]
+
+
+def test_a_copy_under_way_is_not_given_up() -> None:
+    """A rank comes to stand just before its patience ends: the layer is copied, as everywhere, and nobody is held."""
+    workers = iter([ScheduledWorkers(), HangingWorkers("commit", hangs_s=4.0)])
+
+    async def update() -> None:
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers)
+        ) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            await anyio.sleep(2 * OPTIONS.progress_timeout_s - 1.0)
+
+            async def stand(rank: int) -> None:
+                async with ranks[rank].updater.idle():
+                    await handles[rank].wait()
+
+            assert await together([lambda: stand(0), lambda: stand(1)]) == [None, None]
+            for rank in ranks:
+                assert rank.updater.placement == NEW
+                rank.assert_consistent()
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_patience_with_steps_begins_when_a_layer_is_agreed() -> None:
+    """A peer that took its time to stage a layer leaves as much for the step."""
+    workers = iter([ScheduledWorkers(), HangingWorkers("transfer", after=2, hangs_s=4.0)])
+
+    async def update() -> None:
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers)
+        ) as ranks:
+            start = anyio.current_time()
+            handles = [rank.updater.begin(NEW, layers=[0]) for rank in ranks]
+            with anyio.fail_after(20.0):
+                await ranks[0].updater._news.until(lambda: ranks[0].updater._driver.agreed == 1)
+            assert anyio.current_time() > start + 4.0
+            await anyio.sleep(2 * OPTIONS.progress_timeout_s - 2.0)
+
+            async def serve(rank: int) -> None:
+                for _ in range(FAR_AHEAD.lead + 1):
+                    await ranks[rank].updater.step()
+                await handles[rank].wait()
+
+            assert await together([lambda: serve(0), lambda: serve(1)]) == [None, None]
+            assert all(rank.updater.placement == NEW.with_layers(OLD, (1, 2)) for rank in ranks)
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))

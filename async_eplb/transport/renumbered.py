@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Transport
+from async_eplb.errors import BrokenControlGroup, BrokenTransport
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Transport, Voter
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
+
+E = TypeVar("E", BrokenControlGroup, BrokenTransport)
 
 
 class RenumberedTransport:
@@ -56,12 +60,17 @@ class RenumberedTransport:
         self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
     ) -> ControlGroup:
         """Open the transport."""
-        return await self._transport.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        control = await self._transport.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        return RenumberedControlGroup(control, self._members)
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Launch an exchange between places."""
         groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
-        return self._transport.launch(Exchange(exchange.row, tuple(groups)))
+        try:
+            pending = self._transport.launch(Exchange(exchange.row, tuple(groups)))
+        except BrokenTransport as error:
+            raise _named(error, self._members) from error
+        return _RenumberedExchange(pending, self._members)
 
     def abort(self) -> None:
         """Abort the transport."""
@@ -73,3 +82,59 @@ class RenumberedTransport:
 
     def _to_places(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         return tuple(replace(message, peer=self._place[message.peer]) for message in messages)
+
+
+class RenumberedControlGroup:
+    """Rounds of some ranks of an EP group, whose errors name ranks of the whole group.
+
+    :param control: of the ranks that are left
+    :param members: their ranks in the EP group
+    """
+
+    def __init__(self, control: ControlGroup, members: Sequence[int]) -> None:
+        self._control = control
+        self._members = tuple(members)
+
+    async def run(self, voter: Voter) -> None:
+        """Hold rounds."""
+        await self._control.run(_RenumberedVoter(voter, self._members))
+
+    def wake(self) -> None:
+        """End the voter's pause."""
+        self._control.wake()
+
+
+class _RenumberedVoter:
+    def __init__(self, voter: Voter, members: tuple[int, ...]) -> None:
+        self.pause_s = voter.pause_s
+        self.ballot = voter.ballot
+        self.receive = voter.receive
+        self._voter = voter
+        self._members = members
+
+    def lose(self, error: BrokenControlGroup) -> None:
+        self._voter.lose(_named(error, self._members))
+
+
+class _RenumberedExchange:
+    def __init__(self, pending: PendingExchange, members: tuple[int, ...]) -> None:
+        self._pending = pending
+        self._members = members
+
+    async def wait(self, timeout_s: float) -> None:
+        try:
+            await self._pending.wait(timeout_s)
+        except BrokenTransport as error:
+            raise _named(error, self._members) from error
+
+
+def _named(error: E, members: tuple[int, ...]) -> E:
+    """Return an error that names ranks of the EP group in its facts, and says which it counts in its message."""
+    facts = dict(vars(error))
+    if "rank" in facts:
+        facts["rank"] = members[facts["rank"]]
+    if "missing" in facts:
+        facts["missing"] = tuple(members[place] for place in facts["missing"])
+    named = type(error)(f"{error} (counted among ranks {list(members)})", **facts)
+    named.__cause__ = error
+    return named
