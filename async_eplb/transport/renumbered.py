@@ -1,6 +1,6 @@
 """A transport between some ranks of an EP group, whose peers are named by their ranks in the whole group."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from async_eplb.agreement import LaunchRule
@@ -53,15 +53,24 @@ class RenumberedTransport:
         return self._transport.run_id
 
     async def open(
-        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),
     ) -> ControlGroup:
-        """Open the transport."""
-        return await self._transport.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        """Open the transport; peers that are gone relay nothing."""
+        places = [self._place[peer] for peer in relay_peers if peer in self._place]
+        return await self._transport.open(
+            device, workers, weights, control_timeout_s=control_timeout_s, relay_peers=places
+        )
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Launch an exchange between places."""
         groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
-        return self._transport.launch(Exchange(exchange.row, tuple(groups)))
+        return self._transport.launch(replace(exchange, groups=tuple(groups)))
 
     def abort(self) -> None:
         """Abort the transport."""
