@@ -157,6 +157,13 @@ class SideStreams:
         for stream in streams:
             current.wait_stream(stream)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make the first of them current, behind what the current stream has so far, which does not wait for it."""
+        self._streams[0].wait_stream(torch.cuda.current_stream(self._torch_device))
+        with torch.cuda.stream(self._streams[0]):
+            yield
+
 
 def until_passed(event: DeviceEvent, deadline: float) -> None:
     """Block until the device has passed an event. CUDA has no such wait with a deadline.

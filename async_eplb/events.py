@@ -128,7 +128,7 @@ class LayerTransferred(Event):
     name: ClassVar[str] = "eplb.layer.transferred"
 
     layer: Annotated[int, "row of the placement"]
-    duration_ms: Annotated[float, "from its turn, when the layer before is staged, until its staging is full"]
+    duration_ms: Annotated[float, "from its turn, when the layer before has arrived, until its staging is full"]
     copied_nbytes: Annotated[int, "copied from own slots"]
     sent_nbytes: Annotated[int, "sent to all ranks together"]
     sent_to_ranks: Annotated[list[int], "ranks that something was sent to, ascending"]
@@ -201,7 +201,7 @@ class UpdateStalled(Event):
     level: ClassVar[str] = "warning"
 
     layer: Annotated[int, "row of the placement"]
-    stage: Annotated[str, "`plan`, `transfer`, `agree` or `commit`"]
+    stage: Annotated[str, "`plan`, `transfer`, `relay`, `agree` or `commit`"]
     doing: Annotated[str, "what the stage was doing"]
     duration_ms: Annotated[float, "how long a stage may do one thing"]
     stages: Annotated[list[str], "what each stage does with which layer, longest first"]

@@ -16,10 +16,11 @@ class UpdateOptions:
     :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
         commit; ``"checksum"``: a checksum of its bytes too
     :param planner: how the sources of transfers are chosen, and how many peers a rank talks with at a time
-    :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap
+    :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, and one
+        more where the planner relays: the layer that is passed on
     :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
         posts no more at one step boundary, which bounds the serving thread's time
-    :param transfer_timeout_s: deadline of one layer's exchange, in seconds
+    :param transfer_timeout_s: deadline of one layer's exchange, and of its second hop, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
     :param progress_timeout_s: how long a stage of an update may do one thing, in seconds: plan a layer, move it, wait

@@ -59,18 +59,31 @@ class LayerInFlight:
 
     planned: PlannedLayer
     buffer: StagingBuffer
-    exchange: Exchange
+    hops: tuple[Exchange, ...]
+    """What is exchanged, and then, where the planner relays, what is passed on."""
     commit: Callable[[], int]
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started anew when its transfer's turn came, and when it was staged."""
-    pending: list[PendingExchange] = field(default_factory=list)
-    """The launched parts of the exchange."""
+    pending: tuple[list[PendingExchange], ...] = field(init=False)
+    """The launched parts of each hop."""
     copy_ms: float = 0.0
     """Host time of enqueuing the commit copies."""
     nbytes: int = 0
     """Bytes that the commit wrote to live weights."""
     step: int = 0
     """Boundary that the layer was committed at; 0 in the exclusive mode."""
+
+    def __post_init__(self) -> None:
+        self.pending = tuple([] for _ in self.hops)
+
+    @property
+    def parts(self) -> tuple[Exchange, ...]:
+        """What is launched at boundaries, one part at each."""
+        return tuple(part for hop in self.hops for part in hop.parts())
+
+    def is_launched(self, hop: int) -> bool:
+        """Whether all parts of a hop are, where these are launched one by one."""
+        return len(self.pending[hop]) == len(self.hops[hop].parts())
 
 
 class LayerStages:
@@ -244,7 +257,7 @@ class LayerStages:
             self._weights.slot_nbytes(planned.row),
             spare_nbytes=self._committer.spare_nbytes(planned.row),
         )
-        exchange = self._exchange(planned, buffer)
+        hops = self._hops(planned, buffer)
 
         def copy_own_slots() -> Callable[[], int]:
             with self._device.transferring(), torch.no_grad():
@@ -261,7 +274,7 @@ class LayerStages:
                 return commit
 
         commit = await self._workers.run("transfer", copy_own_slots)
-        return LayerInFlight(planned, buffer, exchange, commit)
+        return LayerInFlight(planned, buffer, hops, commit)
 
     def launch(self, layer: LayerInFlight, part: Exchange) -> None:
         """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
@@ -269,24 +282,34 @@ class LayerStages:
         :raises BrokenTransport: if the transport is not open
         """
         with self._device.transferring():
-            layer.pending.append(self._transport.launch(part))
+            layer.pending[part.hop].append(self._transport.launch(part))
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
-        """Post a layer's exchange beside whatever the model does."""
-        if self.launch_rule.needs_order:
-            await self._workers.run("transfer", lambda: self.launch(layer, layer.exchange))
-        else:
-            self.launch(layer, layer.exchange)
+        """Post a layer's hops beside whatever the model does."""
 
-    async def receive(self, layer: LayerInFlight) -> None:
-        """Wait until a launched layer's staging is full and what it holds is right.
+        def launch_all() -> None:
+            for hop in layer.hops:
+                self.launch(layer, hop)
+
+        if self.launch_rule.needs_order:
+            await self._workers.run("transfer", launch_all)
+        else:
+            launch_all()
+
+    async def receive(self, layer: LayerInFlight, hop: int) -> None:
+        """Wait until a launched hop has arrived.
 
         :raises BrokenTransport: if the exchange fails
-        :raises VerificationError: if something else arrived than should have
         """
         deadline = current_time() + self._options.transfer_timeout_s
-        for pending in layer.pending:
+        for pending in layer.pending[hop]:
             await pending.wait(max(deadline - current_time(), 0.001))
+
+    async def stage(self, layer: LayerInFlight) -> None:
+        """Take a layer whose hops have all arrived for staged, if what it holds is right.
+
+        :raises VerificationError: if something else arrived than should have
+        """
         if self._verifier.mode is not Verify.OFF:
             await self._workers.run("transfer", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
@@ -379,7 +402,7 @@ class LayerStages:
             peak_nbytes=posted.num_busiest * sum(self._weights.slot_nbytes(row)),
         )
 
-    def _exchange(self, planned: PlannedLayer, buffer: StagingBuffer) -> Exchange:
+    def _hops(self, planned: PlannedLayer, buffer: StagingBuffer) -> tuple[Exchange, ...]:
         live = self._weights.views(planned.row)
         posted, plan = planned.posted, planned.plan
         sends: list[list[Message]] = [[] for _ in range(posted.num_groups)]
@@ -398,8 +421,10 @@ class LayerStages:
         incoming = zip(plan.recvs, posted.recv_groups, posted.recv_src_slots, strict=True)
         for recv, group, slot in sorted(incoming, key=lambda entry: entry[0].logical_expert):
             recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot), slot)
-        groups = (MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
-        return Exchange(planned.row, tuple(groups))
+        groups = tuple(MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
+        first, second = groups[: posted.num_first], groups[posted.num_first :]
+        hops = (first, second) if second else (first,)
+        return tuple(Exchange(planned.row, groups, hop) for hop, groups in enumerate(hops))
 
     def _mark(self, planned: PlannedLayer) -> None:
         experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]

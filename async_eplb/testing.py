@@ -1,6 +1,7 @@
 """What users' tests and ours share: worlds of processes, a transport's conformance, stages of a set duration."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import anyio
@@ -9,7 +10,7 @@ import torch
 from async_eplb.device import Device, device_for
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.launch import World, WorldRank, run_world
-from async_eplb.transport.base import Exchange, Message, MessageGroup, Transport
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, Transport
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, LoopDoorbell, ThreadWorkers, Workers
 
@@ -57,7 +58,7 @@ async def check_transport(
     It moves messages of many sizes from live weights that change between exchanges, between all pairs of ranks, in
     several groups, and compares every byte; holds control rounds; and checks that a transport is opened once and
     refuses work when it is not open. A layer is granted by a control round to transports that ask for it; others must
-    find out for themselves when a peer has sent.
+    find out for themselves when a peer has sent, and move the second hop of a row beside the first of the next.
 
     :param seed: of the messages, equal on all ranks
     :raises AssertionError: if the contract is broken, with what and where
@@ -65,7 +66,8 @@ async def check_transport(
     device = device or device_for(torch.device("cpu"))
     workers = workers or ThreadWorkers()
     weights = _weights(transport, device)
-    control = await transport.open(device, workers, weights, control_timeout_s=timeout_s)
+    others = [rank for rank in range(transport.num_ranks) if rank != transport.rank]
+    control = await transport.open(device, workers, weights, control_timeout_s=timeout_s, relay_peers=others)
     try:
         await transport.open(device, workers, weights, control_timeout_s=timeout_s)
     except BusyTransport:
@@ -79,10 +81,9 @@ async def check_transport(
         with device.transferring():
             pending = transport.launch(exchange)
         await pending.wait(timeout_s)
-        for group, contents in zip(exchange.groups, expected, strict=True):
-            for message, content in zip(group.recvs, contents, strict=True):
-                where = f"exchange {number}, from rank {message.peer} to {transport.rank}, tag {message.tag}"
-                assert torch.equal(message.data.cpu(), content), f"{where}: bytes differ"  # noqa: S101
+        _compare(f"exchange {number}", transport.rank, exchange, expected)
+    if not transport.launch_rule.needs_grant:
+        await _check_hops(transport, device, weights, control, seed=seed, timeout_s=timeout_s)
     voter = _CountingVoter(transport.rank, num_exchanges)
     await control.run(voter)
     for number, rows in enumerate(voter.rounds):
@@ -94,6 +95,32 @@ async def check_transport(
     except BrokenTransport:
         return
     raise AssertionError("a closed transport took an exchange")
+
+
+async def _check_hops(
+    transport: Transport, device: Device, weights: ExpertWeights, control: ControlGroup, *, seed: int, timeout_s: float
+) -> None:
+    """Move a row's second hop and the next row's first at once, with equal tags; ranks wait in either order."""
+    await control.run(_CountingVoter(transport.rank, 1))  # all ranks have done with both rows
+    (second, expected), (first, expected_first) = (_exchange(transport, device, weights, seed + n) for n in range(2))
+    second = replace(second, hop=1)
+    with device.transferring():
+        pending = [transport.launch(second), transport.launch(first)]
+    if transport.rank % 2:
+        pending.reverse()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pending[0].wait, timeout_s)
+        await control.run(_CountingVoter(transport.rank, 1))
+        await pending[1].wait(timeout_s)
+    _compare("a second hop", transport.rank, second, expected)
+    _compare("a first hop beside it", transport.rank, first, expected_first)
+
+
+def _compare(what: str, rank: int, exchange: Exchange, expected: list[list[torch.Tensor]]) -> None:
+    for group, contents in zip(exchange.groups, expected, strict=True):
+        for message, content in zip(group.recvs, contents, strict=True):
+            where = f"{what}, from rank {message.peer} to {rank}, tag {message.tag}"
+            assert torch.equal(message.data.cpu(), content), f"{where}: bytes differ"  # noqa: S101
 
 
 class _CountingVoter:

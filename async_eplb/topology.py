@@ -59,6 +59,11 @@ class EPTopology:
         """Return the node that a rank is on."""
         return rank // self.num_ranks_per_node
 
+    def neighbours_of(self, rank: int) -> tuple[int, ...]:
+        """Return the other ranks of a rank's node."""
+        first = self.node_of(rank) * self.num_ranks_per_node
+        return tuple(other for other in range(first, first + self.num_ranks_per_node) if other != rank)
+
     def rank_of(self, physical_expert: int) -> int:
         """Return the rank that holds a physical expert."""
         return physical_expert // self.num_local_physical_experts

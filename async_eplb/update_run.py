@@ -5,7 +5,8 @@
     plan      N+2 ──(0 slots)──┐
     load      N+1 ──(0 slots)──┤ staging pool: backpressure
     transfer               N ──┤
-    agree                  N ──┤ control rounds, while N+1 is being transferred
+    relay                  N ──┤ what crossed nodes once is passed on, while N+1 is being transferred
+    agree                  N ──┤ control rounds, likewise
     commit               N-1 ──┘ at an agreed step boundary; in the exclusive mode at once
 
 An update runs in a task of its own, shielded: its caller may be cancelled at any time, but a posted exchange has
@@ -180,11 +181,13 @@ class UpdateRun:
             await self._begin()
             planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
             loaded_in, loaded_out = create_memory_object_stream[LayerInFlight](0)
-            with planned_in, planned_out, loaded_in, loaded_out:
+            arrived_in, arrived_out = create_memory_object_stream[LayerInFlight](0)
+            with planned_in, planned_out, loaded_in, loaded_out, arrived_in, arrived_out:
                 async with create_task_group() as tasks:
                     tasks.start_soon(self._guard, lambda: self._plan(planned_in))
                     tasks.start_soon(self._guard, lambda: self._load(planned_out, loaded_in))
-                    tasks.start_soon(self._guard, lambda: self._transfer(loaded_out))
+                    tasks.start_soon(self._guard, lambda: self._transfer(loaded_out, arrived_in))
+                    tasks.start_soon(self._guard, lambda: self._relay(arrived_out))
                     tasks.start_soon(self._guard, self._commit)
                     tasks.start_soon(self._guard, self._watch)
                     await self._guard(self._until_begun)
@@ -301,9 +304,8 @@ class UpdateRun:
                 with self._watchdog.doing("transfer", index, "copying own slots"):
                     layer = await self.stages.load(planned_layer, buffer)
                 if self._launches_at_steps:
-                    parts = layer.exchange.parts()
-                    self._launchable += [(layer, part) for part in parts]
-                    driver.offer(len(parts))
+                    self._launchable += [(layer, part) for part in layer.parts]
+                    driver.offer(len(layer.parts))
                 elif self.stages.launch_rule.needs_grant:
                     driver.offer(1)
                 try:
@@ -312,15 +314,36 @@ class UpdateRun:
                     return
                 index += 1
 
-    async def _transfer(self, loaded: MemoryObjectReceiveStream[LayerInFlight]) -> None:
-        with loaded:
+    async def _transfer(
+        self, loaded: MemoryObjectReceiveStream[LayerInFlight], arrived: MemoryObjectSendStream[LayerInFlight]
+    ) -> None:
+        with loaded, arrived:
+            index = 0
             async for layer in loaded:
-                index = len(self._staged)
                 with self._watchdog.doing("transfer", index, "waiting for its launch"):
                     if not await self._is_launched(layer, index):
                         return
                 with self._watchdog.doing("transfer", index, "receiving"):
-                    await self.stages.receive(layer)
+                    await self.stages.receive(layer, 0)
+                try:
+                    await arrived.send(layer)
+                except BrokenResourceError:
+                    return
+                index += 1
+
+    async def _relay(self, arrived: MemoryObjectReceiveStream[LayerInFlight]) -> None:
+        """Follow each layer's second hop, if it has one, until the layer is staged; its launch is agreed already."""
+        with arrived:
+            async for layer in arrived:
+                index = len(self._staged)
+                for hop in range(1, len(layer.hops)):
+                    with self._watchdog.doing("relay", index, "waiting for its launch"):
+                        if self._launches_at_steps:
+                            await self._news.until(partial(layer.is_launched, hop))
+                    with self._watchdog.doing("relay", index, "receiving"):
+                        await self.stages.receive(layer, hop)
+                with self._watchdog.doing("relay", index, "checking"):
+                    await self.stages.stage(layer)
                 self._staged.append(layer)
                 self._driver.advance(staged=1)
                 self._news.notify()
@@ -335,9 +358,8 @@ class UpdateRun:
         driver = self._driver
         layer.watch = Stopwatch()
         if self._launches_at_steps:
-            num_parts = len(layer.exchange.parts())
-            await self._news.until(lambda: len(layer.pending) == num_parts or index >= driver.limit)
-            return len(layer.pending) == num_parts
+            await self._news.until(lambda: layer.is_launched(0) or index >= driver.limit)
+            return layer.is_launched(0)
         if self.stages.launch_rule.needs_grant:
             await self._news.until(lambda: driver.launched > index or index >= driver.limit)
             if driver.launched <= index:

@@ -175,6 +175,7 @@ class ExpertUpdater:
                 self._workers,
                 self._verifier.weights,
                 control_timeout_s=self.options.control_timeout_s,
+                relay_peers=self._relay_peers,
             )
             self._connect(control)
             await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
@@ -356,6 +357,7 @@ class ExpertUpdater:
                     self._workers,
                     self._verifier.weights,
                     control_timeout_s=self.options.control_timeout_s,
+                    relay_peers=self._relay_peers if surviving_group.num_ranks == self.topology.num_ranks else (),
                 )
                 recovery = await self._agree_again(control, source)
             self._failed_run = None
@@ -437,6 +439,11 @@ class ExpertUpdater:
         self._driver.leave()
         await self._rounds_ended.wait()
         await self._transport.aclose()
+
+    @property
+    def _relay_peers(self) -> tuple[int, ...]:
+        """The ranks that this one passes experts on to, or has them from."""
+        return self.topology.neighbours_of(self.rank) if self.options.planner.relays else ()
 
     @property
     def _closed(self) -> str:

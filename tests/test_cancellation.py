@@ -10,8 +10,9 @@ from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
 from helpers import assert_same_layer, memory_world, together, two_placements
 
-from async_eplb import EPTopology
+from async_eplb import EPTopology, UpdateOptions
 from async_eplb.errors import UpdateCancelled
+from async_eplb.plan import Planner
 from async_eplb.transport import LaunchRule, MemorySchedule
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
@@ -59,13 +60,15 @@ async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[obje
 async def cancel_everywhere(
     cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]],
     launch_rule: LaunchRule = LaunchRule.AT_ONCE,
+    topology: EPTopology = TOPOLOGY,
+    options: UpdateOptions | None = None,
 ) -> list[int]:
     """Cancel one rank's update after each number of ticks until it is too late; return the layers committed."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    old, new = two_placements(topology, NUM_LAYERS, num_experts=6)
     committed, ticks, done = [], 0, False
     while not done:
         schedule = MemorySchedule(seed=ticks, message_jitter_s=0.0, launch_rule=launch_rule)
-        async with memory_world(old, TOPOLOGY, schedule=schedule) as ranks:
+        async with memory_world(old, topology, schedule=schedule, options=options) as ranks:
             victim = ranks[ticks % len(ranks)].updater
             others = [rank.updater for rank in ranks if rank.updater is not victim]
             outcomes: list[Any] = await together(
@@ -99,6 +102,15 @@ async def test_cancelling_granted_transfers_at_every_point() -> None:
     committed = await cancel_everywhere(cancelled_after, LaunchRule.GRANTED)
     assert len(committed) > 50
     assert set(committed) == set(range(NUM_LAYERS + 1))
+
+
+@pytest.mark.parametrize("staging_depth", [2, 3])
+async def test_cancelling_relays_at_every_point(staging_depth: int) -> None:
+    """A layer whose first hop is under way is passed on before the update ends."""
+    options = UpdateOptions(planner=Planner("relayed"), staging_depth=staging_depth)
+    committed = await cancel_everywhere(cancelled_after, topology=EPTopology(4, 2, 3), options=options)
+    assert len(committed) > 50
+    assert {0, staging_depth, NUM_LAYERS} <= set(committed)
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])

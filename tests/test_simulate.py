@@ -78,6 +78,18 @@ def test_a_relay_trades_a_crossing_for_a_second_stage() -> None:
     assert relayed.num_stages.tolist() == [2]
 
 
+def test_what_is_passed_on_shares_links_with_the_next_layer() -> None:
+    """A second layer hides the first one's relay behind a crossing, and waits for it on the links inside nodes."""
+    row, both = [0, 1, 2, 3, 4, 5, 6, 7], [4, 1, 4, 3, 4, 5, 6, 7]
+    for last, taken_s in (
+        (both, 0.5 + 1.0 + 0.25 + 0.1),
+        ([0, 2, 2, 3, 4, 5, 6, 7], 0.25 + 0.1),  # the other way on a duplex link
+        ([0, 1, 0, 3, 4, 5, 6, 7], 0.25 + 0.2),
+    ):
+        costs = costs_of(update_of([row] * 2, [both, last]), Planner("relayed"))
+        assert costs.time_s.tolist() == pytest.approx([0.5 + 1.0, taken_s])
+
+
 @given(updates(), st.sampled_from(PLANNERS))
 def test_no_plan_beats_the_bound(update: Update, planner: Planner) -> None:
     """In no layer."""

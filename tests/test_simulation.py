@@ -63,12 +63,13 @@ def test_invariants_hold(first: int) -> None:
 
 
 def test_all_mishaps_are_drawn() -> None:
-    """Seeds use 2 to 4 ranks and layers, and everything that can go wrong."""
+    """Seeds use 2 to 4 ranks and layers, relays, and everything that can go wrong."""
     scenarios = [scenario_for(seed) for seed in range(300)]
     assert {trouble.mishap for scenario in scenarios for trouble in scenario.troubles} == set(Mishap)
     assert (
         {scenario.num_ranks for scenario in scenarios} == {scenario.num_layers for scenario in scenarios} == {2, 3, 4}
     )
+    assert {scenario.sources for scenario in scenarios} == {"chunked", "relayed"}
 
 
 @pytest.mark.parametrize("scenario", FOUND.values(), ids=FOUND)

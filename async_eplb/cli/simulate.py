@@ -26,8 +26,9 @@ again, and the update between both placements is planned in several ways:
   rounds     besides, a rank talks with at most 4 others at a time
 
 A layer takes the latency of a link, and then as long as its busiest rank or node; layers are
-transferred one after another. The bound is what no plan between the same placements can beat.
-Nothing is measured: bandwidths are nominal ones, latencies assumptions.
+transferred one after another, and passed on beside the next. The bound is what no plan between
+the same placements can beat. Nothing is measured: bandwidths are nominal ones, latencies
+assumptions.
 """
 
 _EPILOG = """\

@@ -17,6 +17,7 @@ class PostedLayer:
     :param send_groups: group of each of the plan's sends; likewise of its relays and of its receives
     :param recv_src_slots: where the sender of each receive has the expert
     :param num_groups: of the layer, equal on all ranks
+    :param num_first: groups of the first hop, likewise; those after them pass on what these bring
     :param num_busiest: transfers of the rank that sends most or receives most, equal on all ranks
     """
 
@@ -26,6 +27,7 @@ class PostedLayer:
     recv_groups: tuple[int, ...]
     recv_src_slots: tuple[int, ...]
     num_groups: int
+    num_first: int
     num_busiest: int
 
 
@@ -40,8 +42,10 @@ class PostedUpdate:
         self.groups = groups = matching_groups(plan.transfers, np.asarray(limits, dtype=np.int64), plan.num_ranks)
         self._groups = [plan.columns_of(rows, groups[rows]) for rows in (plan.sent, plan.passed_on)]
         self._recvs = plan.columns_of(plan.received, groups[plan.received], plan.transfers.src_slot[plan.received])
-        self._num_groups = np.zeros(len(plan), dtype=np.int64)
+        self._num_groups, self._num_first = (np.zeros(len(plan), dtype=np.int64) for _ in range(2))
         self._num_groups[plan.transfers.layer] = groups + 1  # the last of a layer is its largest
+        first = ~plan.transfers.relayed
+        self._num_first[plan.transfers.layer[first]] = groups[first] + 1
         self._num_busiest = np.maximum(*busiest_ends(plan.transfers, len(plan), plan.num_ranks))
 
     def __getitem__(self, layer: int) -> PostedLayer:
@@ -54,5 +58,6 @@ class PostedUpdate:
             recv_groups=tuple(recv_groups),
             recv_src_slots=tuple(recv_src_slots),
             num_groups=int(self._num_groups[layer]),
+            num_first=int(self._num_first[layer]),
             num_busiest=int(self._num_busiest[layer]),
         )

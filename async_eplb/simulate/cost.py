@@ -18,10 +18,11 @@ Counts = npt.NDArray[np.int64]
 class LayerCosts:
     """What each layer takes; arrays are ``[layers]``.
 
-    :param time_s: until the slowest rank has all it receives and has sent all it sends
+    :param time_s: its turn, until the slowest rank has received and sent all of its first hop and of the second hop of
+        the layer before; of the last layer, its own second hop too
     :param nbytes_within: of all ranks, inside nodes
     :param nbytes_across: of all ranks, between nodes
-    :param busiest_rank: the one that sends or receives longest
+    :param busiest_rank: the one that sends or receives longest in this turn
     :param num_stages: that are posted one after another
     """
 
@@ -35,16 +36,20 @@ class LayerCosts:
 def layer_costs(
     transfers: Transfers, num_layers: int, topology: EPTopology, cluster: Cluster, expert_nbytes: int
 ) -> LayerCosts:
-    """Return what an update's layers take, one after another.
+    """Return what an update's layers take, one after another, each passed on beside the first hop of the next.
 
     A stage takes the latency of the slowest link that it uses, and as long as the busiest rank's link inside its node,
     the busiest rank's link to other nodes, or the busiest node's, whichever is longest; a stage begins when the last
-    one has ended everywhere. The two links work at once.
+    one has ended everywhere. The two links work at once. What is passed on shares stages, and links, with the first
+    hop of the next layer.
     """
     num_ranks = topology.num_ranks
     stages_of_layer = 1 + np.int64(transfers.stage.max(initial=0))
-    stage, stage_of = np.unique(transfers.layer * stages_of_layer + transfers.stage, return_inverse=True)
-    layer = stage // stages_of_layer
+    first_relay = transfers.stage[transfers.relayed].min(initial=stages_of_layer)
+    beside = transfers.stage - np.where(transfers.relayed, first_relay, 0)
+    key = (transfers.layer + transfers.relayed) * stages_of_layer + beside
+    stage, stage_of = np.unique(key, return_inverse=True)
+    turn = np.minimum(stage // stages_of_layer, num_layers - 1)
     across = ~transfers.same_node
 
     def counted(chosen: npt.NDArray[np.bool_], ranks: Ints) -> Counts:
@@ -61,16 +66,17 @@ def layer_costs(
     slowest = np.maximum(rank_s.max(axis=1, initial=0), node_nbytes * expert_nbytes / cluster.node_bytes_per_s)
 
     time_s = np.zeros(num_layers)
-    np.add.at(time_s, layer, latency_s + slowest)
+    np.add.at(time_s, turn, latency_s + slowest)
     rank_total = np.zeros((num_layers, num_ranks))
-    np.add.at(rank_total, layer, rank_s)
+    np.add.at(rank_total, turn, rank_s)
     moved = [np.bincount(transfers.layer[chosen], minlength=num_layers) * expert_nbytes for chosen in (~across, across)]
+    posted = np.unique(transfers.layer * stages_of_layer + transfers.stage)
     return LayerCosts(
         time_s=time_s,
         nbytes_within=moved[0],
         nbytes_across=moved[1],
         busiest_rank=rank_total.argmax(axis=1),
-        num_stages=np.bincount(layer, minlength=num_layers),
+        num_stages=np.bincount(posted // stages_of_layer, minlength=num_layers),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -78,6 +78,7 @@ class Scenario:
     :param serving: ranks serve while weights move; otherwise they wait for the end of the update
     :param idle_every: passes between two times of standing still, 0 for never
     :param by_policy: placements are a policy's for a random load; otherwise they are random themselves
+    :param sources: of the planner
     """
 
     seed: int
@@ -97,6 +98,7 @@ class Scenario:
     verify: str = "checksum"
     launch_rule: LaunchRule = LaunchRule.AT_ONCE
     reorder: bool = False
+    sources: str = "chunked"
     troubles: tuple[Trouble, ...] = ()
 
     def to_json(self) -> str:
@@ -131,7 +133,7 @@ def scenario_for(seed: int) -> Scenario:
     num_troubles = rng.choice((0, 1, 1, 1, 2, 2, 3))
     troubles = tuple(_trouble(rng, num_ranks, num_layers) for _ in range(num_troubles))
     corrupt = any(trouble.mishap is Mishap.CORRUPT for trouble in troubles)
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         num_ranks=num_ranks,
         num_nodes=2 if num_ranks % 2 == 0 and rng.random() < 0.5 else 1,  # noqa: PLR2004 - a share
@@ -150,6 +152,19 @@ def scenario_for(seed: int) -> Scenario:
         launch_rule=rng.choice(tuple(LaunchRule)),
         reorder=rng.random() < 0.3,  # noqa: PLR2004 - a share
         troubles=troubles,
+    )
+    return _relaying(scenario, rng) if rng.random() < 0.2 else scenario  # noqa: PLR2004 - a share
+
+
+def _relaying(scenario: Scenario, rng: random.Random) -> Scenario:
+    """Return the scenario on two nodes, with replicas and a transport that sends: ranks pass experts on."""
+    return replace(
+        scenario,
+        num_ranks=4,
+        num_nodes=2,
+        num_experts=rng.randint(2 * scenario.num_slots, 3 * scenario.num_slots),
+        launch_rule=rng.choice((LaunchRule.AT_ONCE, LaunchRule.ORDERED)),
+        sources="relayed",
     )
 
 

@@ -48,7 +48,7 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
         troubles = tuple(replace(trouble, layer=min(trouble.layer, layers - 1)) for trouble in scenario.troubles)
         yield replace(scenario, num_layers=layers, troubles=troubles)
     simplest = Scenario(scenario.seed)
-    for option in ("idle_every", "reorder", "by_policy", "numbered", "num_nodes", "operations_per_group"):
+    for option in ("sources", "idle_every", "reorder", "by_policy", "numbered", "num_nodes", "operations_per_group"):
         if getattr(scenario, option) != getattr(simplest, option):
             yield replace(scenario, **{option: getattr(simplest, option)})
     if scenario.launch_rule is not LaunchRule.AT_ONCE:

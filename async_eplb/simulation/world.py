@@ -12,6 +12,7 @@ from async_eplb.events import Logger
 from async_eplb.load import ExpertLoad
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
+from async_eplb.plan import Planner
 from async_eplb.policy import Global
 from async_eplb.sample_model import random_placement
 from async_eplb.simulation.invariants import Checker, Invariant, Violation, Watched
@@ -76,6 +77,7 @@ class World:
             transport=transport,
             options=UpdateOptions(
                 verify=scenario.verify,
+                planner=Planner(scenario.sources),
                 staging_depth=scenario.staging_depth,
                 operations_per_group=scenario.operations_per_group,
                 lead=scenario.lead,

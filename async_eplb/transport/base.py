@@ -7,12 +7,13 @@ Who may touch what, and when:
 - A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
   A one-sided transport makes nothing of a send: the receiver reads the peer's live weights itself, which it may only
   when the peer has granted the layer (:attr:`Transport.launch_rule`).
-- Messages match by peer, row and tag, so both sides must describe them alike; sizes must be equal.
+- Messages match by peer, row, hop and tag, so both sides must describe them alike; sizes must be equal.
+- The second hop of a row and the first of the next may be under way at once, and neither waits for the other.
 - A launched exchange is finished or its transport is broken: there is no way to take part of it back.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -55,18 +56,20 @@ class MessageGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """All messages of one rank for one layer.
+    """All messages of one rank for one layer, or for one hop of it.
 
     :param row: row of the placement
     :param groups: posted one after another
+    :param hop: 1 for what passes on, inside nodes, what hop 0 of the row brings; launched behind that on every rank
     """
 
     row: int
     groups: tuple[MessageGroup, ...]
+    hop: int = 0
 
     def parts(self) -> "tuple[Exchange, ...]":
         """Cut the exchange into what is launched at one boundary: one group, on every rank the same."""
-        return tuple(Exchange(self.row, (group,)) for group in self.groups) or (self,)
+        return tuple(replace(self, groups=(group,)) for group in self.groups) or (self,)
 
 
 class PendingExchange(Protocol):
@@ -146,11 +149,19 @@ class Transport(Protocol):
         ...
 
     async def open(
-        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),
     ) -> ControlGroup:
         """Connect to all ranks, which must all be opening; return a control group for this transport's owner.
 
         :param weights: live weights of this rank, all that will ever be moved
+        :param relay_peers: the other ranks of this node, if second hops are to be launched; without them, first hops
+            of later rows may wait for these
         :raises BusyTransport: if it is open already
         """
         ...

@@ -8,7 +8,7 @@ that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot deadlock w
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -70,7 +70,13 @@ class CopyEngineTransport(Member):
         return frozenset() if self._link is None else self._link.peers
 
     async def open(
-        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),  # noqa: ARG002 - what is in staging cannot be pulled
     ) -> ControlGroup:
         """Map the live weights of all other ranks.
 

@@ -1,7 +1,7 @@
 """A transport that pulls within a host and sends between hosts: each link with what suits it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch.distributed import ProcessGroup
@@ -67,7 +67,13 @@ class HybridTransport:
         return self._far.needs_ordered_launch
 
     async def open(
-        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),  # noqa: ARG002 - a part that pulls cannot relay
     ) -> ControlGroup:
         """Map the live weights of this host's ranks, and connect to all ranks.
 

@@ -2,7 +2,7 @@
 
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -52,6 +52,7 @@ class MemorySchedule:
 
     :param seed: of all random delays
     :param exchange_s: seconds that an exchange takes at least
+    :param relay_s: the same of a second hop
     :param message_jitter_s: each message takes up to this many seconds more, at random
     :param reorder: messages of an exchange arrive in an order of their own, not in that in which they were posted
     :param control_s: seconds that a control round takes
@@ -63,6 +64,7 @@ class MemorySchedule:
 
     seed: int = 0
     exchange_s: float = 0.0
+    relay_s: float = 0.0
     message_jitter_s: float = 0.0
     reorder: bool = False
     control_s: float = 0.0
@@ -194,6 +196,7 @@ class MemoryTransport:
         weights: ExpertWeights,
         *,
         control_timeout_s: float,
+        relay_peers: Collection[int] = (),  # noqa: ARG002
     ) -> ControlGroup:
         """Show this rank's weights to the world and return its control group; there is nothing to connect."""
         if self._opened:
@@ -227,6 +230,7 @@ class _MemoryExchange:
         self._world = world
         self._rank = rank
         self._row = exchange.row
+        self._least_s = world.schedule.relay_s if exchange.hop else world.schedule.exchange_s
         self._groups = exchange.groups
         self._sends = [message for group in exchange.groups for message in group.sends]
         recvs = [message for group in exchange.groups for message in group.recvs]
@@ -247,7 +251,7 @@ class _MemoryExchange:
     async def wait(self, timeout_s: float) -> None:
         try:
             with self._world.interruptible(self._peers), fail_after(timeout_s):
-                await anyio.sleep(self._world.schedule.exchange_s)
+                await anyio.sleep(self._least_s)
                 for group in self._groups:
                     self._post(group)
                     for message in self._in_order_of_arrival(group.recvs):

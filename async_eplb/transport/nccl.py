@@ -44,6 +44,7 @@ class NcclLink:
     """A communicator for expert moves. What it launches goes behind the current stream.
 
     :param store: where ranks find each other; nobody else may use its keys
+    :param members: ranks of the EP group that it connects, ascending
     :param timeout: of connecting, and of NCCL's own watchdog, which must never come first
     """
 
@@ -51,7 +52,7 @@ class NcclLink:
         self,
         store: Store,
         rank: int,
-        num_ranks: int,
+        members: Sequence[int],
         device: Device,
         workers: Workers,
         *,
@@ -64,20 +65,20 @@ class NcclLink:
         settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
         settings._timeout = timeout
         settings.config.max_ctas = options.max_ctas
-        self._nccl = dist.ProcessGroupNCCL(store, rank, num_ranks, settings)
-        self._group = ProcessGroup(store, rank, num_ranks)
+        self._place = {member: place for place, member in enumerate(members)}
+        self._nccl = dist.ProcessGroupNCCL(store, self._place[rank], len(members), settings)
+        self._group = ProcessGroup(store, self._place[rank], len(members))
         backend_type = ProcessGroup.BackendType.NCCL
         self._group._set_default_backend(backend_type)
         self._group._register_backend(device.torch_device, backend_type, self._nccl)
-        self._connect(rank, num_ranks, timeout)
+        self._connect([member for member in members if member != rank], timeout)
 
-    def _connect(self, rank: int, num_ranks: int, timeout: timedelta) -> None:
+    def _connect(self, peers: Sequence[int], timeout: timedelta) -> None:
         """Exchange one byte with every peer: connections made later would allocate memory while serving."""
-        peers = [peer for peer in range(num_ranks) if peer != rank]
-        data = self._device.allocate(2 * num_ranks).view(2, num_ranks, 1)
+        data = self._device.allocate(2 * len(peers)).view(2, len(peers), 1)
         group = MessageGroup(
-            sends=tuple(Message(peer, 0, data[0, peer]) for peer in peers),
-            recvs=tuple(Message(peer, 0, data[1, peer]) for peer in peers),
+            sends=tuple(Message(peer, 0, data[0, i]) for i, peer in enumerate(peers)),
+            recvs=tuple(Message(peer, 0, data[1, i]) for i, peer in enumerate(peers)),
         )
         with self._device.transferring():
             self._post(group)
@@ -103,9 +104,9 @@ class NcclLink:
         _copy(packing)
         self._group._start_coalescing(torch_device)
         for message in recvs:
-            self._group.recv([message.data], message.peer, message.tag)
+            self._group.recv([message.data], self._place[message.peer], message.tag)
         for message in sends:
-            self._group.send([message.data], message.peer, message.tag)
+            self._group.send([message.data], self._place[message.peer], message.tag)
         work: Work = self._group._end_coalescing(torch_device)
         work.wait()
         _copy([(data, place) for place, data in unpacking])

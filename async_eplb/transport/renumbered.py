@@ -1,6 +1,6 @@
 """A transport between some ranks of an EP group, whose peers are named by their ranks in the whole group."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -57,17 +57,26 @@ class RenumberedTransport:
         return self._transport.run_id
 
     async def open(
-        self, device: Device, workers: Workers, weights: ExpertWeights, *, control_timeout_s: float
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),
     ) -> ControlGroup:
-        """Open the transport."""
-        control = await self._transport.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        """Open the transport; peers that are gone relay nothing."""
+        places = [self._place[peer] for peer in relay_peers if peer in self._place]
+        control = await self._transport.open(
+            device, workers, weights, control_timeout_s=control_timeout_s, relay_peers=places
+        )
         return RenumberedControlGroup(control, self._members)
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Launch an exchange between places."""
         groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
         try:
-            pending = self._transport.launch(Exchange(exchange.row, tuple(groups)))
+            pending = self._transport.launch(replace(exchange, groups=tuple(groups)))
         except BrokenTransport as error:
             raise _named(error, self._members) from error
         return _RenumberedExchange(pending, self._members)

@@ -1,7 +1,7 @@
 """Transport over torch.distributed: gloo between CPUs, NCCL between GPUs, on communicators of its own."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import partial
 from typing import Literal, Protocol
@@ -16,13 +16,15 @@ from async_eplb.device import Device
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.transport.joining import Member
-from async_eplb.transport.nccl import NcclLink, NcclOptions
+from async_eplb.transport.nccl import NcclOptions
+from async_eplb.transport.nccl_lanes import NcclLanes
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 Backend = Literal["gloo", "nccl"]
 
 _CONNECT_TIMEOUT_S = 300.0
+_NUM_HOPS = 2
 
 
 class TorchDistTransport(Member):
@@ -70,19 +72,31 @@ class TorchDistTransport(Member):
         weights: ExpertWeights,  # noqa: ARG002 - messages bring their bytes
         *,
         control_timeout_s: float,
+        relay_peers: Collection[int] = (),
     ) -> ControlGroup:
         """Connect the data and the control group, pair by pair, before the first byte is moved."""
         self._become_open()
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
-        connect = partial(self._connect, device, workers, control_timeout_s)
+        connect = partial(self._connect, device, workers, control_timeout_s, relay_peers)
         return await workers.run("control", connect)
 
-    def _connect(self, device: Device, workers: Workers, control_timeout_s: float) -> ControlGroup:
+    def _connect(
+        self, device: Device, workers: Workers, control_timeout_s: float, relay_peers: Collection[int]
+    ) -> ControlGroup:
         store = PrefixStore("data", self._store)
         timeout = timedelta(seconds=max(_CONNECT_TIMEOUT_S, 2 * control_timeout_s))
         self._link = (
-            NcclLink(store, self._rank, self._num_ranks, device, workers, timeout=timeout, options=self._nccl)
+            NcclLanes(
+                store,
+                self._rank,
+                self._num_ranks,
+                device,
+                workers,
+                relay_peers=relay_peers,
+                timeout=timeout,
+                options=self._nccl,
+            )
             if self._backend == "nccl"
             else _GlooLink(store, self._rank, self._num_ranks, device, workers, timeout=timeout)
         )
@@ -125,6 +139,7 @@ class _Pending:
     def __init__(self, transport: TorchDistTransport, exchange: Exchange, finish: _Finish) -> None:
         self._transport = transport
         self._row = exchange.row
+        self._kind = "relay" if exchange.hop else "exchange"
         self._finish = finish
 
     async def wait(self, timeout_s: float) -> None:
@@ -133,7 +148,7 @@ class _Pending:
             raise BrokenTransport(f"{self._transport!r} was aborted", rank=self._transport.rank)
         deadline = time.monotonic() + timeout_s
         try:
-            await link.workers.run("exchange", partial(self._finish, deadline))
+            await link.workers.run(self._kind, partial(self._finish, deadline))
         except (RuntimeError, TimeoutError) as error:
             self._transport.abort()
             where = f"rank {self._transport.rank}, row {self._row}"
@@ -150,7 +165,10 @@ class _Pending:
 
 
 class _GlooLink:
-    """Gloo sends from and receives into host memory; tensors of a GPU pass through pinned memory."""
+    """Gloo sends from and receives into host memory; tensors of a GPU pass through pinned memory.
+
+    Two rows may be under way between a pair, with equal tags, but only in different hops: these have tags of their own.
+    """
 
     def __init__(
         self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers, *, timeout: timedelta
@@ -169,20 +187,20 @@ class _GlooLink:
 
     def _run(self, exchange: Exchange, deadline: float) -> None:
         for group in exchange.groups:
-            self._run_group(group, deadline)
+            self._run_group(group, exchange.hop, deadline)
 
-    def _run_group(self, messages: MessageGroup, deadline: float) -> None:
+    def _run_group(self, messages: MessageGroup, hop: int, deadline: float) -> None:
         group = self._group
         if group is None:
             raise RuntimeError("the transport was aborted")
         incoming = [self._host(message.data) for message in messages.recvs]
         outgoing = self._to_host(messages.sends)
         works = [
-            group.recv([data], message.peer, message.tag)  # type: ignore[attr-defined]
+            group.recv([data], message.peer, _NUM_HOPS * message.tag + hop)  # type: ignore[attr-defined]
             for message, data in zip(messages.recvs, incoming, strict=True)
         ]
         works += [
-            group.send([data], message.peer, message.tag)  # type: ignore[attr-defined]
+            group.send([data], message.peer, _NUM_HOPS * message.tag + hop)  # type: ignore[attr-defined]
             for message, data in zip(messages.sends, outgoing, strict=True)
         ]
         for work in works:

@@ -1,7 +1,9 @@
 """NCCL between processes that share a GPU: a communicator of its own, launched at agreed boundaries."""
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -10,13 +12,21 @@ import torch
 import torch.distributed as dist
 from soak import Soak, on_one_gpu, soak_rank
 
-from async_eplb import ExpertWeights, NcclOptions, TorchDistTransport, UpdateOptions
+from async_eplb import (
+    EPTopology,
+    ExpertPlacement,
+    ExpertUpdater,
+    ExpertWeights,
+    NcclOptions,
+    TorchDistTransport,
+    UpdateOptions,
+)
 from async_eplb.device import CudaDevice
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.launch import World
 from async_eplb.plan import Planner
 from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.transport import Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.workers import ThreadWorkers
 
 
@@ -55,13 +65,99 @@ def test_every_pass_sees_whole_layers(operations_per_group: int) -> None:
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 
-def test_relays_keep_layers_whole() -> None:
-    """What crosses nodes once is passed on inside the node, from staging, in a later group."""
-    options = UpdateOptions(verify="checksum", planner=Planner("relayed"))
+@pytest.mark.parametrize("staging_depth", [2, 3])
+def test_relays_keep_layers_whole(staging_depth: int) -> None:
+    """What crosses nodes once is passed on inside the node, from staging, beside the next layer's first hop."""
+    options = UpdateOptions(verify="checksum", planner=Planner("relayed"), staging_depth=staging_depth)
     soak = Soak(backend="nccl", num_nodes=2, num_updates=8, options=options)
     for result in run_world(soak_rank, 4, soak):
         assert (result.torn, result.disagreeing, result.other_logits, result.wrong_slots) == (0, 0, 0, [])
         assert len(result.commits) == soak.num_updates * soak.num_layers
+
+
+def receive_while_a_second_hop_is_late(world: WorldRank) -> list[int]:
+    """Of two exchanges, wait for the one that was launched last; the other's sender launches it only then.
+
+    Rank 0 receives from rank 1 in a second hop, and from rank 2 in the next row's first; return what it then has.
+    """
+    device = device_of(world)
+    data = torch.full((2, 1 << 20), world.rank, dtype=torch.uint8, device=device.torch_device)
+    others = [rank for rank in range(world.num_ranks) if rank != world.rank]
+
+    async def main() -> None:
+        transport = TorchDistTransport(backend="nccl")
+        weights = ExpertWeights({0: [torch.zeros(1, 1, device=device.torch_device)]})
+        await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60, relay_peers=others)
+
+        def launch(hop: int, *, to: int | None = None, of: int | None = None) -> PendingExchange:
+            sends = () if to is None else (Message(to, 0, data[hop]),)
+            recvs = () if of is None else (Message(of, 0, data[hop]),)
+            with device.transferring():
+                return transport.launch(Exchange(1 - hop, (MessageGroup(sends, recvs),), hop))
+
+        second = launch(1, of=1) if world.rank == 0 else None
+        if world.rank in (0, 2):
+            await (launch(0, of=2) if world.rank == 0 else launch(0, to=0)).wait(30)
+        dist.barrier()
+        if world.rank in (0, 1):
+            await (second or launch(1, to=0)).wait(30)
+        torch.cuda.synchronize()
+        dist.barrier()
+        await transport.aclose()
+
+    torch.cuda.synchronize()
+    anyio.run(main)
+    return [int(row.unique()) for row in data]
+
+
+def test_a_first_hop_does_not_wait_for_a_second_hop() -> None:
+    """It arrives while the second hop, launched before it, has no sender yet."""
+    received, *_ = run_world(receive_while_a_second_hop_is_late, 3)
+    assert received == [2, 1]
+
+
+_TWO_NODES = EPTopology(num_ranks=4, num_nodes=2, num_local_physical_experts=2)
+_OLD, _NEW = (ExpertPlacement.from_mapping([row] * 6) for row in ([0, 1, 2, 3, 0, 1, 4, 5], [0, 1, 4, 3, 2, 4, 2, 5]))
+"""Expert 2 goes from the first node to both ranks of the second."""
+
+
+def traced_relays(world: WorldRank, folder: Path) -> tuple[list[int], list[tuple[int, float, float]]]:
+    """Update while profiled; return the experts of this rank's slots, and stream, start and end of NCCL's kernels."""
+    device = device_of(world)
+    slots = _TWO_NODES.slots_of(world.rank)
+    tensors = {
+        layer: [torch.tensor(row[slots], dtype=torch.uint8, device=device.torch_device)[:, None].repeat(1, 1 << 24)]
+        for layer, row in enumerate(_OLD.physical_to_logical_map)
+    }
+    torch.cuda.synchronize()
+    options = UpdateOptions(planner=Planner("relayed"), staging_depth=3)
+    file = folder / f"{world.rank}.json"
+
+    async def main() -> None:
+        async with ExpertUpdater(
+            ExpertWeights(tensors), _OLD, _TWO_NODES, rank=world.rank, transport=TorchDistTransport(), options=options
+        ) as updater:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                await updater.update(_NEW)
+            profile.export_chrome_trace(str(file))
+
+    anyio.run(main)
+    torch.cuda.synchronize()
+    events = json.loads(file.read_text())["traceEvents"]
+    kernels = [event for event in events if event.get("cat") == "kernel" and "nccl" in event["name"].lower()]
+    held = [int(row.unique()) for layer in tensors.values() for row in layer[0]]
+    return held, [(int(event["args"]["stream"]), event["ts"], event["ts"] + event["dur"]) for event in kernels]
+
+
+def test_second_hops_run_beside_first_hops(tmp_path: Path) -> None:
+    """On a stream of their own, and at the same time; only ranks that pass something on have one."""
+    results = run_world(traced_relays, 4, tmp_path)
+    for rank, (held, _) in enumerate(results):
+        assert held == _NEW.physical_to_logical_map[:, _TWO_NODES.slots_of(rank)].reshape(-1).tolist()
+    assert [len({stream for stream, _, _ in kernels}) for _, kernels in results] == [1, 1, 2, 2]
+    for _, kernels in results[2:]:
+        beside = [(a, b) for a in kernels for b in kernels if a[0] < b[0] and a[1] < b[2] and b[1] < a[2]]
+        assert beside
 
 
 def time_out(world: WorldRank) -> tuple[str, str, int]:
