@@ -41,6 +41,8 @@ PROGRESS_TIMEOUT_S = 40.0
 DEADLINE_S = 150.0
 """By which every rank has ended its updates, one way or another: several times all timeouts together."""
 _MAX_RECOVERIES = 8
+_MAX_INTERRUPTED = 2
+"""Recoveries in which rounds may be lost."""
 
 
 class World:
@@ -177,10 +179,20 @@ class World:
             self.num_recoveries += 1
             if self.num_recoveries > _MAX_RECOVERIES:
                 raise Violation(Invariant.RECOVERED, f"recovered {self.num_recoveries} times in vain: {failures}")
-            schedule = MemorySchedule(seed=self.num_recoveries, control_s=_CONTROL_S)
+            schedule = self._recovery_schedule([rank.number for rank in survivors])
             placement = self._placement_for([rank.number for rank in survivors])
             for rank, transport in zip(survivors, MemoryTransport.world(len(survivors), schedule), strict=True):
                 rank.tell(transport, placement)
+
+    def _recovery_schedule(self, members: Sequence[int]) -> MemorySchedule:
+        """Return the schedule of a recovery and what follows; rounds are lost in the first ones too."""
+        lost = _lost_rounds(self._scenario) if self.num_recoveries <= _MAX_INTERRUPTED else frozenset()
+        places = {number: place for place, number in enumerate(members)}
+        return MemorySchedule(
+            seed=self.num_recoveries,
+            control_s=_CONTROL_S,
+            lost_results=frozenset((places[number], count) for number, count in lost if number in places),
+        )
 
     async def _settled(self) -> list[Rank]:
         """Wait until every rank that runs has settled; return them without those that are lost."""
@@ -261,13 +273,18 @@ def _schedule(scenario: Scenario) -> MemorySchedule:
         control_jitter_s=0.02,
         reorder=scenario.reorder,
         launch_rule=scenario.launch_rule,
-        lost_results=frozenset((t.rank, t.count) for t in troubles if t.mishap is Mishap.LOSE_ROUND),
+        lost_results=_lost_rounds(scenario),
         faults=tuple(
             Fault(_MESSAGE_FAULTS[t.mishap], t.peer, t.rank, t.layer, delay_s=_delay_s(t))
             for t in troubles
             if t.mishap in _MESSAGE_FAULTS
         ),
     )
+
+
+def _lost_rounds(scenario: Scenario) -> frozenset[tuple[int, int]]:
+    """Return the ranks and the rounds that they do not hear."""
+    return frozenset((t.rank, t.count) for t in scenario.troubles if t.mishap is Mishap.LOSE_ROUND)
 
 
 def _delay_s(trouble: Trouble) -> float:
