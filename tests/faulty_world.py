@@ -344,8 +344,11 @@ class _Rank:
 
 def _num_threads_named(prefix: str) -> int:
     """Count the threads of this process, of whatever library, whose name begins so."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return sum(name.startswith(prefix) for name in names)
+    number = 0
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # one that has ended meanwhile
+            number += (task / "comm").read_text().startswith(prefix)
+    return number
 
 
 def _cut_connections() -> None:
