@@ -9,7 +9,7 @@ written too. Two layers and two pairs of flat buffers take turns, each larger th
 it runs on the CPU: make it small.
 
 Predicted before the first measurement, for an H100 with Triton. The checksum reads every byte once, in one launch; with
-torch's operations each byte is read three times and written once, in five launches a tensor (it was twelve times, in
+torch's operations each byte is read three times and written once, in four launches a tensor (it was twelve times, in
 nine). So 0.16 ms for 396 MB, 2.5 TB/s, 0.55 of a flat copy's time, and 100 µs of host time; with torch's operations
 0.65 ms and 1 ms. A layer: off 20 µs, canary 0.2 ms, checksum 1.0 ms, half of it on the device.
 """
