@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from async_eplb.accounting import Stopwatch
@@ -13,7 +14,7 @@ from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
 from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
-from async_eplb.verify import checksum
+from async_eplb.verify import checksums
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -87,14 +88,14 @@ def slot_checksums(
 ) -> list[int]:
     """Return a checksum of each slot of each layer that has weights, layer by layer; 0 of empty slots. Blocks."""
     local = placement.physical_to_logical_map[:, topology.slots_of(rank)]
-    zero = torch.zeros((), dtype=torch.int64, device=device.torch_device)
+    sums = torch.zeros((len(weights.rows), local.shape[1]), dtype=torch.int64)
     with device.committing(), torch.no_grad():
-        sums = [
-            checksum([view[slot] for view in weights.views(row)]) if expert != EMPTY_SLOT else zero
-            for row in weights.rows
-            for slot, expert in enumerate(local[row].tolist())
-        ]
-        values: list[int] = torch.stack(sums).tolist()
+        for place, row in enumerate(weights.rows):
+            held = np.flatnonzero(local[row] != EMPTY_SLOT)
+            if len(held):
+                contents = [[view[slot] for view in weights.views(row)] for slot in held.tolist()]
+                sums[place, torch.from_numpy(held)] = checksums(contents).cpu()
+    values: list[int] = sums.flatten().tolist()
     return values
 
 

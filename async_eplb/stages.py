@@ -263,6 +263,8 @@ class LayerStages:
             with self._device.transferring(), torch.no_grad():
                 self._device.wait(self.callers_work)
                 self._device.wait(buffer.consumed)
+                for hop in hops:
+                    self._transport.prepare(hop)
                 self._mark(planned)
                 live = self._weights.views(planned.row)
                 for copy in planned.plan.local_copies:

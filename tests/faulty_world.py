@@ -1,5 +1,9 @@
-"""Real processes, of which one meets with an accident at an exact point of an update; the others report."""
+"""Real processes, of which one meets with an accident at an exact point of an update; the others report.
 
+On CPUs over gloo; or on one GPU, which all ranks share as if each were a host of its own.
+"""
+
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -12,18 +16,31 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 import numpy as np
 import torch
 import torch.distributed as dist
+from shared_memory import SharedMemory
+from soak import on_one_gpu
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, TorchDistTransport, UpdateOptions
+from async_eplb import (
+    CopyEngineTransport,
+    EPTopology,
+    ExpertUpdater,
+    ExpertWeights,
+    TorchDistTransport,
+    Transport,
+    UpdateOptions,
+)
 from async_eplb.errors import EplbError, RankInDoubt
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.survivors import on_survivors
+from async_eplb.transport import Exchange, PendingExchange
+from async_eplb.transport.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
 
 T = TypeVar("T")
@@ -32,6 +49,9 @@ MODEL = SampleModel(hidden=16, intermediate=8)
 NUM_LAYERS = 4
 TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
 TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
+_LONGEST_LIFE_S = 50.0
+"""Of a process: then it says where it hangs, and ends."""
+_LONGEST_DEATH_S = 10.0
 LATE, OTHER_WEIGHTS, OTHER_PLACEMENT = DIFFERENCES = ("late", "other weights", "other placement")
 """What a rank that lives may begin an update with."""
 
@@ -41,13 +61,18 @@ class Accident:
     """What happens to a rank.
 
     :param kind: a signal's name, "cut" (all its connections are closed), or one of :data:`DIFFERENCES`
-    :param phase: at which point of the update
+    :param phase: at which point of the update; "launch" is the beginning of a transfer, before others get a byte
+    :param transport: of the weights; ``"dist"`` is torch.distributed with the device's backend
     """
 
     kind: str
     phase: str
     victim: int = 1
     num_ranks: int = 3
+    transport: Literal["dist", "copy"] = "dist"
+    device: Literal["cpu", "cuda"] = "cpu"
+    transfer_timeout_s: float = TRANSFER_TIMEOUT_S
+    control_timeout_s: float = CONTROL_TIMEOUT_S
 
     @property
     def reporting(self) -> list[int]:
@@ -73,6 +98,9 @@ class Report:
     missing: dict[int, tuple[int, ...]]
     placement: bytes
     wrong_slots: list[tuple[int, int]]
+    recovered_s: float
+    num_watchdogs: int
+    """Threads of torch's that end this process when NCCL fails."""
     last_committed: int = 0
 
 
@@ -107,7 +135,8 @@ def survivors_of(accident: Accident, *, timeout_s: float = 60.0) -> list[Report]
         finally:
             for process in processes:
                 process.kill()
-                process.join()
+            for process in processes:
+                process.join(_LONGEST_DEATH_S)
             for here, _ in ends:
                 here.close()
 
@@ -124,6 +153,12 @@ def _received(connection: Connection, timeout_s: float) -> Report:
 def _process(accident: Accident, rank: int, store_path: str, connection: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(_LONGEST_LIFE_S, exit=True)
+    if accident.device == "cuda":
+        on_one_gpu(rank)
+        # A client of MPS that is killed takes the server's other clients along.
+        os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(Path(store_path).parent)
+        torch.cuda.set_device(0)
     store = dist.FileStore(store_path, accident.num_ranks)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=accident.num_ranks, timeout=timedelta(seconds=30)
@@ -158,6 +193,7 @@ class _Rank:
     struck: bool = False
     source: Source = field(default_factory=Source)
     model: SampleModel = MODEL
+    shared: SharedMemory | None = None
 
     def _differs(self, kind: str) -> bool:
         return self.rank == self.accident.victim and self.accident.kind == kind
@@ -180,17 +216,23 @@ class _Rank:
             self.new = random_placement(rng, NUM_LAYERS, physical, self.num_experts)
         if self._differs(OTHER_WEIGHTS):
             self.model = SampleModel(hidden=2 * MODEL.hidden, intermediate=MODEL.intermediate)
-        self.tensors = self.model.weights(self.old, self.topology, self.rank)
+        self.tensors = self.model.weights(self.old, self.topology, self.rank, self.accident.device)
+        if self.accident.transport == "copy" and self.accident.device == "cpu":
+            self.shared = SharedMemory()
+            self.tensors = self.shared.share(self.tensors)
         updater = ExpertUpdater(
             ExpertWeights(self.tensors),
             self.old,
             self.topology,
             rank=self.rank,
-            transport=TorchDistTransport(),
+            transport=self._transport(),
             options=UpdateOptions(
-                verify="checksum", transfer_timeout_s=TRANSFER_TIMEOUT_S, control_timeout_s=CONTROL_TIMEOUT_S
+                verify="off" if self.shared is not None else "checksum",  # its column is not in shared memory
+                transfer_timeout_s=self.accident.transfer_timeout_s,
+                control_timeout_s=self.accident.control_timeout_s,
             ),
             workers=_Workers(self.reach),
+            device=self.shared,
             on_commit=lambda _layer: self.reach("commit"),
         )
         driver = updater._driver
@@ -210,6 +252,22 @@ class _Rank:
         driver.ballot, driver.advance = reach_fence, reach_staged  # type: ignore[method-assign]
         return updater
 
+    def _transport(self, group: ProcessGroup | None = None) -> Transport:
+        shared = self.shared
+        transport: Transport = (
+            TorchDistTransport(group)
+            if self.accident.transport == "dist"
+            else CopyEngineTransport(group, memory=lambda device: CudaIpc(device) if shared is None else shared)
+        )
+        launch = transport.launch
+
+        def reach_launch(exchange: Exchange) -> PendingExchange:
+            self.reach("launch")
+            return launch(exchange)
+
+        transport.launch = reach_launch  # type: ignore[method-assign]
+        return transport
+
     async def run(self) -> Report:
         """Update beside serving, meet with the accident, serve on, recover, update again."""
         self.topology = EPTopology(self.accident.num_ranks, 1, 3)
@@ -221,7 +279,9 @@ class _Rank:
             wrong = self._wrong_slots(updater)
             members = self.accident.reporting
             group = dist.new_group(members, use_local_synchronization=True)
-            recovery = await updater.recover(TorchDistTransport(group), source=self.source)
+            start = time.monotonic()
+            recovery = await updater.recover(self._transport(group), source=self.source)
+            recovered_s = time.monotonic() - start
             wrong += self._wrong_slots(updater)
             if self.accident.kind != OTHER_WEIGHTS:  # which differ for good
                 await self._update_again(updater, members)
@@ -241,6 +301,8 @@ class _Rank:
                 missing=recovery.missing,
                 placement=updater.placement.digest(),
                 wrong_slots=wrong,
+                recovered_s=recovered_s,
+                num_watchdogs=_num_threads_named("pt_nccl_"),
             )
 
     def _wrong_slots(self, updater: ExpertUpdater) -> list[tuple[int, int]]:
@@ -278,6 +340,15 @@ class _Rank:
             await updater.step()
             await anyio.sleep(0.001)
         await handle.wait()
+
+
+def _num_threads_named(prefix: str) -> int:
+    """Count the threads of this process, of whatever library, whose name begins so."""
+    number = 0
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # one that has ended meanwhile
+            number += (task / "comm").read_text().startswith(prefix)
+    return number
 
 
 def _cut_connections() -> None:

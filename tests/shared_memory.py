@@ -63,6 +63,12 @@ class SharedMemory(CpuDevice):
         """Forget a mapping."""
         del self.mapped[address]
 
+    def free(self) -> None:
+        """Close the files of all allocations, which live on only where they are mapped."""
+        for file, _ in self._allocations.values():
+            os.close(file)
+        self._allocations.clear()
+
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy at once."""
         for target, source, nbytes in copies:

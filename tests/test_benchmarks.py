@@ -127,3 +127,16 @@ def test_the_planner_benchmark_writes_its_figures(tmp_path: Path) -> None:
             relayed = figures[f"{shape}_{target}_relayed_crossings"]
             assert relayed <= figures[f"{shape}_{target}_chunked_crossings"]
             assert figures[f"288_8_{target}_balanced_busiest"] <= figures[f"288_8_{target}_chunked_busiest"]
+
+
+def test_the_verify_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    """Times of a layer in each mode, and of the checksum against both others."""
+    file = tmp_path / "figures.json"
+    small = ["--slots", "3", "--hidden", "256", "--intermediate", "128", "--runs", "3", "--json", str(file)]
+    subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "verify", *small], check=True)
+    figures = json.loads(file.read_text())["figures"]
+    assert 0 < figures["off_layer_us"] < figures["canary_layer_us"] < figures["checksum_layer_us"]
+    for way in ("checksum", "torch_checksum", "flat_copy"):
+        assert figures[f"{way}_us"] > 0
+        assert figures[f"{way}_gb_s"] > 0
+    assert figures["checksum_over_flat_copy"] == figures["checksum_us"] / figures["flat_copy_us"]

@@ -1,4 +1,4 @@
-"""Real processes over gloo: whatever happens to one rank, the others know which, where and soon; and go on."""
+"""Real processes: whatever happens to one rank, the others know which, where and soon; and go on."""
 
 import pytest
 from faulty_world import (
@@ -13,10 +13,11 @@ from faulty_world import (
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
-ACCIDENTS += [Accident("cut", "transfer"), Accident("SIGKILL", "transfer", victim=0)]
+ACCIDENTS += [Accident("cut", "transfer"), Accident("SIGKILL", "transfer", victim=0), Accident("SIGKILL", "launch")]
+ACCIDENTS += [Accident("SIGKILL", "transfer", transport="copy")]
 
 
-@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: f"{a.kind} of rank {a.victim}, {a.phase}")
+@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: f"{a.transport}: {a.kind} of rank {a.victim}, {a.phase}")
 def test_survivors_go_on(accident: Accident) -> None:
     """A typed error names the rank, the layer and the phase in time; then all serve the same placement."""
     reports = survivors_of(accident)

@@ -27,6 +27,8 @@ LAYERS = [
     "device",
     "load_group",
     "weights",
+    "checksum",
+    "fused_checksum",
     "verify",
     "options",
     "transport",

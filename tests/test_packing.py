@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_eplb.transport import Message
-from async_eplb.transport.nccl import pack
+from async_eplb.device import CpuDevice
+from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.transport.nccl import NcclLink, pack
 
 SIZES = st.sampled_from([1, 4096, 1 << 17, 1 << 18, 1 << 20])
 ENDS = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda ends: ends[0] != ends[1])
@@ -50,3 +51,27 @@ def _of(
         [message.tag for message in whole if message.peer == peer],
         [[message.tag for message in small] for small in packs if small[0].peer == peer],
     )
+
+
+def test_a_prepared_exchange_needs_no_memory() -> None:
+    """What is packed later, group by group, fits what was reserved for the largest; more would be allocated."""
+    device = CpuDevice()
+    link = NcclLink.__new__(NcclLink)
+    link._device = device
+    link._scratch = {side: device.allocate(0) for side in ("sends", "recvs")}
+
+    def group(num_peers: int) -> MessageGroup:
+        messages = tuple(Message(peer, tag, torch.zeros(100)) for peer in range(num_peers) for tag in range(3))
+        return MessageGroup(messages, messages[:6])
+
+    exchange = Exchange(0, (group(2), group(5), group(1)))
+    link.prepare(exchange)
+    reserved = {side: memory.data_ptr() for side, memory in link._scratch.items()}
+    for each in exchange.groups:
+        for side, messages in (("sends", each.sends), ("recvs", each.recvs)):
+            posted, pairs = link._packed(side, messages)
+            assert len(posted) == len({message.peer for message in messages})
+            assert [data for _, data in pairs] == [message.data for message in messages]
+            assert link._scratch[side].data_ptr() == reserved[side]
+    link._packed("sends", group(6).sends)
+    assert link._scratch["sends"].data_ptr() != reserved["sends"]

@@ -1,5 +1,7 @@
 """Canaries and checksums: what they notice and what they say."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from async_eplb import ExpertWeights
 from async_eplb.errors import CanaryMismatch, ChecksumMismatch
-from async_eplb.verify import Verifier, Verify, checksum
+from async_eplb.verify import Verifier, Verify, checksums
 
 SLOTS = {0: 5, 1: 7}
 """Slot → logical expert."""
@@ -28,6 +30,11 @@ def marked(mode: Verify) -> Verifier:
     return verifier
 
 
+def checksum(parts: Sequence[Tensor]) -> int:
+    """Return the checksum of one slot."""
+    return int(checksums([parts])[0])
+
+
 @given(st.binary(min_size=1, max_size=40), st.data())
 def test_a_checksum_notices_any_changed_byte(content: bytes, data: st.DataObject) -> None:
     """Also one of the last, where the bytes fill no whole word."""
@@ -41,7 +48,7 @@ def test_a_checksum_notices_the_order() -> None:
     """Of words and of parts."""
     one, other = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
     one[0], other[8] = 1, 1
-    assert len({int(checksum(parts)) for parts in ([one], [other], [one, other], [other, one])}) == 4
+    assert len({checksum(parts) for parts in ([one], [other], [one, other], [other, one])}) == 4
 
 
 @pytest.mark.parametrize("mode", Verify)
@@ -66,7 +73,7 @@ def test_a_wrong_byte_is_named() -> None:
     """What is expected is the sum taken at the source."""
     verifier = marked(Verify.CHECKSUM)
     content = content_of(verifier)
-    right = [int(checksum(parts[:-1])) for parts in content.values()]
+    right = [checksum(parts[:-1]) for parts in content.values()]
     content[0][0][3] = 1
     with pytest.raises(ChecksumMismatch, match="live slots") as caught:
         verifier.check(0, SLOTS, content, "live")

@@ -166,6 +166,10 @@ class Transport(Protocol):
         """
         ...
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate what an exchange needs, before its launch, on any thread, with the transfer stream current."""
+        ...
+
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post an exchange without waiting for any peer.
 

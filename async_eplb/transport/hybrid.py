@@ -83,10 +83,14 @@ class HybridTransport:
         await self._far.open(device, workers, weights, control_timeout_s=control_timeout_s)
         return control
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Prepare what goes between hosts."""
+        self._far.prepare(self._between_hosts(exchange))
+
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post what goes between hosts, and prepare to pull the rest."""
         peers = self._near.peers
-        far = self._far.launch(_part(exchange, lambda message: message.peer not in peers))
+        far = self._far.launch(self._between_hosts(exchange))
         return _Both(self, self._near.launch(_part(exchange, lambda message: message.peer in peers)), far)
 
     def abort(self) -> None:
@@ -100,6 +104,10 @@ class HybridTransport:
             await self._far.aclose()
         finally:
             await self._near.aclose()
+
+    def _between_hosts(self, exchange: Exchange) -> Exchange:
+        peers = self._near.peers
+        return _part(exchange, lambda message: message.peer not in peers)
 
 
 class _Both:

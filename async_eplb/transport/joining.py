@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.errors import BrokenTransport, BusyTransport
+from async_eplb.transport.base import Exchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.workers import Workers
 
@@ -63,6 +64,9 @@ class Member:
     def run_id(self) -> str:
         """Name of this run in logs: the first rank to join has drawn it."""
         return self._run_id
+
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate nothing."""
 
     def _become_open(self) -> None:
         """Become open.

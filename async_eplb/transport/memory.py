@@ -205,6 +205,9 @@ class MemoryTransport:
         self._world.weights[self._rank] = weights
         return _MemoryControlGroup(self._world, self._rank, control_timeout_s)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate nothing."""
+
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Offer this rank's messages to their peers."""
         if not self._opened or self._rank in self._world.gone:

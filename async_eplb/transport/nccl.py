@@ -1,7 +1,9 @@
 """Sends and receives of NCCL, on a communicator that nothing else uses."""
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,6 +23,7 @@ from async_eplb.workers import Workers
 _SMALL_NBYTES = 1 << 18
 """Messages below this are packed: an operation costs the serving thread more than their copies cost the device."""
 _ALIGNMENT = 16
+_NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class NcclLink:
 
     :param store: where ranks find each other; nobody else may use its keys
     :param members: ranks of the EP group that it connects, ascending
-    :param timeout: of connecting, and of NCCL's own watchdog, which must never come first
+    :param timeout: of connecting and of aborting
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class NcclLink:
         settings._timeout = timeout
         settings.config.max_ctas = options.max_ctas
         self._place = {member: place for place, member in enumerate(members)}
-        self._nccl = dist.ProcessGroupNCCL(store, self._place[rank], len(members), settings)
+        with _unwatched():
+            self._nccl = dist.ProcessGroupNCCL(store, self._place[rank], len(members), settings)
         self._group = ProcessGroup(store, self._place[rank], len(members))
         backend_type = ProcessGroup.BackendType.NCCL
         self._group._set_default_backend(backend_type)
@@ -84,6 +88,12 @@ class NcclLink:
             self._post(group)
             event = self._device.record()
         until_passed(event, time.monotonic() + timeout.total_seconds())
+
+    def prepare(self, exchange: Exchange) -> None:
+        """Make scratch memory large enough, so that no launch allocates; with the transfer stream current."""
+        for group in exchange.groups:
+            for side, messages in (("sends", group.sends), ("recvs", group.recvs)):
+                self._reserve(side, _packed_nbytes(pack(messages)[1]))
 
     def launch(self, exchange: Exchange) -> Callable[[float], None]:
         """Enqueue all groups behind the current stream of this thread."""
@@ -108,7 +118,7 @@ class NcclLink:
         for message in sends:
             self._group.send([message.data], self._place[message.peer], message.tag)
         work: Work = self._group._end_coalescing(torch_device)
-        work.wait()
+        _behind(work)
         _copy([(data, place) for place, data in unpacking])
 
     def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
@@ -117,19 +127,48 @@ class NcclLink:
         The scratch memory of an earlier group is free again: the stream is past that group.
         """
         posted, packs = pack(messages)
-        needed = sum(_padded(message.data.nbytes) for small in packs for message in small)
-        if self._scratch[side].nbytes < needed:
-            with torch.inference_mode(mode=False):  # the next launch may be outside of the caller's
-                self._scratch[side] = self._device.allocate(needed)
+        scratch = self._reserve(side, _packed_nbytes(packs))
         pairs: list[tuple[Tensor, Tensor]] = []
         end = 0
         for small in packs:
             start = end
             for message in small:
-                pairs.append((self._scratch[side][end : end + message.data.nbytes], message.data))
+                pairs.append((scratch[end : end + message.data.nbytes], message.data))
                 end += _padded(message.data.nbytes)
-            posted.append(Message(small[0].peer, small[0].tag, self._scratch[side][start:end]))
+            posted.append(Message(small[0].peer, small[0].tag, scratch[start:end]))
         return posted, pairs
+
+    def _reserve(self, side: str, nbytes: int) -> Tensor:
+        """Return scratch memory of at least so many bytes. What is too small is in use until the stream is past it."""
+        scratch = self._scratch[side]
+        if scratch.nbytes < nbytes:
+            with torch.inference_mode(mode=False):  # the next launch may be outside of the caller's
+                scratch = self._scratch[side] = self._device.allocate(nbytes)
+        return scratch
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Let torch make a communicator that no thread of torch's watches.
+
+    That watchdog ends the process when a peer is gone, and survivors with it, unless it is told otherwise in the
+    environment, which it reads when a communicator is made. Its other choices wait for a minute, and tell all ranks
+    through the store, whose own watchdogs then end them. Deadlines and losses are this package's to notice.
+    """
+    before = os.environ.get(_NO_WATCHDOG)
+    os.environ[_NO_WATCHDOG] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_WATCHDOG]
+        else:
+            os.environ[_NO_WATCHDOG] = before
+
+
+def _behind(work: Work) -> None:
+    """Let the current stream wait for work; of communicators that nobody watches, `wait` would block this thread."""
+    getattr(work, "block_current_stream", work.synchronize)()  # the first is there since torch 2.9
 
 
 def pack(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -143,6 +182,10 @@ def pack(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]
     packs = [same for same in by_peer if len(same) > 1]
     packed = {(message.peer, message.tag) for same in packs for message in same}
     return [message for message in messages if (message.peer, message.tag) not in packed], packs
+
+
+def _packed_nbytes(packs: Sequence[Sequence[Message]]) -> int:
+    return sum(_padded(message.data.nbytes) for small in packs for message in small)
 
 
 def _padded(nbytes: int) -> int:

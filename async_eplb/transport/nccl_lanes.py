@@ -1,6 +1,7 @@
 """NCCL for both hops of layers: a communicator and a stream for each, so that two layers can be under way at once."""
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -47,6 +48,14 @@ class NcclLanes:
             self._links.append(connect(f"second hops from {node[0]}", node))
             self._side = SideStreams(device.torch_device, 1)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate what an exchange needs, for the stream that it will be launched on."""
+        if exchange.hop == 0 or len(self._links) == 1:
+            self._links[0].prepare(exchange)
+        else:
+            with self._side.aside():
+                self._links[1].prepare(exchange)
+
     def launch(self, exchange: Exchange) -> Callable[[float], None]:
         """Enqueue an exchange behind the current stream of this thread."""
         if exchange.hop == 0 or len(self._links) == 1:
@@ -55,6 +64,10 @@ class NcclLanes:
             return self._links[1].launch(exchange)
 
     def abort(self) -> None:
-        """Abort all communicators; kernels that wait for a peer end."""
-        for link in self._links:
-            link.abort()
+        """Abort all communicators; kernels that wait for a peer end.
+
+        All at once: aborting one frees memory, which waits for the kernels of the others.
+        """
+        with ThreadPoolExecutor(len(self._links)) as threads:
+            for aborted in [threads.submit(link.abort) for link in self._links]:
+                aborted.result()

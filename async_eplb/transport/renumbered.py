@@ -72,11 +72,14 @@ class RenumberedTransport:
         )
         return RenumberedControlGroup(control, self._members)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Prepare an exchange between places."""
+        self._transport.prepare(self._between_places(exchange))
+
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Launch an exchange between places."""
-        groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
         try:
-            pending = self._transport.launch(replace(exchange, groups=tuple(groups)))
+            pending = self._transport.launch(self._between_places(exchange))
         except BrokenTransport as error:
             raise _named(error, self._members) from error
         return _RenumberedExchange(pending, self._members)
@@ -88,6 +91,10 @@ class RenumberedTransport:
     async def aclose(self) -> None:
         """Close the transport."""
         await self._transport.aclose()
+
+    def _between_places(self, exchange: Exchange) -> Exchange:
+        groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
+        return replace(exchange, groups=tuple(groups))
 
     def _to_places(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         return tuple(replace(message, peer=self._place[message.peer]) for message in messages)

@@ -102,6 +102,11 @@ class TorchDistTransport(Member):
         )
         return self._connect_control(workers, control_timeout_s)
 
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate what small messages are packed into, with NCCL."""
+        if isinstance(self._link, NcclLanes):
+            self._link.prepare(exchange)
+
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post an exchange; with NCCL, behind the current stream of the calling thread."""
         if self._link is None:
@@ -147,11 +152,11 @@ class _Pending:
         if link is None:
             raise BrokenTransport(f"{self._transport!r} was aborted", rank=self._transport.rank)
         deadline = time.monotonic() + timeout_s
+        where = f"rank {self._transport.rank}, row {self._row}"
         try:
             await link.workers.run(self._kind, partial(self._finish, deadline))
         except (RuntimeError, TimeoutError) as error:
             self._transport.abort()
-            where = f"rank {self._transport.rank}, row {self._row}"
             if time.monotonic() >= deadline:
                 raise TransferTimeout(
                     f"{where}: the exchange did not finish within {timeout_s} s ({error})",
