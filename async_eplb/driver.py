@@ -77,7 +77,7 @@ class Driver:
             self.lose(error)
             return False
         with self._lock:
-            known = self._agreement.demanded
+            known, promised = self._agreement.demanded, self._agreement.fence > 0
             self.ballots = ballots
             try:
                 verdict = self._agreement.receive(self.ballots)
@@ -90,7 +90,8 @@ class Driver:
             self.cancelled_by = self.cancelled_by or verdict.cancelled
             self.waiting_for = verdict.waiting_for
             self.left = verdict.left
-            worth_it = self._agreement.running or bool(self.left) or self._agreement.demanded > known
+            running = self._agreement.running
+            worth_it = running or promised or bool(self.left) or self._agreement.demanded > known
             self._lock.notify_all()
         if worth_it:
             self._ring()

@@ -55,7 +55,7 @@ def _add_part(table, sums):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN
         rest += (values << (8 * places)) * (((index + 1).to(tl.int64) * _GOLDEN) | 1)
     share += tl.sum(tl.sum(rest, axis=1), axis=0)
 
-    if program * _BLOCK < num_words:
+    if program * _BYTEWISE_BLOCK < num_words:
         tl.atomic_add(sums + tl.load(entry + 3), share * tl.load(entry + 2), sem="relaxed")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from async_eplb.agreement import Agreement
+from async_eplb.agreement import Agreement, LaunchRule
 from async_eplb.commit import commit_layer
 from async_eplb.driver import Driver
 from async_eplb.recovery import RankState
@@ -33,6 +33,18 @@ FOUND = {
         staging_depth=3,
         lead=4,
         troubles=(Trouble(Mishap.KILL, 0, event=708),),
+    ),
+    "a step that waited when its update had failed was not told of the round that let it go on": Scenario(
+        12837,
+        num_experts=2,
+        num_updates=2,
+        serving=True,
+        idle_every=3,
+        launch_rule=LaunchRule.ORDERED,
+        troubles=(
+            Trouble(Mishap.FREEZE, 1, event=20, count=13, work="finish", seconds=1.5),
+            Trouble(Mishap.CORRUPT, 0, event=683, peer=1, count=21, work="commit", seconds=20.0),
+        ),
     ),
 }
 

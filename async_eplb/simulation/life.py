@@ -181,6 +181,9 @@ class Life:
         run = rank.updater._run
         if run is not None:  # a second cancellation ends the wait, not the update
             await run.finished.wait()
+        failed = rank.updater._failed_run
+        if failed is not None and failed.error is not None:  # a caller that went away has not heard of it
+            raise failed.error
 
     async def _serve(self) -> None:
         """Make passes until all ranks have done all updates."""

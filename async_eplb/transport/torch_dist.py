@@ -111,7 +111,11 @@ class TorchDistTransport(Member):
         """Post an exchange; with NCCL, behind the current stream of the calling thread."""
         if self._link is None:
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
-        return _Pending(self, exchange, self._link.launch(exchange))
+        try:
+            finish = self._link.launch(exchange)
+        except RuntimeError as error:  # NCCL has noticed that a peer is gone
+            raise BrokenTransport(f"rank {self._rank}, row {exchange.row}: {error}", rank=self._rank) from error
+        return _Pending(self, exchange, finish)
 
     def abort(self) -> None:
         """Break the transport and close its data connections."""

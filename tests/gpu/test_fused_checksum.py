@@ -48,7 +48,7 @@ def test_it_is_one_kernel_that_nobody_waits_for(cuda: torch.device) -> None:
     slots = [[torch.zeros(1 << 20, dtype=torch.uint8, device=cuda)] * 4 for _ in range(9)]
     checksums(slots)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event()  # type: ignore[no-untyped-call]
         checksums(slots)
