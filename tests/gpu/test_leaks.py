@@ -27,7 +27,8 @@ def test_nothing_is_left(transport: str, fault_every: int) -> None:
     cycles = Cycles(transport, device="cuda", fault_every=fault_every, model=MODEL)  # type: ignore[arg-type]
     ranks = World(2, timeout_s=200).run(left_after_cycles, cycles)
     for rank, left in enumerate(ranks):
-        sys.stdout.write(f"\n{transport}, a fault in every {fault_every}th cycle, rank {rank}:\n")
+        faults = f"a fault every {fault_every} cycles" if fault_every else "no faults"
+        sys.stdout.write(f"\n{transport}, {faults}, rank {rank}:\n")
         for what in ("free_nbytes", "allocated_nbytes", "num_files", "num_threads"):
             sys.stdout.write(f"  {what:<16} {[getattr(each, what) for each in left]}\n")
     for left in ranks:
