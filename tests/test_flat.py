@@ -27,6 +27,8 @@ SCHEDULE = MemorySchedule(control_s=0.001)
 NUM_UPDATES = 500
 NUM_LAYERS = 3
 _WARM = 100
+_ENDS_WITHIN_S = 10.0
+"""An event loop tells its worker threads to end, and does not wait for them."""
 
 Ranks = list[MemoryRank]
 
@@ -172,4 +174,7 @@ def test_nothing_is_left_behind(
     assert abs(last["files"] - first["files"]) <= 2
     assert last["blocks"] - first["blocks"] < 1_000
     assert last["bytes"] - first["bytes"] < 300_000
-    assert not [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
+    workers = [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
+    for worker in workers:
+        worker.join(_ENDS_WITHIN_S)
+    assert not [worker for worker in workers if worker.is_alive()]
