@@ -26,7 +26,6 @@ bytes through sockets.
 
 import argparse
 import gc
-import os
 import sys
 import threading
 import time
@@ -53,7 +52,7 @@ from async_eplb import (
     TorchDistTransport,
     Transport,
 )
-from async_eplb.launch import World, WorldRank
+from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.sample_model import random_placement
 from benchmarks._serving_modes import Blocking, Experts
 
@@ -153,11 +152,7 @@ def _figures(ranks: tuple[dict[str, RankRun | float], ...], options: argparse.Na
 
 def measure(world: WorldRank, options: argparse.Namespace) -> list[dict[str, RankRun | float]]:
     """Be one rank; return each repetition's runs by way."""
-    if torch.cuda.device_count() < world.num_ranks:
-        os.environ["NCCL_HOSTID"] = f"rank-{world.rank}"
-        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        os.environ["NCCL_IB_DISABLE"] = "1"
-    torch.cuda.set_device(world.rank % torch.cuda.device_count())
+    take_gpu(world)
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     sys.setswitchinterval(options.switch_interval_ms / 1e3)
     return _Rank(world, options).measure()
