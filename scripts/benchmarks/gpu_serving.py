@@ -54,10 +54,10 @@ from async_eplb import (
 )
 from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.sample_model import random_placement
+from benchmarks._expert import EXPERT_NBYTES
 from benchmarks._serving_modes import Blocking, Experts
 
 _WAYS = ("idle", "again", "ready", "copy_engine", "nccl", "blocking")
-_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
 _WARM_UP = 30
 """Steps at the beginning that do not count."""
 _HIDDEN = 3584
@@ -250,8 +250,8 @@ class _Rank:
         generator = torch.Generator("cuda").manual_seed(world.rank)
         self._tensors = {
             layer: [
-                torch.randint(0, 60, (options.slots, *shape), dtype=torch.uint8, device="cuda", generator=generator)
-                for shape in _SHAPES
+                torch.randint(0, 60, (options.slots, nbytes), dtype=torch.uint8, device="cuda", generator=generator)
+                for nbytes in EXPERT_NBYTES
             ]
             for layer in range(options.layers)
         }
@@ -354,7 +354,7 @@ class _Rank:
     def _forward(self) -> Tensor:
         hidden = self._tokens
         for tensors in self._tensors.values():
-            w13 = tensors[0].view(torch.bfloat16)
+            w13 = tensors[0].view(torch.bfloat16).view(self._options.slots, -1, _HIDDEN)
             for slot in range(2):
                 hidden = (hidden @ w13[slot].T)[:, :_HIDDEN]
                 hidden[:, :_EXCHANGED] = self._exchanged(hidden[:, :_EXCHANGED].contiguous())
@@ -367,7 +367,7 @@ class _Rank:
 
     def _flat_copy_ms(self) -> float:
         """Return the time of one flat copy of what a layer's commit copies, made by all ranks at once."""
-        nbytes = self._options.changed * sum(int(np.prod(shape)) for shape in _SHAPES)
+        nbytes = self._options.changed * sum(EXPERT_NBYTES)
         source, target = torch.zeros(2, nbytes, dtype=torch.uint8, device="cuda")
         times: list[float] = []
         for _ in range(10):

@@ -44,8 +44,8 @@ from async_eplb import (
 from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.policy import hierarchical, incremental
 from benchmarks import gpu_serving
+from benchmarks._expert import EXPERT_NBYTES
 
-_EXPERT_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
 _TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "nccl": TorchDistTransport,
     "copy_engine": CopyEngineTransport,
@@ -246,8 +246,8 @@ class _Experts:
         }
         generator = torch.Generator().manual_seed(0)
         self._bytes = [
-            torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(self._device)
-            for shape in _EXPERT_SHAPES
+            torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator).to(self._device)
+            for nbytes in EXPERT_NBYTES
         ]
         self.tensors = {
             layer: [torch.stack([self._content(layer, int(expert), each) for expert in row]) for each in self._bytes]

@@ -39,8 +39,8 @@ from async_eplb.device import CudaDevice
 from async_eplb.launch import WorldRank, run_world, take_gpu
 from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.workers import ThreadWorkers
+from benchmarks._expert import EXPERT_NBYTES
 
-_TENSOR_NBYTES = (4096 * 7168, 7168 * 2048, 32 * 56 * 4, 56 * 16 * 4)
 _TRANSPORT = "transport"
 _NUM_WARM_UPS = 3
 _TIMEOUT_S = 120.0
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 def _measure(num_ranks: int, job: _Job) -> dict[str, float]:
     ranks = run_world(_be_rank, num_ranks, job)
-    nbytes = job.num_experts * sum(_TENSOR_NBYTES)
+    nbytes = job.num_experts * sum(EXPERT_NBYTES)
     name = f"{job.kind}_{num_ranks}_ranks"
     times_ms = {side: median(map(max, zip(*(rank[side] for rank in ranks), strict=True))) for side in ranks[0]}
     figures: dict[str, float] = {}
@@ -154,7 +154,7 @@ class _Bench:
                 device=self._device.torch_device,
                 generator=generator,
             )
-            for nbytes in _TENSOR_NBYTES
+            for nbytes in EXPERT_NBYTES
         ]
 
     def _exchange(self) -> Exchange:
