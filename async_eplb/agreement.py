@@ -32,8 +32,6 @@ from async_eplb.errors import GenerationMismatch, InvalidBallot, PlacementDisagr
 
 MAX_LEAD = 64
 """Boundaries that a fence is ahead at most."""
-_STATUS_PLACE = 6
-"""Where a ballot's status is in its row."""
 _CALM_DECISIONS = 64
 """Decisions without a wait after which the lead is halved."""
 
@@ -116,11 +114,11 @@ class Ballot:
     @classmethod
     def size(cls) -> int:
         """Return how many integers a ballot is on the wire."""
-        return len(fields(cls))
+        return len(_NAMES)
 
     def to_row(self) -> tuple[int, ...]:
         """Return the ballot as 64-bit integers."""
-        return tuple(int(getattr(self, field.name)) for field in fields(self))
+        return tuple([int(getattr(self, name)) for name in _NAMES])
 
     @classmethod
     def from_row(cls, row: Sequence[int]) -> "Ballot":
@@ -128,16 +126,20 @@ class Ballot:
 
         :raises InvalidBallot: if it is no ballot
         """
-        known = [int(status) for status in Status]
-        if len(row) != cls.size() or row[_STATUS_PLACE] not in known or min(row) < 0:
+        if len(row) != len(_NAMES) or row[_STATUS_PLACE] not in _STATUSES or min(row) < 0:
             raise InvalidBallot(
                 f"a rank's ballot is {list(row)}: it does not run this version, or something else talks to the control "
                 "group",
                 row=tuple(row),
             )
-        generation, digest, staged, launchable, committed, fence, status, *rest = (int(n) for n in row)
-        step, standing, demanded = rest
-        return cls(generation, digest, staged, launchable, committed, fence, Status(status), step, standing, demanded)
+        numbers = [int(number) for number in row]
+        numbers[_STATUS_PLACE] = _STATUSES[numbers[_STATUS_PLACE]]
+        return cls(*numbers)  # type: ignore[arg-type]
+
+
+_NAMES = tuple(field.name for field in fields(Ballot))
+_STATUS_PLACE = _NAMES.index("status")
+_STATUSES = {int(status): status for status in Status}
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,8 @@ def dispatch_map(
     )
     counts = held.sum(axis=1)
     spread = np.flatnonzero(~preferred.any(axis=1) & (counts > 1))
+    if not len(spread):
+        return chosen
     draws = np.random.default_rng(seed).integers(0, 2**31, (2, len(replicas)))[:, spread]  # the same on every rank
     far = _without_preference(owner[spread], node[spread], held[spread], several_nodes[spread], topology)
     turn = (far[:, :rank].sum(axis=1) + draws[0]) % far.sum(axis=1)

@@ -43,6 +43,23 @@ class WorldRank:
     send: Callable[[object], None]
 
 
+def take_gpu(world: WorldRank) -> torch.device:
+    """Make a GPU this process's current device and return it. Ranks beyond the number of GPUs share them."""
+    if torch.cuda.device_count() < world.num_ranks:
+        share_gpu(world.rank)
+    device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_gpu(rank: int) -> None:
+    """Let NCCL run in this process although another rank has the same GPU; call it before its first communicator.
+
+    NCCL refuses two ranks of one host on one GPU. So this rank is a host of its own, and hosts talk over loopback.
+    """
+    os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+
+
 def run_world(
     function: Callable[Concatenate[WorldRank, P], T],
     num_ranks: int,

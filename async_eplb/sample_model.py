@@ -1,5 +1,6 @@
 """A model's expert weights whose every byte is known from (seed, layer, expert), and random placements for it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +37,16 @@ class SampleModel:
 
     def expert_nbytes(self) -> int:
         """Return the bytes of one expert."""
-        return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.tensors().values())
+        return sum(self._sizes())
 
     def expert_bytes(self, layer: int, expert: int) -> list[Tensor]:
         """Return the bytes of each tensor of an expert: uint8 ``[bytes]``."""
         rng = np.random.default_rng([self.seed, layer, expert])
-        sizes = [dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.tensors().values()]
-        return [torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+        return [torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for size in self._sizes()]
+
+    def _sizes(self) -> list[int]:
+        """Return the bytes of each tensor of an expert."""
+        return [dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors().values()]
 
     def weights(
         self, placement: ExpertPlacement, topology: EPTopology, rank: int, device: torch.device | str = "cpu"

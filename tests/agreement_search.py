@@ -22,6 +22,7 @@ What keeps the number of states finite:
   ballots unless all ranks of the round stand, and where long passed boundaries were.
 """
 
+import gc
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
@@ -56,7 +57,11 @@ def explore(world: World) -> Explored:
 
     :raises Violation: with one of the shortest ways to a state that must not be
     """
-    return _Search(world).run()
+    gc.disable()  # nothing that a search makes is garbage before its end, and to look through it takes a sixth of it
+    try:
+        return _Search(world).run()
+    finally:
+        gc.enable()
 
 
 class _State(NamedTuple):

@@ -6,6 +6,13 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the GPU to one test at a time."""
+    for item in items:
+        if item.path.parent.name == "gpu":
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """Run each async test on both event loops."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from shared_memory import SharedMemory
-from soak import on_one_gpu
 from torch import Tensor
 
 from async_eplb import (
@@ -25,6 +24,7 @@ from async_eplb import (
     UpdateOptions,
 )
 from async_eplb.errors import EplbError
+from async_eplb.launch import share_gpu
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank
 from async_eplb.transport.cuda_ipc import CudaIpc
@@ -67,7 +67,7 @@ class Left:
 def left_after_cycles(world: WorldRank, cycles: Cycles) -> list[Left]:
     """Be one rank."""
     if cycles.device == "cuda":
-        on_one_gpu(world.rank)
+        share_gpu(world.rank)
         torch.cuda.set_device(0)
     return [_Cycle(world, cycles, number).run() for number in range(cycles.number)]
 

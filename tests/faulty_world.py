@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from shared_memory import SharedMemory
-from soak import on_one_gpu
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -37,6 +36,7 @@ from async_eplb import (
     UpdateOptions,
 )
 from async_eplb.errors import EplbError, RankInDoubt
+from async_eplb.launch import share_gpu
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.survivors import on_survivors
 from async_eplb.transport import Exchange, PendingExchange
@@ -155,7 +155,7 @@ def _process(accident: Accident, rank: int, store_path: str, connection: Connect
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(_LONGEST_LIFE_S, exit=True)
     if accident.device == "cuda":
-        on_one_gpu(rank)
+        share_gpu(rank)
         # A client of MPS that is killed takes the server's other clients along.
         os.environ["CUDA_MPS_PIPE_DIRECTORY"] = str(Path(store_path).parent)
         torch.cuda.set_device(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import trio.testing
 from anyio import Event, create_task_group
 from anyio.abc import TaskStatus
 from torch import Tensor
@@ -32,6 +33,13 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
         run(SimulatedLoop(None), partial(test, *arguments, **values))
 
     return run_test
+
+
+def with_virtual_time(backend: str) -> tuple[str, dict[str, Any]]:
+    """Return what the ``anyio_backend`` fixture may return: an event loop under such a clock."""
+    if backend == "trio":
+        return backend, {"clock": trio.testing.MockClock(autojump_threshold=0)}
+    return backend, {"loop_factory": partial(SimulatedLoop, None)}
 
 
 @dataclass(frozen=True)

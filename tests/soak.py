@@ -5,7 +5,6 @@ its published map says is there, all ranks compare their maps, and logits that d
 compared, bit for bit, with those of the same tokens before the first update. All happens on the stream of the pass.
 """
 
-import os
 import random
 import time
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from async_eplb import (
     Transport,
     UpdateOptions,
 )
+from async_eplb.launch import take_gpu
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.testing import WorldRank
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
@@ -96,9 +96,7 @@ class _Rank:
         self.topology = EPTopology(world.num_ranks, soak.num_nodes, soak.num_slots)
         self.device = torch.device("cpu")
         if soak.backend == "nccl":
-            on_one_gpu(world.rank)
-            self.device = torch.device("cuda", world.rank % torch.cuda.device_count())
-            torch.cuda.set_device(self.device)
+            self.device = take_gpu(world)
             torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         self.group = dist.new_group(backend=soak.backend)
         self.rng = np.random.default_rng(soak.num_layers)
@@ -263,10 +261,3 @@ class Passes:
         out = torch.empty_like(data)
         dist.all_to_all_single(out, data, group=self._group)
         return out
-
-
-def on_one_gpu(rank: int) -> None:
-    """Let NCCL treat the ranks of one GPU as hosts of their own."""
-    os.environ["NCCL_HOSTID"] = f"soak-{rank}"
-    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-    os.environ["NCCL_IB_DISABLE"] = "1"

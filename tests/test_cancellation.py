@@ -5,20 +5,28 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+import anyio
 import pytest
-from anyio import CancelScope, create_task_group
+from anyio import CancelScope, create_task_group, move_on_after
 from anyio.lowlevel import checkpoint
-from helpers import assert_same_layer, memory_world, together, two_placements
+from helpers import assert_same_layer, memory_world, together, two_placements, with_virtual_time
 
 from async_eplb import EPTopology, UpdateOptions
 from async_eplb.errors import UpdateCancelled
 from async_eplb.plan import Planner
 from async_eplb.transport import LaunchRule, MemorySchedule
+from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
 NUM_LAYERS = 5
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """No machine is too slow to end in time."""
+    return with_virtual_time(request.param)
 
 
 async def cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> bool:
@@ -114,7 +122,7 @@ async def test_cancelling_relays_at_every_point(staging_depth: int) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_cancelling_natively_at_every_point(times: int) -> None:
     """A plain ``task.cancel()`` is no different; a second one ends the wait, not the update."""
     committed = await cancel_everywhere(partial(natively_cancelled_after, times=times))
@@ -134,3 +142,28 @@ async def test_cancelling_all_ranks_at_once() -> None:
                 ]
             )
             assert_same_layer(ranks, old)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_cancelling_while_threads_work(backend: str) -> None:
+    """In real time, whatever the threads are at: same layer everywhere, and the updater is usable."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    hours = UpdateOptions(transfer_timeout_s=3600, control_timeout_s=7200, progress_timeout_s=10800)
+
+    async def cancel_after(seconds: float) -> int:
+        schedule = MemorySchedule(control_s=0.001)
+        async with memory_world(old, TOPOLOGY, schedule=schedule, options=hours, workers=ThreadWorkers) as ranks:
+            first, *others = [rank.updater for rank in ranks]
+
+            async def update_first() -> None:
+                with move_on_after(seconds):
+                    await first.update(new)
+
+            await together([update_first, *(lambda u=other: u.update(new) for other in others)])
+            layers = assert_same_layer(ranks, old)
+            await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            assert assert_same_layer(ranks, old) == NUM_LAYERS
+            return layers
+
+    layers = [anyio.run(cancel_after, seconds, backend=backend) for seconds in (0.002, 0.005, 0.01, 0.02, 0.03, 3600)]
+    assert layers[-1] == NUM_LAYERS

@@ -12,6 +12,8 @@ from faulty_world import (
 )
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
+pytestmark = pytest.mark.alone
+
 ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
 ACCIDENTS += [Accident("cut", "transfer"), Accident("SIGKILL", "transfer", victim=0), Accident("SIGKILL", "launch")]
 ACCIDENTS += [Accident("SIGKILL", "transfer", transport="copy")]

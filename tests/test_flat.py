@@ -18,13 +18,17 @@ from helpers import MemoryRank, assert_same_layer, memory_world, together, two_p
 
 from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
 from async_eplb.errors import BrokenControlGroup, CommitFailed
+from async_eplb.transport import MemorySchedule
 from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
 OPTIONS = UpdateOptions(transfer_timeout_s=1.5, control_timeout_s=3.0, verify="checksum")
+SCHEDULE = MemorySchedule(control_s=0.001)
 NUM_UPDATES = 500
 NUM_LAYERS = 3
 _WARM = 100
+_ENDS_WITHIN_S = 10.0
+"""An event loop tells its worker threads to end, and does not wait for them."""
 
 Ranks = list[MemoryRank]
 
@@ -37,7 +41,7 @@ async def update(ranks: Ranks, new: ExpertPlacement) -> list[Any]:
 
 async def recover(ranks: Ranks) -> None:
     """Recover all ranks."""
-    transports = MemoryTransport.world(len(ranks))
+    transports = MemoryTransport.world(len(ranks), SCHEDULE)
     calls: list[Any] = [
         lambda r=rank, t=transport: r.updater.recover(t) for rank, transport in zip(ranks, transports, strict=True)
     ]
@@ -149,7 +153,7 @@ def test_nothing_is_left_behind(
 
     async def run() -> list[dict[str, int]]:
         counts = []
-        async with memory_world(old, TOPOLOGY, options=OPTIONS, workers=ThreadWorkers) as ranks:
+        async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=ThreadWorkers) as ranks:
             for number in range(1, NUM_UPDATES + 1):
                 target = new if number % 2 else old
                 if number % 10 == 0:
@@ -170,4 +174,7 @@ def test_nothing_is_left_behind(
     assert abs(last["files"] - first["files"]) <= 2
     assert last["blocks"] - first["blocks"] < 1_000
     assert last["bytes"] - first["bytes"] < 300_000
-    assert not [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
+    workers = [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
+    for worker in workers:
+        worker.join(_ENDS_WITHIN_S)
+    assert not [worker for worker in workers if worker.is_alive()]

@@ -41,7 +41,7 @@ def log_of_an_update(
         async with memory_world(
             OLD,
             TOPOLOGY,
-            schedule=MemorySchedule(control_s=0.001),
+            schedule=MemorySchedule(control_s=0.01),
             options=UpdateOptions(staging_depth=depth),
             workers=lambda: next(workers),
             loggers=[logger] * TOPOLOGY.num_ranks,

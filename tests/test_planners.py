@@ -176,7 +176,7 @@ def test_every_planner_moves_every_byte(planner: Planner) -> None:
     options = UpdateOptions(planner=planner, verify="checksum", operations_per_group=20)
 
     async def update() -> None:
-        schedule = MemorySchedule(message_jitter_s=0.1, control_s=0.01)
+        schedule = MemorySchedule(message_jitter_s=0.1, control_s=0.02)
         async with memory_world(placements[0], topology, options=options, schedule=schedule) as ranks:
             for new in placements[1:]:
                 await together([lambda u=rank.updater, n=new: u.update(n) for rank in ranks])  # type: ignore[misc]
@@ -194,7 +194,7 @@ def test_every_planner_moves_every_byte_while_serving(planner: Planner) -> None:
     rng = np.random.default_rng(1)
     old, new = (random_placement(rng, 3, topology.num_physical_experts, 14) for _ in range(2))
     options = UpdateOptions(planner=planner, verify="checksum", operations_per_group=20)
-    schedule = MemorySchedule(message_jitter_s=1.0, control_s=0.01, launch_rule=LaunchRule.ORDERED)
+    schedule = MemorySchedule(message_jitter_s=1.0, control_s=0.04, launch_rule=LaunchRule.ORDERED)
 
     async def serve(updater: ExpertUpdater) -> None:
         handle = updater.begin(new)

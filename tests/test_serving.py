@@ -1,7 +1,6 @@
 """The example server's answers: the same bits under any placement, in any batch, and while experts move."""
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from async_eplb import (
     TorchDistTransport,
     UpdateOptions,
 )
+from async_eplb.launch import take_gpu
 from async_eplb.load import LoadWindow
 from async_eplb.sample_model import random_placement
 from async_eplb.testing import WorldRank, run_world
@@ -181,9 +181,7 @@ async def _serve(world: WorldRank, scenario: Scenario) -> Outcome:
 
 def join_gpus(world: WorldRank) -> tuple[torch.device, ProcessGroup]:
     """Take a GPU and join an NCCL group, in which ranks of one GPU count as hosts of their own."""
-    os.environ.update(NCCL_HOSTID=f"rank-{world.rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
-    device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    device = take_gpu(world)
     group = dist.new_group(backend="nccl")
     assert group is not None
     return device, group

@@ -20,7 +20,7 @@ from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.event_logger import EventLogger
 from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
 from async_eplb.json_log import JsonLog
-from async_eplb.launch import World, WorldRank
+from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
@@ -150,9 +150,7 @@ def move_and_check(world: WorldRank, job: Job) -> RankResult:
     """Be one rank: move the weights, then compare them with what they should be."""
     device = torch.device("cpu")
     if job.backend == "nccl":
-        os.environ["NCCL_HOSTID"] = f"async-eplb-rank-{world.rank}"
-        device = torch.device("cuda", world.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        device = take_gpu(world)
     tensors = job.model.weights(job.old, job.topology, world.rank, device)
     with ExitStack() as stack:
         logger = _logger(world, job.log_dir, stack)

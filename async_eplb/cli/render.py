@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from async_eplb.report.text import aligned
+
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -60,10 +62,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def print_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with a header on standard output; the first column is text, the others are numbers."""
     if not HAS_RICH:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        print(title)
-        for row in (header, *rows):
-            print(*(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)), sep="  ")
+        print(title, *aligned((header, *rows)), sep="\n")
         return
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):

@@ -6,6 +6,7 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from async_eplb.expert_map import ExpertMap
 from async_eplb.placement import EMPTY_SLOT
@@ -54,16 +55,31 @@ class Watched:
     generation: npt.NDArray[np.int64] = field(init=False)
     seen: bytes = b""
     generations: tuple[int, ...] = ()
+    _live: tuple[memoryview, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         table: ExpertMap = self.updater.expert_map
         self.map = table.physical_to_logical_map.numpy()
         self.generation = table.layer_generation.numpy()
         self.generations = tuple(self.generation.tolist())
+        self._live = (self.memory.data, self.map.data, self.generation.data)
 
     def content(self) -> bytes:
         """Return all that layers consist of."""
-        return self.memory.tobytes() + self.map.tobytes() + self.generation.tobytes()
+        return b"".join(self._live)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A staged layer, as it was when it was staged.
+
+    :param mark: update and layer
+    """
+
+    mark: tuple[int, int]
+    memory: Tensor
+    live: memoryview
+    content: bytes
 
 
 class Checker:
@@ -77,7 +93,7 @@ class Checker:
         self._topology = topology
         self.ranks = ranks
         self._steps: dict[int, tuple[int, bytes]] = {}
-        self._kept: dict[tuple[int, int], tuple[tuple[int, int], bytes]] = {}
+        self._kept: dict[tuple[int, int], _Staged] = {}
         self.num_checks = 0
         for watched in ranks:
             watched.seen = watched.content()
@@ -117,7 +133,10 @@ class Checker:
         """
         self.num_checks += 1
         held = watched.map[:, self._topology.slots_of(watched.rank)]
-        wrong = (held != EMPTY_SLOT) & (watched.memory != self._model.slots(held)).any(axis=-1)
+        differs = watched.memory != self._model.slots(held)
+        if not differs.any():
+            return
+        wrong = (held != EMPTY_SLOT) & differs.any(axis=-1)
         for layer in np.flatnonzero(wrong.any(axis=1)):
             if layer not in self._torn(watched):
                 raise Violation(
@@ -173,21 +192,19 @@ class Checker:
     def _check_buffers(self, watched: Watched) -> None:
         """Check that staged layers have buffers of their own, whose bytes do not change until they are committed."""
         run = watched.updater._run
-        if run is None:
+        if run is None or len(run._staged) == run._num_finished:
             return
         staged = run._staged[run._num_finished :]
-        if not staged:
-            return
         buffers = [layer.buffer.index for layer in staged]
         if len(set(buffers)) < len(buffers):
             raise Violation(Invariant.ONE_STATE, f"rank {watched.rank}: staged layers share buffers {buffers}")
         for number, layer in enumerate(staged, run._num_finished):
-            key = (watched.rank, layer.buffer.index)
-            mark, content = (run.generation, layer.planned.row), layer.buffer._memory.numpy().tobytes()
-            known, before = self._kept.get(key, ((0, 0), b""))
-            if known != mark:
-                self._kept[key] = (mark, content)
-            elif before != content:
+            key, mark = (watched.rank, layer.buffer.index), (run.generation, layer.planned.row)
+            memory, known = layer.buffer._memory, self._kept.get(key)
+            if known is None or known.mark != mark:
+                live = memory.numpy().data
+                self._kept[key] = _Staged(mark, memory, live, bytes(live))
+            elif memory is not known.memory or bytes(known.live) != known.content:
                 raise Violation(
                     Invariant.ONE_STATE,
                     f"rank {watched.rank}: {layer.buffer!r} was written while layer {layer.planned.row}, number "

@@ -4,9 +4,14 @@ import asyncio
 import random
 from asyncio import Handle, TimerHandle
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from heapq import heappop
 from typing import Any, TypeVar
+
+try:
+    from sniffio import current_async_library_cvar
+except ImportError:  # then anyio does not look there
+    current_async_library_cvar = ContextVar("NOBODY_READS")
 
 T = TypeVar("T")
 
@@ -130,6 +135,8 @@ def _order(handle: Handle) -> int:
 
 def run(loop: SimulatedLoop, main: Callable[[], Coroutine[Any, Any, T]], context: Context | None = None) -> T:
     """Run ``main`` to its end in a loop and close it."""
+    context = copy_context() if context is None else context
+    context.run(current_async_library_cvar.set, "asyncio")  # or anyio finds out by the current task, each time
     try:
         return loop.run_until_complete(loop.create_task(main(), context=context))
     finally:

@@ -136,7 +136,9 @@ class _World:
                 self.complete[number].set()
 
     def mail_for(self, key: _MessageKey) -> _Mail:
-        return self.mail.setdefault(key, _Mail())
+        if key not in self.mail:
+            self.mail[key] = _Mail()
+        return self.mail[key]
 
     def faults(self, key: _MessageKey) -> list[Fault]:
         src, dst, row, tag = key
@@ -340,8 +342,9 @@ class _MemoryControlGroup:
     async def _gather(self, row: Sequence[int]) -> list[list[int]]:
         world, number = self._world, self._round
         self._round += 1
-        rows = world.rounds.setdefault(number, {})
-        complete = world.complete.setdefault(number, Event())
+        if number not in world.rounds:
+            world.rounds[number], world.complete[number] = {}, Event()
+        rows, complete = world.rounds[number], world.complete[number]
         rows[self._rank] = list(row)
         for rank, group in world.groups.items():
             if rank not in rows:

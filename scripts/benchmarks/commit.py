@@ -31,15 +31,10 @@ from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from benchmarks._expert import EXPERT_TENSORS
 
 _CASES = ((9, 9), (36, 36), (7, 36))
 """(slots that change, slots of a rank)"""
-_SHAPES = (
-    (torch.float8_e4m3fn, (4096, 7168)),
-    (torch.float8_e4m3fn, (7168, 2048)),
-    (torch.float32, (32, 56)),
-    (torch.float32, (56, 16)),
-)
 _NUM_ROWS = 2
 _NUM_WARM_UPS = 30
 _SLEEP_CYCLES = 2_000_000
@@ -158,7 +153,7 @@ class _Rank:
         return new
 
     def _tensors(self, slots: int) -> Iterator[Tensor]:
-        for dtype, shape in _SHAPES:
+        for dtype, shape in EXPERT_TENSORS:
             nbytes = slots * int(np.prod(shape)) * dtype.itemsize
             yield self._random(nbytes).view(dtype).view(slots, *shape)
 

@@ -26,7 +26,6 @@ bytes through sockets.
 
 import argparse
 import gc
-import os
 import sys
 import threading
 import time
@@ -53,12 +52,12 @@ from async_eplb import (
     TorchDistTransport,
     Transport,
 )
-from async_eplb.launch import World, WorldRank
+from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.sample_model import random_placement
+from benchmarks._expert import EXPERT_NBYTES
 from benchmarks._serving_modes import Blocking, Experts
 
 _WAYS = ("idle", "again", "ready", "copy_engine", "nccl", "blocking")
-_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
 _WARM_UP = 30
 """Steps at the beginning that do not count."""
 _HIDDEN = 3584
@@ -153,11 +152,7 @@ def _figures(ranks: tuple[dict[str, RankRun | float], ...], options: argparse.Na
 
 def measure(world: WorldRank, options: argparse.Namespace) -> list[dict[str, RankRun | float]]:
     """Be one rank; return each repetition's runs by way."""
-    if torch.cuda.device_count() < world.num_ranks:
-        os.environ["NCCL_HOSTID"] = f"rank-{world.rank}"
-        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        os.environ["NCCL_IB_DISABLE"] = "1"
-    torch.cuda.set_device(world.rank % torch.cuda.device_count())
+    take_gpu(world)
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     sys.setswitchinterval(options.switch_interval_ms / 1e3)
     return _Rank(world, options).measure()
@@ -255,8 +250,8 @@ class _Rank:
         generator = torch.Generator("cuda").manual_seed(world.rank)
         self._tensors = {
             layer: [
-                torch.randint(0, 60, (options.slots, *shape), dtype=torch.uint8, device="cuda", generator=generator)
-                for shape in _SHAPES
+                torch.randint(0, 60, (options.slots, nbytes), dtype=torch.uint8, device="cuda", generator=generator)
+                for nbytes in EXPERT_NBYTES
             ]
             for layer in range(options.layers)
         }
@@ -359,7 +354,7 @@ class _Rank:
     def _forward(self) -> Tensor:
         hidden = self._tokens
         for tensors in self._tensors.values():
-            w13 = tensors[0].view(torch.bfloat16)
+            w13 = tensors[0].view(torch.bfloat16).view(self._options.slots, -1, _HIDDEN)
             for slot in range(2):
                 hidden = (hidden @ w13[slot].T)[:, :_HIDDEN]
                 hidden[:, :_EXCHANGED] = self._exchanged(hidden[:, :_EXCHANGED].contiguous())
@@ -372,7 +367,7 @@ class _Rank:
 
     def _flat_copy_ms(self) -> float:
         """Return the time of one flat copy of what a layer's commit copies, made by all ranks at once."""
-        nbytes = self._options.changed * sum(int(np.prod(shape)) for shape in _SHAPES)
+        nbytes = self._options.changed * sum(EXPERT_NBYTES)
         source, target = torch.zeros(2, nbytes, dtype=torch.uint8, device="cuda")
         times: list[float] = []
         for _ in range(10):

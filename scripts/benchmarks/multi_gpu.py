@@ -15,7 +15,6 @@ their own: that tries the script, and its figures say nothing about links. Start
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -42,11 +41,11 @@ from async_eplb import (
     Transport,
     UpdateOptions,
 )
-from async_eplb.launch import World, WorldRank
+from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.policy import hierarchical, incremental
 from benchmarks import gpu_serving
+from benchmarks._expert import EXPERT_NBYTES
 
-_EXPERT_SHAPES = ((4096, 7168), (7168, 2048), (32, 56, 4), (56, 16, 4))
 _TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "nccl": TorchDistTransport,
     "copy_engine": CopyEngineTransport,
@@ -98,11 +97,8 @@ def run(options: argparse.Namespace) -> Figures:
 
 
 def be_rank(world: WorldRank) -> torch.device:
-    """Take a GPU, which ranks beyond their number share."""
-    if torch.cuda.device_count() < world.num_ranks:
-        os.environ.update(NCCL_HOSTID=f"rank-{world.rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
-    device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    """Take a GPU and a stream."""
+    device = take_gpu(world)
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     return device
 
@@ -250,8 +246,8 @@ class _Experts:
         }
         generator = torch.Generator().manual_seed(0)
         self._bytes = [
-            torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(self._device)
-            for shape in _EXPERT_SHAPES
+            torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator).to(self._device)
+            for nbytes in EXPERT_NBYTES
         ]
         self.tensors = {
             layer: [torch.stack([self._content(layer, int(expert), each) for expert in row]) for each in self._bytes]

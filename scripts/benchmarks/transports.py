@@ -21,7 +21,6 @@ GPUs, where 44 MB take 110 µs and not 21, the flat copy should be 10 % ahead. N
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -37,11 +36,11 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from async_eplb import CopyEngineTransport, ExpertWeights, TorchDistTransport, Transport
 from async_eplb.device import CudaDevice
-from async_eplb.launch import WorldRank, run_world
+from async_eplb.launch import WorldRank, run_world, take_gpu
 from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.workers import ThreadWorkers
+from benchmarks._expert import EXPERT_NBYTES
 
-_TENSOR_NBYTES = (4096 * 7168, 7168 * 2048, 32 * 56 * 4, 56 * 16 * 4)
 _TRANSPORT = "transport"
 _NUM_WARM_UPS = 3
 _TIMEOUT_S = 120.0
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 def _measure(num_ranks: int, job: _Job) -> dict[str, float]:
     ranks = run_world(_be_rank, num_ranks, job)
-    nbytes = job.num_experts * sum(_TENSOR_NBYTES)
+    nbytes = job.num_experts * sum(EXPERT_NBYTES)
     name = f"{job.kind}_{num_ranks}_ranks"
     times_ms = {side: median(map(max, zip(*(rank[side] for rank in ranks), strict=True))) for side in ranks[0]}
     figures: dict[str, float] = {}
@@ -92,13 +91,7 @@ def _measure(num_ranks: int, job: _Job) -> dict[str, float]:
 
 def _be_rank(world: WorldRank, job: _Job) -> dict[str, list[float]]:
     """Return the times of each side's runs, in milliseconds."""
-    if torch.cuda.device_count() < world.num_ranks:
-        os.environ["NCCL_HOSTID"] = f"rank-{world.rank}"
-        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        os.environ["NCCL_IB_DISABLE"] = "1"
-    torch_device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(torch_device)
-    return anyio.run(_Bench(world, job, torch_device).run)
+    return anyio.run(_Bench(world, job, take_gpu(world)).run)
 
 
 class _Bench:
@@ -161,7 +154,7 @@ class _Bench:
                 device=self._device.torch_device,
                 generator=generator,
             )
-            for nbytes in _TENSOR_NBYTES
+            for nbytes in EXPERT_NBYTES
         ]
 
     def _exchange(self) -> Exchange:

@@ -7,11 +7,12 @@ import anyio
 import pytest
 import torch
 from shared_memory import be_on_host
-from soak import Soak, on_one_gpu, soak_rank
+from soak import Soak, soak_rank
 
 from async_eplb import CopyEngineTransport, ExpertWeights, HybridTransport
 from async_eplb.device import CudaDevice
 from async_eplb.errors import IpcUnavailable
+from async_eplb.launch import take_gpu
 from async_eplb.sample_model import SampleModel
 from async_eplb.testing import WorldRank, check_transport, run_world
 from async_eplb.transport import Exchange, LaunchRule, Message, MessageGroup
@@ -43,9 +44,7 @@ class NotedIpc(CudaIpc):
 
 def device_of(world: WorldRank) -> CudaDevice:
     """Return a rank's device; ranks beyond the number of GPUs share them."""
-    torch_device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(torch_device)
-    return CudaDevice(torch_device)
+    return CudaDevice(take_gpu(world))
 
 
 def conform(world: WorldRank) -> tuple[int, bool]:
@@ -67,7 +66,6 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
 
 def conform_across_hosts(world: WorldRank) -> LaunchRule:
     """Run the conformance suite as one of two ranks of a host; return what the transport asks for."""
-    on_one_gpu(world.rank)
     be_on_host(world.rank // 2)
     device, transport = device_of(world), HybridTransport()
     anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))

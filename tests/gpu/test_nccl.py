@@ -10,7 +10,7 @@ import anyio
 import pytest
 import torch
 import torch.distributed as dist
-from soak import Soak, on_one_gpu, soak_rank
+from soak import Soak, soak_rank
 
 from async_eplb import (
     EPTopology,
@@ -23,7 +23,7 @@ from async_eplb import (
 )
 from async_eplb.device import CudaDevice
 from async_eplb.errors import BrokenTransport, TransferTimeout
-from async_eplb.launch import World
+from async_eplb.launch import World, take_gpu
 from async_eplb.plan import Planner
 from async_eplb.testing import WorldRank, check_transport, run_world
 from async_eplb.transport import Exchange, Message, MessageGroup, PendingExchange
@@ -32,10 +32,7 @@ from async_eplb.workers import ThreadWorkers
 
 def device_of(world: WorldRank) -> CudaDevice:
     """Return a rank's device; ranks beyond the number of GPUs share them."""
-    on_one_gpu(world.rank)
-    torch_device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(torch_device)
-    return CudaDevice(torch_device)
+    return CudaDevice(take_gpu(world))
 
 
 def conform(world: WorldRank, backend: Literal["gloo", "nccl"]) -> str:
