@@ -36,7 +36,7 @@ def balanced(
     :param layer: layer of each item
     :param bin_of: bin of each option, ``[options]``
     :param load: what each bin holds without these items, and without what is capped, ``[layers, bins]``
-    :param capped: items of which no bin shall have more than the fullest of its layer begins with, ``[items]``
+    :param capped: items that begin balanced: no bin shall have more of them than its layer's fullest has, ``[items]``
     :param capped_load: what each bin holds of such items without these, ``[layers, bins]``
     """
     chosen = start.copy()
@@ -49,12 +49,11 @@ def balanced(
     place = node + bin_of[chosen]
     held = np.bincount(place, minlength=2 * size)
     held += np.concatenate([load, inner_load]).reshape(-1)
-    cap = np.repeat(held[size:].reshape(shape).max(axis=1), num_bins)
+    most_capped = held[size:].reshape(shape).max(axis=1)
+    cap = np.repeat(most_capped, num_bins)
     mean = -(-held.reshape(2, *shape).sum(axis=(0, 2)) // num_bins)
-    limit = np.maximum(mean, (load + inner_load).max(axis=1))
-    item = np.repeat(np.arange(len(first)), count)
-    option = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(item))
-    target, of_layer = node[item] + bin_of[option], layer[item]
+    limit = np.maximum.reduce([mean, (load + inner_load).max(axis=1), most_capped])
+    items = np.arange(len(start))
     while True:
         inner = np.minimum(held[size:], cap)
         room = np.repeat(limit, num_bins) - held[:size] - inner
@@ -62,9 +61,9 @@ def balanced(
         active = np.asarray(over.reshape(2, *shape).any(axis=(0, 2)))
         if not active.any():
             return chosen
-        left = np.flatnonzero(active[of_layer])
-        item, option, target, of_layer = item[left], option[left], target[left], of_layer[left]
-        source = place[item]
+        items = items[active[layer[items]]]
+        item, option = _options(items, first, count)
+        source, target = place[item], node[item] + bin_of[option]
         own = np.flatnonzero(np.repeat(active, num_bins))
         enters, leaves = own[(held[size:] < cap)[own]], own[inner[own] > 0]
         distance = _moves_to_room(source, target, room > 0, enters, leaves)
@@ -76,6 +75,15 @@ def balanced(
         chosen[item[moves]], place[item[moves]] = option[moves], target[moves]
         np.subtract.at(held, source[moves], 1)
         np.add.at(held, target[moves], 1)
+
+
+def _options(
+    items: npt.NDArray[np.intp], first: npt.NDArray[np.intp], count: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """List each item with each of its options: two of ``[options of all]``."""
+    number = count[items]
+    item = np.repeat(items, number)
+    return item, np.repeat(first[items] - (np.cumsum(number) - number), number) + np.arange(len(item))
 
 
 def _moves_to_room(source: Ints, to: Ints, room: Bools, enters: Ints, leaves: Ints) -> npt.NDArray[np.int64]:
