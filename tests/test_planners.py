@@ -316,10 +316,11 @@ def test_ranks_with_different_planners_do_not_begin() -> None:
     assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2
 
 
-def test_a_transport_that_reads_live_weights_refuses_relays() -> None:
+@pytest.mark.parametrize("rule", [rule for rule in LaunchRule if rule.needs_grant], ids=str)
+def test_a_transport_that_reads_live_weights_refuses_relays(rule: LaunchRule) -> None:
     """Before anything moves."""
     relaying = UpdateOptions(planner=Planner("relayed"))
-    outcomes = outcomes_of([relaying, relaying], LaunchRule.GRANTED)
+    outcomes = outcomes_of([relaying, relaying], rule)
     assert [getattr(outcome, "option", outcome) for outcome in outcomes] == ["planner"] * 2
 
 
