@@ -128,7 +128,7 @@ class LayerTransferred(Event):
     name: ClassVar[str] = "eplb.layer.transferred"
 
     layer: Annotated[int, "row of the placement"]
-    duration_ms: Annotated[float, "from its turn, when the layer before has arrived, until its staging is full"]
+    duration_ms: Annotated[float, "from its turn, when the layer before is staged, until its staging is full"]
     copied_nbytes: Annotated[int, "copied from own slots"]
     sent_nbytes: Annotated[int, "sent to all ranks together"]
     sent_to_ranks: Annotated[list[int], "ranks that something was sent to, ascending"]

@@ -144,7 +144,7 @@ class LayerStages:
 
         :raises UnheldExpert: if the new placement needs an expert that nobody holds
         """
-        watch = Stopwatch()
+        watch = self._since_staged = Stopwatch()
         self._rows = tuple(rows)
         self._update = await self._workers.run("transfer", self._plan_update)
         self.tally.plan_ms += watch.ms()
@@ -323,11 +323,11 @@ class LayerStages:
             generation=self._generation,
             step=self.step(),
             expert_nbytes=sum(self._weights.slot_nbytes(layer.planned.row)),
-            ms=layer.watch.ms(),
+            ms=min(layer.watch.ms(), self._since_staged.ms()),
         )
         self.tally.add_transfer(event)
         emit(self._logger, event)
-        layer.watch = Stopwatch()
+        layer.watch = self._since_staged = Stopwatch()
 
     @contextmanager
     def beside(self, after: DeviceEvent) -> Iterator[None]:

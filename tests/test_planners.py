@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import anyio
 import numpy as np
@@ -11,9 +12,11 @@ import trio.testing
 from helpers import memory_world, together
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
 from updates import PLANNERS, Update, random_update, updates
 
-from async_eplb import EPTopology, ExpertUpdater, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
 from async_eplb.agreement import LaunchRule
 from async_eplb.errors import InvalidOptions, PlacementDisagreement
 from async_eplb.plan import Planner, Transfers
@@ -99,6 +102,85 @@ def test_the_busiest_sender_across_nodes_sends_as_little_as_it_can(update: Updat
             if crosses and of == layer
         ]
         assert max(sent.get(layer, Counter()).values(), default=0) == fewest_at_most(options)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Needs of one layer: whether each is served across nodes, and by whom it can be; what is passed on besides."""
+
+    choices: tuple[tuple[bool, tuple[int, ...]], ...]
+    passed_on: Counter[int]
+
+    @classmethod
+    def of(cls, update: Update, layer: int, transfers: Transfers) -> "Served":
+        """Return them for a layer of a plan."""
+        topology = update.topology
+        held = np.array(update.rows(layer)[0]).reshape(topology.num_ranks, -1)
+        here = transfers.take(transfers.layer == layer)
+        choices = []
+        for expert, dst, near in zip(here.logical_expert, here.dst_rank, here.same_node & ~here.relayed, strict=True):
+            holders = np.flatnonzero((held == expert).any(axis=1))
+            if near:
+                holders = holders[holders // topology.num_ranks_per_node == dst // topology.num_ranks_per_node]
+            choices.append((not near, tuple(holders.tolist())))
+        kept = [choice for choice, relayed in zip(choices, here.relayed.tolist(), strict=True) if not relayed]
+        return cls(tuple(kept), Counter(here.src_rank[here.relayed].tolist()))
+
+    def fit(self, across: int, in_all: int) -> bool:
+        """Whether no rank must send more than so many across nodes, and in all: by the flow that gets through."""
+        if max(self.passed_on.values(), default=0) > in_all:
+            return False
+        ranks = sorted({rank for _, holders in self.choices for rank in holders})
+        source, sink, count = 0, 1, len(self.choices)
+        crossing, sending = ({rank: 2 + count + n * len(ranks) + i for i, rank in enumerate(ranks)} for n in range(2))
+        edges = [(crossing[rank], sending[rank], across) for rank in ranks]
+        edges += [(sending[rank], sink, in_all - self.passed_on[rank]) for rank in ranks]
+        for number, (crosses, holders) in enumerate(self.choices):
+            edges.append((source, 2 + number, 1))
+            edges += [(2 + number, (crossing if crosses else sending)[rank], 1) for rank in holders]
+        tails, heads, capacities = np.array(edges, dtype=np.int32).reshape(-1, 3).T
+        size = 2 + count + 2 * len(ranks)
+        network = csr_array((capacities, (tails, heads)), shape=(size, size))
+        return int(maximum_flow(network, source, sink).flow_value) == count
+
+
+@given(updates(), st.sampled_from(["balanced", "relayed"]))
+def test_of_such_choices_the_busiest_sender_in_all_sends_as_little_as_it_can(update: Update, sources: str) -> None:
+    """No rank sends more across nodes than that; what is passed on is given."""
+    transfers = transfers_of(update, Planner(sources))
+    sent, across = (
+        loads(transfers, transfers.src_rank.tolist(), chosen.tolist())
+        for chosen in (np.ones_like(transfers.same_node), ~transfers.same_node)
+    )
+    for layer, counts in sent.items():
+        most_across = max(across.get(layer, Counter()).values(), default=0)
+        served = Served.of(update, layer, transfers)
+        assert served.fit(most_across, max(counts.values()))
+        assert not served.fit(most_across, max(counts.values()) - 1)
+
+
+@pytest.mark.parametrize("number", [5, 6])
+def test_few_crossings_and_few_sends_can_exclude_each_other(number: int) -> None:
+    """Two ranks hold six experts, which another node needs, and one of them its own: both cannot be within one.
+
+    With five they can: one rank then sends four across nodes, and the other six in all.
+    """
+    topology = EPTopology(6, 3, number)
+    ours, *others = np.arange(5 * number).reshape(5, number)
+    rows = np.array([[ours, others[0], ours, *others[1:]], [ours, ours, ours, others[1], ours, others[3]]])
+    maps = rows.reshape(2, 1, -1)
+    update = Update(topology, *(ExpertPlacement.from_mapping(row, 5 * number) for row in maps))
+    transfers = transfers_of(update, Planner("balanced"))
+    served = Served.of(update, 0, transfers)
+    least_across, least_in_all = -(-number // 2), number
+    assert served.fit(least_across, number * 2)
+    assert not served.fit(least_across - 1, number * 2)
+    assert served.fit(number, least_in_all)
+    assert not served.fit(number, least_in_all - 1)
+    assert served.fit(least_across + 1, least_in_all + 1) == (number == 5)
+    across = np.bincount(transfers.src_rank[~transfers.same_node], minlength=6)
+    assert sorted(across[[0, 2]].tolist()) == [number // 2, least_across]
+    assert np.bincount(transfers.src_rank).max() == number + number // 2
 
 
 @given(updates())
@@ -234,10 +316,11 @@ def test_ranks_with_different_planners_do_not_begin() -> None:
     assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2
 
 
-def test_a_transport_that_reads_live_weights_refuses_relays() -> None:
+@pytest.mark.parametrize("rule", [rule for rule in LaunchRule if rule.needs_grant], ids=str)
+def test_a_transport_that_reads_live_weights_refuses_relays(rule: LaunchRule) -> None:
     """Before anything moves."""
     relaying = UpdateOptions(planner=Planner("relayed"))
-    outcomes = outcomes_of([relaying, relaying], LaunchRule.GRANTED)
+    outcomes = outcomes_of([relaying, relaying], rule)
     assert [getattr(outcome, "option", outcome) for outcome in outcomes] == ["planner"] * 2
 
 

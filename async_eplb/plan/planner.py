@@ -13,9 +13,9 @@ from async_eplb.topology import EPTopology
 class Planner:
     """How transfers are chosen and posted. The final weights are the same.
 
-    :param sources: ``"chunked"``: as :func:`plan_layer`; ``"balanced"``: the busiest sender sends as little as it can;
-        ``"relayed"``: besides, what several ranks of a node need crosses nodes once and is passed on inside the node,
-        which one-sided transports cannot do
+    :param sources: ``"chunked"``: as :func:`plan_layer`; ``"balanced"``: the busiest sender sends as little as it can
+        across nodes, and then in all; ``"relayed"``: besides, what several ranks of a node need crosses nodes once and
+        is passed on inside the node, which one-sided transports cannot do
     :param max_peers: ranks that a rank sends to, and that it receives from, at a time at most; any number without it
     :raises InvalidOptions: if one is out of its range
     """

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_eplb.plan.balance import balanced
-from async_eplb.plan.transfers import Ints, Needs, Transfers, in_chunks
+from async_eplb.plan.transfers import Bools, Ints, Needs, Transfers, in_chunks
 from async_eplb.topology import EPTopology
 
 
@@ -20,38 +20,40 @@ def chunked(needs: Needs, num_layers: int, topology: EPTopology) -> Transfers:
 def evened(needs: Needs, num_layers: int, topology: EPTopology) -> Transfers:
     """Take from the own node where that has the expert, and from the least busy ranks.
 
-    The rank that sends most across nodes sends as little as is possible; then, with that given, the rank that sends
-    most in all does.
+    The rank that sends most across nodes sends as little as is possible; and of all choices of which that is true, this
+    is one in which the rank that sends most in all sends as little as is possible. Where nothing crosses, that is the
+    least of all choices. Where experts cross it need not be: of two ranks that both hold six experts which another node
+    needs, one of which alone has six for its own node, each sends three across and that one sends nine, although it
+    could send six if the other sent six across. No choice has both within one of the least.
     """
     holder = in_chunks(needs)
-    nothing = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
-    far = np.flatnonzero(~needs.same_node)
-    _even_out(needs, holder, far, nothing)
-    across = _add(nothing, needs.layer[far], needs.holder_rank[holder[far]])
-    _even_out(needs, holder, np.flatnonzero(needs.same_node), across)
+    _even_out(needs, holder, ~needs.same_node, np.zeros((num_layers, topology.num_ranks), dtype=np.int64))
     return needs.served_by(holder)
 
 
 def relayed(needs: Needs, num_layers: int, topology: EPTopology) -> Transfers:
     """Let an expert that several ranks of a node need cross nodes once; who gets it passes it on, in a second stage.
 
-    Sources across nodes are evened out as by :func:`evened`. Among the ranks of a node that need the expert, the one
-    that it crosses to is chosen so that the rank that receives most across nodes receives as little as is possible.
+    Among the ranks of a node that need the expert, the one that it crosses to is chosen so that the rank that receives
+    most across nodes receives as little as is possible. What is passed on is given by that; the sources of the rest are
+    evened out as by :func:`evened`.
     """
-    nothing = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
+    shape = num_layers, topology.num_ranks
     holder = in_chunks(needs)
     far = np.flatnonzero(~needs.same_node)
     starts = _crossings(needs, far, topology)
     sizes = np.diff(starts, append=len(far))
-    gateway = balanced(starts, starts, sizes, needs.layer[far[starts]], needs.rank[far], nothing)
+    gateway, layer, rank = starts.copy(), needs.layer[far], needs.rank[far]
+    alone, free = starts[sizes == 1], sizes > 1
+    received = _count(shape, layer[alone], rank[alone])
+    gateway[free] = balanced(starts[free], starts[free], sizes[free], layer[starts[free]], rank, received)
     crossing, passed_from = far[gateway], np.repeat(far[gateway], sizes)
     later = far != passed_from
     later, passed_from = far[later], passed_from[later]
 
-    _even_out(needs, holder, crossing, nothing)
-    load = _add(nothing, needs.layer[crossing], needs.holder_rank[holder[crossing]])
-    load = _add(load, needs.layer[later], needs.rank[passed_from])
-    _even_out(needs, holder, np.flatnonzero(needs.same_node), load)
+    crosses = np.zeros(len(holder), dtype=np.bool_)
+    crosses[crossing] = True
+    _even_out(needs, holder, crosses, _count(shape, needs.layer[later], needs.rank[passed_from]))
 
     once = needs.served_by(holder)
     src_rank, src_slot, same_node = once.src_rank, once.src_slot, once.same_node.copy()
@@ -72,23 +74,35 @@ def _crossings(needs: Needs, far: npt.NDArray[np.intp], topology: EPTopology) ->
     return np.flatnonzero(begins)
 
 
-def _even_out(
-    needs: Needs, holder: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], load: npt.NDArray[np.int64]
-) -> None:
-    """Choose the holders of some needs so that the busiest rank sends as little as possible.
+def _even_out(needs: Needs, holder: npt.NDArray[np.intp], crosses: Bools, load: npt.NDArray[np.int64]) -> None:
+    """Choose holders so that the busiest rank sends as little as possible: across nodes, then, with that given, in all.
 
     :param holder: changed in place, ``[needs]``
-    :param load: what ranks send besides, ``[layers, ranks]``
+    :param crosses: needs that are served across nodes, ``[needs]``
+    :param load: what ranks send for needs that are served neither across nodes nor within, ``[layers, ranks]``
     """
-    first, count, layer = needs.first[rows], needs.count[rows], needs.layer[rows]
-    holder[rows] = balanced(holder[rows], first, count, layer, needs.holder_rank, load)
+    fixed = needs.count == 1
+    within, across = (
+        _count(load.shape, needs.layer[rows], needs.holder_rank[needs.first[rows]])
+        for rows in (np.flatnonzero(fixed & needs.same_node), np.flatnonzero(fixed & crosses))
+    )
+    free_crossing, free = np.flatnonzero(crosses & ~fixed), np.flatnonzero((crosses | needs.same_node) & ~fixed)
+    holder[free_crossing] = balanced(*_choices(needs, holder, free_crossing), across)
+    holder[free] = balanced(*_choices(needs, holder, free), load + within, crosses[free], across)
 
 
-def _add(load: npt.NDArray[np.int64], layer: Ints, rank: Ints) -> npt.NDArray[np.int64]:
-    """Return a load with one transfer more for each entry."""
-    num_layers, num_ranks = load.shape
-    more = np.bincount(layer * np.int64(num_ranks) + rank, minlength=load.size)
-    return np.asarray(load + more.reshape(num_layers, num_ranks))
+def _choices(
+    needs: Needs, holder: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp], Ints, Ints]:
+    """Return the holders of some needs, and which there are, as :func:`balanced` takes them."""
+    return holder[rows], needs.first[rows], needs.count[rows], needs.layer[rows], needs.holder_rank
+
+
+def _count(shape: tuple[int, ...], layer: Ints, rank: Ints) -> npt.NDArray[np.int64]:
+    """Count entries by layer and rank: ``[layers, ranks]``."""
+    num_layers, num_ranks = shape
+    counts = np.bincount(layer * np.int64(num_ranks) + rank, minlength=num_layers * num_ranks)
+    return counts.reshape(num_layers, num_ranks)
 
 
 SOURCES: dict[str, Callable[[Needs, int, EPTopology], Transfers]] = {
