@@ -1,7 +1,8 @@
-"""How NCCL's small messages are packed."""
+"""What an NCCL link makes of messages, and of works that NCCL says are done."""
 
 from random import Random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,3 +76,25 @@ def test_a_prepared_exchange_needs_no_memory() -> None:
             assert link._scratch[side].data_ptr() == reserved[side]
     link._packed("sends", group(6).sends)
     assert link._scratch["sends"].data_ptr() != reserved["sends"]
+
+
+class _Work:
+    """A work whose kernel has ended, well or because a peer is gone."""
+
+    def __init__(self, error: str = "") -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        if self._error:
+            raise RuntimeError(self._error)
+
+
+def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
+    """NCCL is asked about every group, once the device is past them all."""
+    link = NcclLink.__new__(NcclLink)
+    link._device = CpuDevice()
+    works = [_Work(), _Work("remote process exited"), _Work()]
+    past = link._device.record()
+    link._finish([works[0], works[2]], past, deadline=0.0)  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        link._finish(works, past, deadline=0.0)  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
 """Transports keep their contract: one conformance suite for all; over real sockets it runs between processes."""
 
+import threading
 from collections.abc import Callable
 
+import anyio
 import pytest
 from helpers import together
 
@@ -11,6 +13,7 @@ from async_eplb.launch import WorldRank, run_world
 from async_eplb.testing import check_transport
 from async_eplb.transport import LaunchRule, MemorySchedule
 from async_eplb.transport.base import Exchange
+from async_eplb.workers import ThreadWorkers
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +35,51 @@ class _Gone:
         raise RuntimeError(f"row {exchange.row}: remote process exited")
 
 
+class _Ending:
+    """A link whose kernels end when it is aborted, while that is still under way."""
+
+    def __init__(self) -> None:
+        self.workers = ThreadWorkers()
+        self._aborting, self._seen = threading.Event(), threading.Event()
+
+    def launch(self, exchange: Exchange) -> Callable[[float], None]:  # noqa: ARG002
+        return lambda _deadline: self._require(self._aborting)
+
+    def abort(self) -> None:
+        self._aborting.set()
+        self._require(self._seen)
+
+    def see(self) -> None:
+        """Let the abort end."""
+        self._seen.set()
+
+    @staticmethod
+    def _require(event: threading.Event) -> None:
+        if not event.wait(30):
+            raise AssertionError("the other side did not come")
+
+
+def aborts_while_waiting(world: WorldRank) -> str:
+    """Abort, from another thread as a serving one, while the loop waits for an exchange; return what it is told."""
+    transport, link = TorchDistTransport(backend="gloo"), _Ending()
+    transport._link = link  # type: ignore[assignment]
+
+    async def wait_for_it() -> str:
+        pending = transport.launch(Exchange(world.rank, ()))
+        aborting = threading.Thread(target=transport.abort)
+        aborting.start()
+        try:
+            await pending.wait(30)
+        except BrokenTransport as error:
+            return str(error)
+        finally:
+            link.see()
+            aborting.join()
+        return "it arrived"
+
+    return anyio.run(wait_for_it)
+
+
 def cannot_launch(world: WorldRank) -> str:
     """Launch over a link that is broken; return what is said of it."""
     transport = TorchDistTransport(backend="gloo")
@@ -45,3 +93,9 @@ def cannot_launch(world: WorldRank) -> str:
 def test_a_launch_that_fails_is_a_broken_transport() -> None:
     """So that whoever hears of it looks for the rank that is lost."""
     assert run_world(cannot_launch, 1) == ["rank 0, row 3: row 3: remote process exited"]
+
+
+def test_what_an_abort_ends_is_no_arrival() -> None:
+    """Also while the abort is still under way."""
+    (said,) = run_world(aborts_while_waiting, 1)
+    assert "aborted" in said

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import Store
 
-from async_eplb.device import Device, until_passed
+from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import InvalidOptions
 from async_eplb.transport.base import Exchange, Message, MessageGroup
 from async_eplb.workers import Workers
@@ -97,17 +97,27 @@ class NcclLink:
 
     def launch(self, exchange: Exchange) -> Callable[[float], None]:
         """Enqueue all groups behind the current stream of this thread."""
-        for group in exchange.groups:
-            self._post(group)
-        return partial(until_passed, self._device.record())
+        works = [work for group in exchange.groups if (work := self._post(group)) is not None]
+        return partial(self._finish, works, self._device.record())
+
+    def _finish(self, works: Sequence[Work], event: DeviceEvent, deadline: float) -> None:
+        """Wait for the device, and then ask NCCL: kernels end too when a peer is gone, and what they left is no data.
+
+        :raises TimeoutError: at the deadline
+        :raises RuntimeError: if NCCL has met with an error
+        """
+        until_passed(event, deadline)
+        with self._device.transferring():
+            for work in works:
+                work.wait()  # does not wait any more, but raises
 
     def abort(self) -> None:
         """Abort the communicator; kernels that wait for a peer end."""
         self._nccl.abort()
 
-    def _post(self, messages: MessageGroup) -> None:
+    def _post(self, messages: MessageGroup) -> Work | None:
         if not messages.sends and not messages.recvs:
-            return
+            return None
         sends, packing = self._packed("sends", messages.sends)
         recvs, unpacking = self._packed("recvs", messages.recvs)
         torch_device = self._device.torch_device
@@ -120,6 +130,7 @@ class NcclLink:
         work: Work = self._group._end_coalescing(torch_device)
         _behind(work)
         _copy([(data, place) for place, data in unpacking])
+        return work
 
     def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
         """Return what is posted, and pairs of a place in scratch memory and the data of a message that belongs there.

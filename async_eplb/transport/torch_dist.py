@@ -119,10 +119,10 @@ class TorchDistTransport(Member):
 
     def abort(self) -> None:
         """Break the transport and close its data connections."""
-        if self._link is not None:
-            self._link.abort()
-        self._link = None
+        link, self._link = self._link, None
         self._state = "broken"
+        if link is not None:  # from here on nobody takes for an arrival what the abort ends
+            link.abort()
 
     async def aclose(self) -> None:
         """Close the data connections."""
