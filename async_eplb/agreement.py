@@ -320,6 +320,8 @@ class Agreement:
         """
         if self.status is Status.LEAVING or self._fence_wanted or self.demanded > self._demand_shown:
             return True
+        if self.over:
+            return self.running and self.standing and bool(self.decisions)
         return self.running and (
             not self.begun
             or self._pending_status() is not Status.OK

@@ -279,7 +279,7 @@ class TransferTimeout(BrokenTransport):
 class UpdateStalled(EplbError):
     """A stage of an update has done one thing for too long; the event of that name says what all stages did.
 
-    :param stage: plan, transfer, agree or commit
+    :param stage: plan, transfer, relay, agree or commit
     :param doing: what it did
     :param waiting_for: ranks that hold it up, as far as their last ballots tell
     """

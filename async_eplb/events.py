@@ -192,7 +192,7 @@ class UpdateFailed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStalled(Event):
-    """A stage made no progress for ``progress_timeout_s``: the update fails.
+    """A stage made no progress for ``progress_timeout_s``: the update fails. Each stage that does so is told once.
 
     ``stages`` says what each stage does, ``rank_states`` what each rank said in the last control round.
     """

@@ -1,4 +1,4 @@
-"""What happens to one layer in each stage: plan, load, launch, receive, copy, finish. The pipeline decides when."""
+"""What happens to one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when."""
 
 import time
 from collections import Counter
@@ -87,7 +87,7 @@ class LayerInFlight:
 
 
 class LayerStages:
-    """The three stages of one update, for one rank.
+    """The stages of one update, for one rank.
 
     :param old: placement that the live weights have
     :param new: placement that they shall have
@@ -313,7 +313,7 @@ class LayerStages:
         :raises VerificationError: if something else arrived than should have
         """
         if self._verifier.mode is not Verify.OFF:
-            await self._workers.run("transfer", lambda: self._check_staged(layer))
+            await self._workers.run("check", lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
         event = transfer_event(
             layer.planned.plan,
@@ -437,7 +437,7 @@ class LayerStages:
     def _check_staged(self, layer: LayerInFlight) -> None:
         planned = layer.planned
         content = {slot: layer.buffer.views(slot) for slot in planned.plan.staged_slots}
-        with self._device.transferring():
+        with self._device.committing():  # the transfer stream may be behind the next layer's first hop
             self._verifier.check(planned.row, self._experts(planned), content, "staged")
 
     def _check_live(self, planned: PlannedLayer) -> None:

@@ -79,6 +79,7 @@ async def check_transport(
         if transport.launch_rule.needs_grant:
             await control.run(_CountingVoter(transport.rank, 1))
         with device.transferring():
+            transport.prepare(exchange)
             pending = transport.launch(exchange)
         await pending.wait(timeout_s)
         _compare(f"exchange {number}", transport.rank, exchange, expected)
@@ -105,6 +106,8 @@ async def _check_hops(
     (second, expected), (first, expected_first) = (_exchange(transport, device, weights, seed + n) for n in range(2))
     second = replace(second, hop=1)
     with device.transferring():
+        for exchange in (second, first):
+            transport.prepare(exchange)
         pending = [transport.launch(second), transport.launch(first)]
     if transport.rank % 2:
         pending.reverse()

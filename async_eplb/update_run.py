@@ -260,7 +260,10 @@ class UpdateRun:
                 self._copy_failed = True  # peers commit the layer; here no step comes, and none may any more
             activities, ballots = self._watchdog.activities, self._driver.ballots
             self._fail(error)
-            self.stages.log_stall(error, activities, self._pool, ballots)
+            try:
+                self.stages.log_stall(error, activities, self._pool, ballots)
+            except Exception as unlogged:  # noqa: BLE001 - whatever the caller's logger raises, other stages are watched
+                error.add_note(f"the event could not be logged: {unlogged!r}")
 
     async def _guard(self, stage: Callable[[], Awaitable[None]]) -> None:
         try:

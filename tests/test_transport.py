@@ -1,18 +1,25 @@
 """Transports keep their contract: one conformance suite for all; over real sockets it runs between processes."""
 
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import anyio
 import pytest
+import torch
+import torch.distributed as dist
 from helpers import together
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb import MemoryTransport, TorchDistTransport
+from async_eplb.device import CpuDevice
 from async_eplb.errors import BrokenTransport
 from async_eplb.launch import WorldRank, run_world
 from async_eplb.testing import check_transport
 from async_eplb.transport import LaunchRule, MemorySchedule
-from async_eplb.transport.base import Exchange
+from async_eplb.transport.base import Exchange, Message, MessageGroup
+from async_eplb.transport.torch_dist import _GlooLink
 from async_eplb.workers import ThreadWorkers
 
 pytestmark = pytest.mark.anyio
@@ -99,3 +106,37 @@ def test_what_an_abort_ends_is_no_arrival() -> None:
     """Also while the abort is still under way."""
     (said,) = run_world(aborts_while_waiting, 1)
     assert "aborted" in said
+
+
+def aborts_in_two_hops(world: WorldRank) -> tuple[bool, str]:
+    """Wait for what the peer never sends, in a hop that it does not wait in; abort; return how that ended.
+
+    :returns: whether it ended before its deadline, and what it was told
+    """
+    link = _GlooLink(_store(), world.rank, 2, CpuDevice(), ThreadWorkers(), timeout=timedelta(seconds=60))
+    nothing = Message(1 - world.rank, 5, torch.zeros(8, dtype=torch.uint8))
+    finish = link.launch(Exchange(0, (MessageGroup((), (nothing,)),), hop=world.rank))
+    told: list[str] = []
+
+    def wait_for_it(deadline: float) -> None:
+        try:
+            finish(deadline)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    deadline = time.monotonic() + 40
+    waiting = threading.Thread(target=wait_for_it, args=(deadline,))
+    waiting.start()
+    dist.barrier()
+    link.abort()
+    waiting.join()
+    return time.monotonic() < deadline, told[0]
+
+
+def _store() -> Store:
+    return PrefixStore("link", dist.distributed_c10d._get_default_store())
+
+
+def test_an_abort_frees_who_waits_in_either_hop() -> None:
+    """Neither rank keeps connections open that the other waits on."""
+    assert all(in_time and told for in_time, told in run_world(aborts_in_two_hops, 2))

@@ -99,11 +99,13 @@ class Checker:
             watched.seen = watched.content()
 
     def after_event(self, rank: int | None) -> None:
-        """Check what the event of a rank, or of none, can have changed.
+        """Check what the event of a rank, or of none, can have changed; not of ranks that are gone and only cleaned up.
 
         :raises Violation: if an invariant does not hold
         """
         for watched in self.ranks if rank is None else (self.ranks[rank],):
+            if watched.gone:
+                continue
             self._check_buffers(watched)
             content = watched.content()
             if content != watched.seen:
@@ -167,7 +169,7 @@ class Checker:
         before, now = watched.generations, tuple(watched.generation.tolist())
         watched.generations = now
         changed = [layer for layer, (one, other) in enumerate(zip(before, now, strict=True)) if one != other]
-        if watched.recovering or watched.gone:
+        if watched.recovering:
             return
         self.check_replicas(watched)
         if changed and watched.serving:

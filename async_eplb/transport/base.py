@@ -167,7 +167,7 @@ class Transport(Protocol):
         ...
 
     def prepare(self, exchange: Exchange) -> None:
-        """Allocate what an exchange needs, before its launch, on any thread, with the transfer stream current."""
+        """Allocate what an exchange needs, before its launch: on any thread, with the stream of the launch current."""
         ...
 
     def launch(self, exchange: Exchange) -> PendingExchange:

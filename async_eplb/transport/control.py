@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -19,6 +19,8 @@ from async_eplb.workers import Workers
 
 _SETTLE_S = 0.5
 """By which ranks can notice a loss sooner and later."""
+_NEVER_SENT = 2**31 - 1
+"""A tag of no message."""
 _LEAST_WAIT_S = 0.005
 """For rows that are there already when the deadline has passed."""
 
@@ -101,7 +103,7 @@ class GlooControlGroup:
         missing: set[int] = set()
         try:
             self._store.set(f"gave up/{self._rank}", json.dumps(sorted(silent)))
-            self._close_connections()
+            close_connections(self._group, [peer for peer in range(self._num_ranks) if peer != self._rank])
             looked_at = {self._rank}
             while silent - looked_at:
                 peer = min(silent - looked_at)
@@ -117,13 +119,13 @@ class GlooControlGroup:
             missing |= silent - {self._rank}
         return sorted(missing or silent - {self._rank})
 
-    def _close_connections(self) -> None:
-        """Let gloo close all connections, as it does when something has taken too long."""
-        nothing = torch.empty(1)
-        for peer in range(self._num_ranks):
-            if peer != self._rank:
-                with suppress(RuntimeError):
-                    self._group.recv([nothing], peer, 1).wait(timedelta(milliseconds=1))  # type: ignore[attr-defined]
+
+def close_connections(group: ProcessGroupGloo, peers: Iterable[int]) -> None:
+    """Let gloo close all connections, as when something takes too long; whoever waits on them, here or there, ends."""
+    nothing = torch.empty(1)
+    for peer in peers:
+        with suppress(RuntimeError):
+            group.recv([nothing], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))  # type: ignore[attr-defined]
 
 
 def _failures(works: Sequence[tuple[int, Work]], deadline: float) -> dict[int, RuntimeError]:

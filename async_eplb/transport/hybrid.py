@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import torch
 from torch.distributed import ProcessGroup
@@ -132,4 +133,4 @@ def _part(exchange: Exchange, belongs: Callable[[Message], bool]) -> Exchange:
         MessageGroup(tuple(filter(belongs, group.sends)), tuple(filter(belongs, group.recvs)))
         for group in exchange.groups
     )
-    return Exchange(exchange.row, tuple(groups))
+    return replace(exchange, groups=tuple(groups))

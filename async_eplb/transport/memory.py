@@ -4,7 +4,7 @@ import random
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import anyio
@@ -306,7 +306,7 @@ class _OneSidedExchange(_MemoryExchange):
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
         pulls = tuple(MessageGroup((), group.recvs) for group in exchange.groups)
-        super().__init__(world, rank, Exchange(exchange.row, pulls))
+        super().__init__(world, rank, replace(exchange, groups=pulls))
         self._peers = frozenset({rank})
 
     async def _receive(self, message: Message) -> None:

@@ -30,7 +30,8 @@ _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 class NcclOptions:
     """How much of a GPU the transfers may take from the model.
 
-    :param max_ctas: thread blocks at most, each of which takes a multiprocessor while bytes move
+    :param max_ctas: thread blocks of a communicator at most, each of which takes a multiprocessor while bytes move;
+        where a planner relays, there are two communicators
     :param high_priority: whether NCCL's stream has the high priority
     :raises InvalidOptions: if ``max_ctas`` is not positive
     """
@@ -90,7 +91,7 @@ class NcclLink:
         until_passed(event, time.monotonic() + timeout.total_seconds())
 
     def prepare(self, exchange: Exchange) -> None:
-        """Make scratch memory large enough, so that no launch allocates; with the transfer stream current."""
+        """Make scratch memory large enough, so that no launch allocates; with its stream current."""
         for group in exchange.groups:
             for side, messages in (("sends", group.sends), ("recvs", group.recvs)):
                 self._reserve(side, _packed_nbytes(pack(messages)[1]))

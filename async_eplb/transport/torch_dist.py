@@ -15,6 +15,7 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
+from async_eplb.transport.control import close_connections
 from async_eplb.transport.joining import Member
 from async_eplb.transport.nccl import NcclOptions
 from async_eplb.transport.nccl_lanes import NcclLanes
@@ -184,6 +185,7 @@ class _GlooLink:
     ) -> None:
         self.workers = workers
         self._device = device
+        self._peers = [peer for peer in range(num_ranks) if peer != rank]
         self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, rank, num_ranks, timeout)
 
     def launch(self, exchange: Exchange) -> _Finish:
@@ -191,8 +193,10 @@ class _GlooLink:
         return partial(self._run, exchange)
 
     def abort(self) -> None:
-        """Drop the group, which closes its connections once no thread is inside it."""
-        self._group = None
+        """Close all connections, so that no thread that is inside the group waits on, here or at a peer."""
+        group, self._group = self._group, None
+        if group is not None:
+            close_connections(group, self._peers)
 
     def _run(self, exchange: Exchange, deadline: float) -> None:
         for group in exchange.groups:
