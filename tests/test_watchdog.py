@@ -131,21 +131,26 @@ def test_progress_is_no_stall() -> None:
     assert trio.run(update, clock=start) > OPTIONS.progress_timeout_s
 
 
-def test_a_stall_after_another_is_no_less_seen() -> None:
-    """Planning hangs while an agreed layer waits for a step that never comes: the update ends all the same."""
-    logger = CapturingLogger()
-    workers = iter([ScheduledWorkers(), HangingWorkers("plan", after=1)])
+def where_no_step_comes(workers: ScheduledWorkers, logger: CapturingLogger) -> list[Any]:
+    """Begin an update where nobody steps; return how it ended. The second rank has these workers and this logger."""
+    each_workers = iter([ScheduledWorkers(), workers])
 
     async def update() -> list[Any]:
         wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
         async with memory_world(
-            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers), loggers=wrapped
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(each_workers), loggers=wrapped
         ) as ranks:
             handles = [rank.updater.begin(NEW) for rank in ranks]
             with anyio.fail_after(20.0):
                 return await together([handle.wait for handle in handles])
 
-    first, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    return trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_stall_after_another_is_no_less_seen() -> None:
+    """Planning hangs while an agreed layer waits for a step that never comes: the update ends all the same."""
+    logger = CapturingLogger()
+    first, second = where_no_step_comes(HangingWorkers("plan", after=1), logger)
     assert isinstance(first, UpdateAborted)
     assert isinstance(second, UpdateStalled)
     assert [event["stage"] for event in stalled_events(logger)] == ["plan", "agree"]
@@ -154,18 +159,7 @@ def test_a_stall_after_another_is_no_less_seen() -> None:
 def test_a_stage_that_failed_does_nothing_any_more() -> None:
     """It makes no progress either, but that is no stall."""
     logger = CapturingLogger()
-    workers = iter([ScheduledWorkers(), FailingWorkers("plan", after=1)])
-
-    async def update() -> list[Any]:
-        wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
-        async with memory_world(
-            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers), loggers=wrapped
-        ) as ranks:
-            handles = [rank.updater.begin(NEW) for rank in ranks]
-            with anyio.fail_after(20.0):
-                return await together([handle.wait for handle in handles])
-
-    _, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    _, second = where_no_step_comes(FailingWorkers("plan", after=1), logger)
     assert isinstance(second, OSError)
     (event,) = stalled_events(logger)
     assert event["doing"] == "waiting for a step"
