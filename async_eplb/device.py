@@ -120,9 +120,7 @@ class CudaDevice:
 
     def record(self) -> DeviceEvent:
         """Record an event on the current stream of this thread; waiting for it blocks without spinning."""
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.torch_device))
-        return event
+        return _recorded(torch.cuda.current_stream(self.torch_device))
 
     def wait(self, event: DeviceEvent) -> None:
         """Make later work of the current stream wait for the event."""
@@ -139,6 +137,12 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
 
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
 class SideStreams:
     """Streams beside the current one of a CUDA device, for work that may run at once."""
 
@@ -146,16 +150,19 @@ class SideStreams:
         self._torch_device = torch_device
         self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(number))  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def forked(self, at_most: int) -> Iterator[Sequence[int]]:
-        """Yield handles of streams that begin and end with the current one."""
-        current = torch.cuda.current_stream(self._torch_device)
-        streams = self._streams[:at_most]
-        for stream in streams:
-            stream.wait_stream(current)
-        yield [stream.cuda_stream for stream in streams]
-        for stream in streams:
-            current.wait_stream(stream)
+    def forked(self) -> Sequence[int]:
+        """Let all of them wait for the current stream; return their handles."""
+        behind = _recorded(torch.cuda.current_stream(self._torch_device))
+        for stream in self._streams:
+            stream.wait_event(behind)
+        return [stream.cuda_stream for stream in self._streams]
+
+    def joined(self) -> DeviceEvent:
+        """Return the end of what all of them have so far."""
+        first, *others = self._streams
+        for stream in others:
+            first.wait_stream(stream)
+        return _recorded(first)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from async_eplb.accounting import Stopwatch, Tally, transfer_event
 from async_eplb.agreement import Ballot, LaunchRule, Mode
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
-from async_eplb.errors import UpdateStalled
+from async_eplb.errors import EplbError, UpdateStalled
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
@@ -132,6 +132,7 @@ class LayerStages:
         self.callers_work = after
         self.step = step
         self._rows: tuple[int, ...] = ()
+        self._started: list[PendingExchange] = []
         self._update: PostedUpdate | None = None
 
     @property
@@ -252,31 +253,30 @@ class LayerStages:
 
     async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
-        buffer.lay_out(
-            planned.plan.staged_slots,
-            self._weights.slot_nbytes(planned.row),
-            spare_nbytes=self._committer.spare_nbytes(planned.row),
-        )
-        hops = self._hops(planned, buffer)
 
-        def copy_own_slots() -> Callable[[], int]:
+        def fill() -> tuple[tuple[Exchange, ...], Callable[[], int]]:
+            buffer.lay_out(
+                planned.plan.staged_slots,
+                self._weights.slot_nbytes(planned.row),
+                spare_nbytes=self._committer.spare_nbytes(planned.row),
+            )
+            hops = self._hops(planned, buffer)
             with self._device.transferring(), torch.no_grad():
                 self._device.wait(self.callers_work)
                 self._device.wait(buffer.consumed)
                 for hop in hops:
                     self._transport.prepare(hop)
                 self._mark(planned)
-                live = self._weights.views(planned.row)
+                live = self._live_slots(planned.row)
                 for copy in planned.plan.local_copies:
-                    for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
-                        staged.copy_(view[copy.src_slot])
+                    for own, staged in zip(live[copy.src_slot], buffer.views(copy.dst_slot), strict=True):
+                        staged.copy_(own)
                 commit = self._committer.prepare(planned.row, planned.plan, buffer, planned.maps)
                 if self.launch_rule is not LaunchRule.ORDERED:
                     self._device.record().synchronize()
-                return commit
+            return hops, commit
 
-        commit = await self._workers.run("transfer", copy_own_slots)
-        return LayerInFlight(planned, buffer, hops, commit)
+        return LayerInFlight(planned, buffer, *await self._workers.run("transfer", fill))
 
     def launch(self, layer: LayerInFlight, part: Exchange) -> None:
         """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
@@ -298,6 +298,15 @@ class LayerStages:
         else:
             launch_all()
 
+    async def start(self, layer: LayerInFlight) -> None:
+        """Do for a layer's launched first hop what need not wait until the layer before has arrived.
+
+        :raises BrokenTransport: if the exchange fails
+        """
+        for pending in layer.pending[0]:
+            self._started.append(pending)
+            await pending.start()
+
     async def receive(self, layer: LayerInFlight, hop: int) -> None:
         """Wait until a launched hop has arrived.
 
@@ -305,7 +314,18 @@ class LayerStages:
         """
         deadline = current_time() + self._options.transfer_timeout_s
         for pending in layer.pending[hop]:
-            await pending.wait(max(deadline - current_time(), 0.001))
+            try:
+                await pending.wait(max(deadline - current_time(), 0.001))
+            finally:
+                if hop == 0:
+                    self._started.remove(pending)
+
+    async def settle(self) -> None:
+        """Wait for what was started and nobody will receive, for it may write to staging until then."""
+        for pending in self._started:
+            with suppress(EplbError):
+                await pending.wait(self._options.transfer_timeout_s)
+        self._started.clear()
 
     async def stage(self, layer: LayerInFlight) -> None:
         """Take a layer whose hops have all arrived for staged, if what it holds is right.
@@ -362,7 +382,8 @@ class LayerStages:
             self._check_live(layer.planned)
 
         wait_ms = layer.watch.ms() - watch.ms()
-        await self._workers.run("finish", complete)
+        if self._verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():
+            await self._workers.run("finish", complete)
         moved = [source for source in layer.planned.plan.slot_sources if source in _MOVING]
         committed = LayerCommitted(
             generation=self._generation,
@@ -405,7 +426,7 @@ class LayerStages:
         )
 
     def _hops(self, planned: PlannedLayer, buffer: StagingBuffer) -> tuple[Exchange, ...]:
-        live = self._weights.views(planned.row)
+        live = self._live_slots(planned.row)
         posted, plan = planned.posted, planned.plan
         sends: list[list[Message]] = [[] for _ in range(posted.num_groups)]
         recvs: list[list[Message]] = [[] for _ in range(posted.num_groups)]
@@ -415,8 +436,7 @@ class LayerStages:
                 yield Message(peer, expert * len(parts) + index, data, tensor=index, slot=slot)
 
         for send, group in zip(plan.sends, posted.send_groups, strict=True):
-            parts = tuple(view[send.src_slot] for view in live)
-            sends[group] += tagged(send.logical_expert, send.dst_rank, parts, send.src_slot)
+            sends[group] += tagged(send.logical_expert, send.dst_rank, live[send.src_slot], send.src_slot)
         for relay, group in zip(plan.relays, posted.relay_groups, strict=True):
             staged = buffer.views(relay.src_slot)
             sends[group] += tagged(relay.logical_expert, relay.dst_rank, staged, relay.src_slot)
@@ -427,6 +447,10 @@ class LayerStages:
         first, second = groups[: posted.num_first], groups[posted.num_first :]
         hops = (first, second) if second else (first,)
         return tuple(Exchange(planned.row, groups, hop) for hop, groups in enumerate(hops))
+
+    def _live_slots(self, row: int) -> list[tuple[Tensor, ...]]:
+        """Return the live bytes of each slot, one tensor for each of the weights' tensors."""
+        return [*zip(*(view.unbind() for view in self._weights.views(row)), strict=True)]
 
     def _mark(self, planned: PlannedLayer) -> None:
         experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]
@@ -441,9 +465,10 @@ class LayerStages:
             self._verifier.check(planned.row, self._experts(planned), content, "staged")
 
     def _check_live(self, planned: PlannedLayer) -> None:
-        live = self._weights.views(planned.row)
-        moved = [slot for slot, source in enumerate(planned.plan.slot_sources) if source in _MOVING]
-        content = {slot: tuple(view[slot] for view in live) for slot in moved}
+        if self._verifier.mode is Verify.OFF:
+            return
+        live = self._live_slots(planned.row)
+        content = {slot: live[slot] for slot, source in enumerate(planned.plan.slot_sources) if source in _MOVING}
         with self._device.committing():
             self._verifier.check(planned.row, self._experts(planned), content, "live")
 

@@ -64,15 +64,12 @@ class StagingBuffer:
 
     def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
         """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
-        self._views = {}
-        offset = 0
-        for slot in slots:
-            views = []
-            for nbytes in slot_nbytes:
-                views.append(self._memory[offset : offset + nbytes])
-                offset += _aligned(nbytes)
-            self._views[slot] = tuple(views)
-        self.spare = self._memory[offset : offset + spare_nbytes]
+        number = len(slot_nbytes)
+        end = len(slots) * sum(_aligned(nbytes) for nbytes in slot_nbytes)
+        blocks_and_gaps = [size for nbytes in slot_nbytes for size in (nbytes, _aligned(nbytes) - nbytes)]
+        blocks = self._memory[:end].split_with_sizes(blocks_and_gaps * len(slots))[::2] if slots else ()
+        self._views = {slot: blocks[i * number : (i + 1) * number] for i, slot in enumerate(slots)}
+        self.spare = self._memory[end : end + spare_nbytes]
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""

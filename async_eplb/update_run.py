@@ -181,12 +181,23 @@ class UpdateRun:
             await self._begin()
             planned_in, planned_out = create_memory_object_stream[PlannedLayer](0)
             loaded_in, loaded_out = create_memory_object_stream[LayerInFlight](0)
+            launched_in, launched_out = create_memory_object_stream[LayerInFlight](0)
             arrived_in, arrived_out = create_memory_object_stream[LayerInFlight](0)
-            with planned_in, planned_out, loaded_in, loaded_out, arrived_in, arrived_out:
+            with (
+                planned_in,
+                planned_out,
+                loaded_in,
+                loaded_out,
+                launched_in,
+                launched_out,
+                arrived_in,
+                arrived_out,
+            ):
                 async with create_task_group() as tasks:
                     tasks.start_soon(self._guard, lambda: self._plan(planned_in))
                     tasks.start_soon(self._guard, lambda: self._load(planned_out, loaded_in))
-                    tasks.start_soon(self._guard, lambda: self._transfer(loaded_out, arrived_in))
+                    tasks.start_soon(self._guard, lambda: self._launch(loaded_out, launched_in))
+                    tasks.start_soon(self._guard, lambda: self._transfer(launched_out, arrived_in))
                     tasks.start_soon(self._guard, lambda: self._relay(arrived_out))
                     tasks.start_soon(self._guard, self._commit)
                     tasks.start_soon(self._guard, self._watch)
@@ -195,6 +206,7 @@ class UpdateRun:
                     self._heed()
                     await self._news.until(self._drained)
                     tasks.cancel_scope.cancel()
+            await self.stages.settle()
         self.duration_ms = watch.ms()
         self._conclude()
         try:
@@ -317,15 +329,29 @@ class UpdateRun:
                     return
                 index += 1
 
-    async def _transfer(
-        self, loaded: MemoryObjectReceiveStream[LayerInFlight], arrived: MemoryObjectSendStream[LayerInFlight]
+    async def _launch(
+        self, loaded: MemoryObjectReceiveStream[LayerInFlight], launched: MemoryObjectSendStream[LayerInFlight]
     ) -> None:
-        with loaded, arrived:
+        """Start each layer's transfer, the next one while one is under way: the device need not wait for this."""
+        with loaded, launched:
             index = 0
             async for layer in loaded:
                 with self._watchdog.doing("transfer", index, "waiting for its launch"):
                     if not await self._is_launched(layer, index):
                         return
+                    await self.stages.start(layer)
+                try:
+                    await launched.send(layer)
+                except BrokenResourceError:
+                    return
+                index += 1
+
+    async def _transfer(
+        self, launched: MemoryObjectReceiveStream[LayerInFlight], arrived: MemoryObjectSendStream[LayerInFlight]
+    ) -> None:
+        with launched, arrived:
+            index = 0
+            async for layer in launched:
                 with self._watchdog.doing("transfer", index, "receiving"):
                     await self.stages.receive(layer, 0)
                 try:

@@ -42,8 +42,17 @@ class Verifier:
             shape = (weights.num_local_physical_experts, 2)
             self._columns = {row: torch.zeros(shape, dtype=torch.int64, device=weights.device) for row in weights.rows}
             self.weights = weights.with_column(self._columns, "the verification column")
-        if mode is Verify.CHECKSUM:
-            checksums([[view[0] for view in weights.views(weights.rows[0])]])  # compiles what no update shall wait for
+
+    def warm_up(self) -> None:
+        """Verify one slot as it is, on the current stream: no update shall wait for a kernel to be compiled or loaded.
+
+        CUDA loads a kernel when it is first launched, and that can wait for all that the device is at: a transfer, too,
+        whose peer is gone.
+        """
+        row = self.weights.rows[0]
+        content = {0: tuple(view[0] for view in self.weights.views(row))}
+        self.mark(row, np.zeros(self.weights.num_local_physical_experts, dtype=np.int64), content)
+        self.check(row, {0: 0}, content, "live")
 
     def mark(self, row: int, experts: npt.NDArray[np.integer], moving_slots: Iterable[int]) -> None:
         """Write the column before a layer moves, on the current stream.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from async_eplb.device import CpuDevice
+from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.transport import copy_engine
 from async_eplb.transport.cuda_ipc import Copy
 
@@ -69,10 +69,11 @@ class SharedMemory(CpuDevice):
             os.close(file)
         self._allocations.clear()
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
         """Copy at once."""
         for target, source, nbytes in copies:
             ctypes.memmove(target, source, nbytes)
+        return self.record()
 
 
 class _BootId:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.commit import Committer
-from async_eplb.device import CpuDevice
+from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.expert_map import LayerMaps
 from async_eplb.plan import LayerPlan
 from async_eplb.simulation.scenario import Mishap, Trouble
@@ -56,12 +56,31 @@ class SimulatedWorkers:
         return LoopDoorbell()
 
 
+class _NotKnownToHavePassed:
+    """An event of a device that has passed, and nobody can know without waiting."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        return
+
+
 class SimulatedDevice(CpuDevice):
-    """A CPU whose memory is known to be garbage before it is written, and which may have none left."""
+    """A CPU whose memory is known to be garbage before it is written, and which may have none left.
+
+    Every other event is one that a GPU would have to be waited for.
+    """
 
     def __init__(self, troubles: tuple[Trouble, ...]) -> None:
+        self._num_events = 0
         self._count = 0
         self._failing = {t.count for t in troubles if t.mishap is Mishap.FAIL_ALLOCATION}
+
+    def record(self) -> DeviceEvent:
+        """Return an event that has passed, or one that must be waited for."""
+        self._num_events += 1
+        return _NotKnownToHavePassed() if self._num_events % 2 else super().record()
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return memory full of ones.

@@ -75,6 +75,15 @@ class Exchange:
 class PendingExchange(Protocol):
     """A launched exchange."""
 
+    async def start(self) -> None:
+        """Do what the launch has left undone because it would hold up its thread; else :meth:`wait` does it first.
+
+        Exchanges of earlier rows may be under way. Called once; what was started is waited for.
+
+        :raises BrokenTransport: if the transport fails
+        """
+        ...
+
     async def wait(self, timeout_s: float) -> None:
         """Return when all receives are in staging and all sends have left live weights.
 

@@ -113,7 +113,7 @@ class CopyEngineTransport(Member):
         return control
 
     def launch(self, exchange: Exchange) -> PendingExchange:
-        """Prepare to pull what an exchange receives; its sends need nothing."""
+        """Prepare to pull what an exchange receives, which :meth:`PendingExchange.start` does; sends need nothing."""
         if self._link is None or self._state != "open":
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
         return _Pull(self, self._link, exchange)
@@ -147,28 +147,48 @@ class _Pull:
         self._transport = transport
         self._link = link
         self._exchange = exchange
+        self._started = False
+        self._end: DeviceEvent | None = None
+
+    async def start(self) -> None:
+        self._started = True
+        await self._in_thread("pull", self._enqueue)
 
     async def wait(self, timeout_s: float) -> None:
-        transport = self._transport
-        where = f"rank {transport.rank}, row {self._exchange.row}"
+        if not self._started:
+            await self.start()
         try:
-            await self._link.workers.run("exchange", partial(self._run, time.monotonic() + timeout_s))
+            await self._in_thread("exchange", partial(self._finish, time.monotonic() + timeout_s))
         except TimeoutError as error:
-            transport.abort()
+            self._transport.abort()
             raise TransferTimeout(
-                f"{where}: the copies did not finish within {timeout_s} s",
-                rank=transport.rank,
+                f"{self._where}: the copies did not finish within {timeout_s} s",
+                rank=self._transport.rank,
                 layer=self._exchange.row,
                 timeout_s=timeout_s,
             ) from error
-        except RuntimeError as error:
-            transport.abort()
-            raise BrokenTransport(f"{where}: {error}", rank=transport.rank) from error
 
-    def _run(self, deadline: float) -> None:
+    @property
+    def _where(self) -> str:
+        return f"rank {self._transport.rank}, row {self._exchange.row}"
+
+    async def _in_thread(self, kind: str, function: Callable[[], None]) -> None:
+        try:
+            await self._link.workers.run(kind, function)
+        except RuntimeError as error:
+            self._transport.abort()
+            raise BrokenTransport(f"{self._where}: {error}", rank=self._transport.rank) from error
+
+    def _enqueue(self) -> None:
         if self._transport._state != "open":
             raise RuntimeError(f"{self._transport!r} cannot move anything")
-        until_passed(self._link.pull(self._exchange), deadline)
+        self._end = self._link.pull(self._exchange)
+
+    def _finish(self, deadline: float) -> None:
+        if self._end is not None:
+            until_passed(self._end, deadline)
+        if self._end is None or self._transport._state != "open":
+            raise RuntimeError(f"{self._transport!r} did not move everything")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,16 +277,13 @@ class _Link:
                 self._places[peer, row] = [(bases[number] + offset, stride) for number, offset, stride in places]
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
-        """Enqueue all that an exchange receives, on the transfer stream; return its end."""
+        """Enqueue all that an exchange receives, behind the transfer stream; return its end."""
         messages = [message for group in exchange.groups for message in group.recvs]
+        copies = [
+            (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes) for message in messages
+        ]
         with self._device.transferring():
-            self._memory.copy(
-                [
-                    (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes)
-                    for message in messages
-                ]
-            )
-            return self._device.record()
+            return self._memory.copy(copies)
 
     def close(self) -> None:
         """Unmap everything."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from async_eplb.device import SideStreams
+from async_eplb.device import DeviceEvent, SideStreams
 
 Copy = tuple[int, int, int]
 """Address to write, address to read, bytes."""
@@ -32,8 +32,8 @@ class PeerMemory(Protocol):
         """Undo an :meth:`open`. Nothing may read there any more."""
         ...
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Enqueue copies behind and before other work of the current stream, in any order, without waiting."""
+    def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
+        """Enqueue copies behind the current stream, which does not wait for them, in any order; return their end."""
         ...
 
 
@@ -114,15 +114,16 @@ class CudaIpc:
         with self._entered():
             self._call("cuIpcCloseMemHandle", address)
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Enqueue copies on streams that begin and end with the current one, each with about as many bytes."""
+    def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
+        """Enqueue copies on several streams, on each about as many bytes."""
         memcpy = self._driver.cuMemcpyDtoDAsync_v2
-        with self._streams.forked(len(copies)) as handles, self._entered():
-            loads = [[0, handle] for handle in handles]
+        loads = [[0, handle] for handle in self._streams.forked()]
+        with self._entered():
             for target, source, nbytes in copies:
                 least = min(loads)
                 least[0] += nbytes
                 self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+        return self._streams.joined()
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

@@ -117,6 +117,14 @@ class _Both:
         self._near = near
         self._far = far
 
+    async def start(self) -> None:
+        try:
+            await self._near.start()
+            await self._far.start()
+        except Exception:
+            self._transport.abort()
+            raise
+
     async def wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         try:

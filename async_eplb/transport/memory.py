@@ -253,6 +253,9 @@ class _MemoryExchange:
             mail.data = message.data
             mail.posted.set()
 
+    async def start(self) -> None:
+        pass
+
     async def wait(self, timeout_s: float) -> None:
         try:
             with self._world.interruptible(self._peers), fail_after(timeout_s):

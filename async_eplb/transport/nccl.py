@@ -79,14 +79,19 @@ class NcclLink:
         self._connect([member for member in members if member != rank], timeout)
 
     def _connect(self, peers: Sequence[int], timeout: timedelta) -> None:
-        """Exchange one byte with every peer: connections made later would allocate memory while serving."""
-        data = self._device.allocate(2 * len(peers)).view(2, len(peers), 1)
-        group = MessageGroup(
-            sends=tuple(Message(peer, 0, data[0, i]) for i, peer in enumerate(peers)),
-            recvs=tuple(Message(peer, 0, data[1, i]) for i, peer in enumerate(peers)),
+        """Exchange two bytes with every peer, packed.
+
+        Connections made later would allocate memory while serving. Kernels, which CUDA loads when they are first
+        launched, could wait for a transfer that is under way.
+        """
+        tags = range(2)
+        data = self._device.allocate(2 * len(peers) * len(tags)).view(2, len(peers), len(tags), 1)
+        sends, recvs = (
+            tuple(Message(peer, tag, side[place, tag]) for place, peer in enumerate(peers) for tag in tags)
+            for side in data
         )
         with self._device.transferring():
-            self._post(group)
+            self._post(MessageGroup(sends, recvs))
             event = self._device.record()
         until_passed(event, time.monotonic() + timeout.total_seconds())
 

@@ -1,6 +1,7 @@
 """A transport between some ranks of an EP group, whose peers are named by their ranks in the whole group."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -78,11 +79,8 @@ class RenumberedTransport:
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Launch an exchange between places."""
-        try:
-            pending = self._transport.launch(self._between_places(exchange))
-        except BrokenTransport as error:
-            raise _named(error, self._members) from error
-        return _RenumberedExchange(pending, self._members)
+        with _renumbered(self._members):
+            return _RenumberedExchange(self._transport.launch(self._between_places(exchange)), self._members)
 
     def abort(self) -> None:
         """Abort the transport."""
@@ -137,11 +135,22 @@ class _RenumberedExchange:
         self._pending = pending
         self._members = members
 
+    async def start(self) -> None:
+        with _renumbered(self._members):
+            await self._pending.start()
+
     async def wait(self, timeout_s: float) -> None:
-        try:
+        with _renumbered(self._members):
             await self._pending.wait(timeout_s)
-        except BrokenTransport as error:
-            raise _named(error, self._members) from error
+
+
+@contextmanager
+def _renumbered(members: tuple[int, ...]) -> Iterator[None]:
+    """Let what a transport raises inside name ranks of the EP group."""
+    try:
+        yield
+    except BrokenTransport as error:
+        raise _named(error, members) from error
 
 
 def _named(error: E, members: tuple[int, ...]) -> E:

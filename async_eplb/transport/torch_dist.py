@@ -152,6 +152,9 @@ class _Pending:
         self._kind = "relay" if exchange.hop else "exchange"
         self._finish = finish
 
+    async def start(self) -> None:
+        pass
+
     async def wait(self, timeout_s: float) -> None:
         link = self._transport._link
         if link is None:

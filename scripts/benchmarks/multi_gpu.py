@@ -1,12 +1,13 @@
 """What the GPUs of one host do with expert weights: links, whole updates over each transport, serving beside them.
 
 - ``links``: one tensor from a rank to another, pair by pair and all ranks at once (each sends to the next, then each to
-  all), by a copy through CUDA IPC and by NCCL
+  all), by a copy through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks (``nccl_few``)
 - ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
-  drifted, over each transport, exclusively; experts have the shapes of DeepSeek-V3 in FP8, 44 MB. GB/s are what the
-  rank that receives most receives in the whole time; a ratio is to its flat copy or bare batch from all ranks at once
+  drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
+  GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat copy or bare
+  batch, all at once, and to the link's limit. ``nccl`` has as many thread blocks as beside serving, ``nccl_wide`` 32
 - ``trace``: what the device did in one update over the copy engine: copies and kernels between launch and staging
-- ``serving``: ``scripts/bench gpu-serving`` with these ranks
+- ``serving``: ``scripts/bench gpu-serving`` with these ranks, and as many layers as DeepSeek-V3 has
 - ``soak``: passes with updates beside them, as the tests make them, over each transport
 
 Every byte is compared after each part. With fewer GPUs than ranks, ranks share them and NCCL takes them for hosts of
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,6 +38,7 @@ from async_eplb import (
     ExpertPlacement,
     ExpertWeights,
     HybridTransport,
+    NcclOptions,
     SyncUpdater,
     TorchDistTransport,
     Transport,
@@ -46,14 +49,20 @@ from async_eplb.policy import hierarchical, incremental
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
 
+_WIDE = 32
+"""Thread blocks of NCCL when nobody serves: as many as it takes by itself for a peer on NVLink."""
 _TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "nccl": TorchDistTransport,
+    "nccl_wide": lambda: TorchDistTransport(nccl=NcclOptions(max_ctas=_WIDE)),
     "copy_engine": CopyEngineTransport,
     "hybrid": HybridTransport,
 }
-_RAW = {"nccl": "nccl", "copy_engine": "ipc", "hybrid": "ipc"}
-_DRIFT = 0.1
+_RAW = {"nccl": "nccl_few", "nccl_wide": "nccl", "copy_engine": "ipc", "hybrid": "ipc"}
+_DRIFT = 0.5
 """Standard deviation of the logarithm of what each expert's load is multiplied by."""
+_NUM_PHYSICAL_EXPERTS = 288
+_MOST_LAYERS = 8
+_MEMORY_SHARE = 0.85
 
 Figures = dict[str, float]
 
@@ -61,16 +70,24 @@ Figures = dict[str, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add how much is measured."""
     parser.add_argument("--ranks", type=int, help="of the world (default: the GPUs, or 4 if there is one)")
-    parser.add_argument("--layers", type=int, default=8, help="of the model (default: 8)")
-    parser.add_argument("--slots", type=int, default=36, help="experts of a layer on each rank (default: 36)")
+    parser.add_argument("--layers", type=int, help=f"of the model (default: what fits, {_MOST_LAYERS} at most)")
+    parser.add_argument(
+        "--slots", type=int, help=f"experts of a layer on each rank (default: its share of {_NUM_PHYSICAL_EXPERTS})"
+    )
     parser.add_argument(
         "--staging-depth",
         type=int,
         default=3,
         help="layers at once in staging: one is received, one commits, one is ready (default: 3)",
     )
-    parser.add_argument("--link-mb", type=int, default=256, help="of a tensor that links carry (default: 256)")
-    parser.add_argument("--nccl-link-mb", type=int, default=256, help="the same over NCCL (default: 256)")
+    parser.add_argument("--link-mb", type=int, default=1024, help="of a tensor that links carry (default: 1024)")
+    parser.add_argument("--nccl-link-mb", type=int, default=1024, help="the same over NCCL (default: 1024)")
+    parser.add_argument(
+        "--link-gb-per-s",
+        type=float,
+        default=450,
+        help="limit of a GPU's links in one direction (default: 450, NVLink 4 with 18 links)",
+    )
     parser.add_argument("--runs", type=int, default=5, help="of each; medians are shown (default: 5)")
     parser.add_argument("--soak-updates", type=int, default=200, help="of each soak (default: 200)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace of rank 0 there")
@@ -82,8 +99,16 @@ def run(options: argparse.Namespace) -> Figures:
     if not torch.cuda.is_available():
         print("scripts/bench multi-gpu needs a CUDA device, and there is none", file=sys.stderr)
         raise SystemExit(2)
-    options.ranks = options.ranks or max(torch.cuda.device_count(), 4 if torch.cuda.device_count() == 1 else 1)
-    figures: Figures = {"num_gpus": torch.cuda.device_count(), "num_ranks": options.ranks}
+    num_gpus = torch.cuda.device_count()
+    options.ranks = options.ranks or (num_gpus if num_gpus > 1 else 4)
+    options.slots = options.slots or _NUM_PHYSICAL_EXPERTS // options.ranks
+    options.layers = options.layers or _fitting_layers(options)
+    figures: Figures = {
+        "num_gpus": num_gpus,
+        "num_ranks": options.ranks,
+        "num_layers": options.layers,
+        "num_slots": options.slots,
+    }
     for part in options.parts:
         start = time.perf_counter()
         figures |= {f"{part}_{name}": value for name, value in _PARTS[part](options).items()}
@@ -93,7 +118,19 @@ def run(options: argparse.Namespace) -> Figures:
             update, bare = f"update_{transport}_{kind}_gb_per_s", f"links_{raw}_to_all_gb_per_s"
             if update in figures and bare in figures:
                 figures[f"update_{transport}_{kind}_over_raw"] = figures[update] / figures[bare]
+            if update in figures:
+                figures[f"update_{transport}_{kind}_over_limit"] = figures[update] / options.link_gb_per_s
     return figures
+
+
+def _fitting_layers(options: argparse.Namespace) -> int:
+    """Return how many layers fit beside staging that holds all slots of each of its layers."""
+    nbytes: float = torch.cuda.get_device_properties(0).total_memory * _MEMORY_SHARE
+    ranks_of_a_gpu = -(-options.ranks // torch.cuda.device_count())
+    num_layers = int(nbytes / ranks_of_a_gpu / options.slots / sum(EXPERT_NBYTES)) - options.staging_depth
+    if num_layers < 1:
+        raise SystemExit(f"no layer fits with {ranks_of_a_gpu} ranks on a GPU: use fewer --slots than {options.slots}")
+    return min(num_layers, _MOST_LAYERS)
 
 
 def be_rank(world: WorldRank) -> torch.device:
@@ -115,7 +152,12 @@ def measure_links(world: WorldRank, options: argparse.Namespace) -> Figures:
     device = be_rank(world)
     figures: Figures = {}
     ranks = range(world.num_ranks)
-    for name, make, size_mb in (("ipc", _ipc, options.link_mb), ("nccl", _nccl, options.nccl_link_mb)):
+    ways = (
+        ("ipc", _ipc, options.link_mb),
+        ("nccl", partial(_nccl, max_ctas=None), options.nccl_link_mb),
+        ("nccl_few", partial(_nccl, max_ctas=NcclOptions().max_ctas), options.nccl_link_mb),
+    )
+    for name, make, size_mb in ways:
         nbytes = size_mb * 1_000_000 // world.num_ranks * world.num_ranks
         target = torch.empty(nbytes, dtype=torch.uint8, device=device)
         copy = make(world, torch.full_like(target, world.rank), target)
@@ -169,8 +211,11 @@ def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
     return copy
 
 
-def _nccl(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
-    group = dist.new_group(backend="nccl")
+def _nccl(world: WorldRank, source: Tensor, target: Tensor, *, max_ctas: int | None) -> _Copy:
+    settings = dist.ProcessGroupNCCL.Options()
+    if max_ctas is not None:
+        settings.config.max_ctas = max_ctas
+    group = dist.new_group(backend="nccl", pg_options=settings)
 
     def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
         sends = [dist.P2POp(dist.isend, source[:nbytes], dst, group) for src, dst in pairs if src == world.rank]
@@ -320,10 +365,17 @@ def trace_update(world: WorldRank, options: argparse.Namespace) -> Figures:
 # --- Serving, and the soak
 
 
+_SERVING = (
+    *("--layers", "58", "--tokens", "1024"),
+    *("--steps", "600", "--updates", "4", "--mb-per-step", "100", "--runs", "2"),
+)
+"""DeepSeek-V3 has 58 layers with experts. With so many tokens, steps are as long as those of a model that is served."""
+
+
 def _serving(options: argparse.Namespace) -> Figures:
     parser = argparse.ArgumentParser()
     gpu_serving.add_arguments(parser)
-    return gpu_serving.run(parser.parse_args(["--ranks", str(options.ranks), "--runs", "2"]))
+    return gpu_serving.run(parser.parse_args(["--ranks", str(options.ranks), *_SERVING]))
 
 
 def _soak(options: argparse.Namespace) -> Figures:
