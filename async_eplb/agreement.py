@@ -316,7 +316,7 @@ class Agreement:
         """Whether this rank should join the next round now, rather than after a pause.
 
         A rank that holds the minimum back pauses until it has moved; the others join at once and wait for it. So
-        each round completes as soon as the slowest rank has something to say.
+        each round completes as soon as the slowest rank has something to say. Commits matter once all are made.
         """
         if self.status is Status.LEAVING or self._fence_wanted or self.demanded > self._demand_shown:
             return True
@@ -327,7 +327,7 @@ class Agreement:
             or self._pending_status() is not Status.OK
             or bool(self.standing and self.decisions)
             or self.staged > self._seen.staged
-            or self.committed > self._seen.committed
+            or self.committed >= self.limit > self._seen.committed
             or (self.launch_rule is not LaunchRule.AT_ONCE and self.launchable > self._seen.launchable)
         )
 

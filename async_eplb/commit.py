@@ -23,7 +23,9 @@ class Committer(Protocol):
         ...
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Do what can be done before the layer is staged, with the transfer stream current.
+        """Copy this rank's own slots to staging, and do what else can be done before the layer is staged.
+
+        All on the current stream, behind which the layer is staged.
 
         :param buffer: laid out for the plan, with :meth:`spare_nbytes` to spare
         :returns: the commit. Called once, when the layer is staged on every rank, it enqueues all of it on the
@@ -49,11 +51,15 @@ class CopyCommitter:
         return 0
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Find what is copied where; return the copies."""
+        """Copy own slots; return the copies of the commit."""
+        live = self._weights.views(row)
+        for own in plan.local_copies:
+            for view, staged in zip(live, buffer.views(own.dst_slot), strict=True):
+                staged.copy_(view[own.src_slot])
         copies = [
             _in_words(view[live_slot], staged)
             for staged_slot, live_slot in committed_slots(plan)
-            for view, staged in zip(self._weights.views(row), buffer.views(staged_slot), strict=True)
+            for view, staged in zip(live, buffer.views(staged_slot), strict=True)
         ]
         return partial(commit_layer, row, copies, buffer, self._expert_map, maps)
 

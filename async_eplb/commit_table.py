@@ -4,7 +4,8 @@ The table is made while the layer is being staged and waits beside the layer's s
 with the layer's new map rows. So committing needs nothing from the host but the launch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -19,15 +20,14 @@ from async_eplb.weights import ExpertWeights
 
 VECTOR_NBYTES = 16
 CHUNK_NBYTES = 32768
-"""Most bytes of a chunk that is copied in vectors."""
+"""Bytes of a chunk that is copied in vectors, or a multiple of this."""
+MOST_CHUNKS = 8192
+"""Of those that are copied in vectors, beside the last of each segment: a GPU has room for some hundred at a time."""
 BYTEWISE_CHUNK_NBYTES = 4096
 """Most bytes of a chunk that is copied byte by byte."""
 
 _COLUMNS = 3
 _ENTRY_NBYTES = _COLUMNS * 8
-
-Segment = tuple[int, int, int]
-"""Address of the source, address of the destination, bytes."""
 
 
 def chunk_table(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -35,12 +35,13 @@ def chunk_table(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
     An amount above zero is a number of vectors of :data:`VECTOR_NBYTES`, to and from aligned addresses; below zero
     it is minus a number of single bytes. Every byte of every segment is in one chunk. Those of single bytes come
-    first, because they take longest.
+    first, because they take longest. The more bytes there are, the larger are the chunks.
 
     :param segments: ``[segments, 3]`` of source address, destination address and bytes
     """
     vectors, single = _pieces(segments)
-    return np.concatenate([_cut(single, BYTEWISE_CHUNK_NBYTES, -1), _cut(vectors, CHUNK_NBYTES, VECTOR_NBYTES)])
+    size = CHUNK_NBYTES * max(1, -(-int(vectors[:, 2].sum()) // (CHUNK_NBYTES * MOST_CHUNKS)))
+    return np.concatenate([_cut(single, BYTEWISE_CHUNK_NBYTES, -1), _cut(vectors, size, VECTOR_NBYTES)])
 
 
 def increment(address: int) -> npt.NDArray[np.int64]:
@@ -48,10 +49,10 @@ def increment(address: int) -> npt.NDArray[np.int64]:
     return np.array([[0, address, 0]], dtype=np.int64)
 
 
-def num_chunks(segments: npt.NDArray[np.int64]) -> int:
-    """Return how many entries :func:`chunk_table` makes of segments."""
+def most_chunks(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return how many entries :func:`chunk_table` makes of each segment at most, beside whatever others."""
     vectors, single = _pieces(segments)
-    return int(_counts(single, BYTEWISE_CHUNK_NBYTES).sum() + _counts(vectors, CHUNK_NBYTES).sum())
+    return _counts(single, BYTEWISE_CHUNK_NBYTES) + _counts(vectors, CHUNK_NBYTES)
 
 
 def committed_slots(plan: LayerPlan) -> list[tuple[int, int]]:
@@ -76,43 +77,65 @@ class CommitTables:
         """Return what a layer's table and map rows take in staging at most, whatever its plan."""
         return self._nbytes[row]
 
-    def write(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Tensor:
-        """Put a layer's table and map rows beside its staged slots, on the current stream.
+    def write(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> tuple[Tensor, Tensor]:
+        """Put a layer's tables and map rows beside its staged slots, on the current stream.
 
         :param buffer: laid out, with :meth:`nbytes` to spare
-        :returns: the table, int64 ``[chunks, 3]``, on the device
+        :returns: the tables of what fills staging from this rank's own slots, and of the commit: int64
+            ``[chunks, 3]``, on the device
         """
         spare, rows = buffer.spare, maps.tensors
-        *starts, table_start = accumulate((_aligned(new.nbytes) for new in rows), initial=0)
-        segments = [*self._slot_segments(row, plan, buffer)]
-        for start, new, published in zip(starts, rows, self._expert_map.published(row).tensors, strict=True):
-            segments.append((spare.data_ptr() + start, published.data_ptr(), new.nbytes))
+        *starts, tables_start = accumulate((_aligned(new.nbytes) for new in rows), initial=0)
+        own = [(copy.src_slot, copy.dst_slot) for copy in plan.local_copies]
+        to_staging = chunk_table(self._segments(row, own, self._weights_at(row), buffer.addresses))
+        published = self._expert_map.published(row).tensors
+        maps_to_live = [
+            (spare.data_ptr() + start, place.data_ptr(), place.nbytes)
+            for start, place in zip(starts, published, strict=True)
+        ]
+        slots_to_live = self._segments(row, committed_slots(plan), buffer.addresses, self._weights_at(row))
         counter = increment(self._expert_map.layer_generation[row].data_ptr())
-        table = np.concatenate([counter, chunk_table(np.array(segments, dtype=np.int64))])
-        packed = torch.empty(table_start + table.nbytes, dtype=torch.uint8, pin_memory=spare.is_cuda)
+        segments = np.concatenate([slots_to_live, np.array(maps_to_live, dtype=np.int64)])
+        tables = np.concatenate([to_staging, counter, chunk_table(segments)])
+        packed = torch.empty(tables_start + tables.nbytes, dtype=torch.uint8, pin_memory=spare.is_cuda)
         content = packed.numpy()
         for start, new in zip(starts, rows, strict=True):
             content[start : start + new.nbytes] = new.numpy().reshape(-1).view(np.uint8)
-        content[table_start:] = table.reshape(-1).view(np.uint8)
+        content[tables_start:] = tables.reshape(-1).view(np.uint8)
         # The pinned memory is reused only after this copy, which torch's allocator of pinned memory sees to.
         spare[: packed.nbytes].copy_(packed, non_blocking=True)
-        return spare[table_start : packed.nbytes].view(torch.int64).view(-1, _COLUMNS)
+        on_device = spare[tables_start : packed.nbytes].view(torch.int64).view(-1, _COLUMNS)
+        return on_device[: len(to_staging)], on_device[len(to_staging) :]
 
-    def _slot_segments(self, row: int, plan: LayerPlan, buffer: StagingBuffer) -> Iterator[Segment]:
-        for staged_slot, live_slot in committed_slots(plan):
-            for view, staged in zip(self._weights.views(row), buffer.views(staged_slot), strict=True):
-                yield staged.data_ptr(), view.data_ptr() + live_slot * view.stride(0), staged.nbytes
+    def _weights_at(self, row: int) -> Callable[[Sequence[int]], npt.NDArray[np.int64]]:
+        return partial(self._weights.addresses, row)
+
+    def _segments(
+        self,
+        row: int,
+        pairs: Sequence[tuple[int, int]],
+        sources: Callable[[Sequence[int]], npt.NDArray[np.int64]],
+        destinations: Callable[[Sequence[int]], npt.NDArray[np.int64]],
+    ) -> npt.NDArray[np.int64]:
+        """Return all tensors of some slots as segments.
+
+        :param pairs: slot that is read and slot that is written
+        :param sources: returns the addresses of slots that are read, ``[slots, tensors]``
+        """
+        src, dst = (sources([src for src, _ in pairs]), destinations([dst for _, dst in pairs]))
+        nbytes = np.broadcast_to(np.array(self._weights.slot_nbytes(row), dtype=np.int64), src.shape)
+        return np.stack([src, dst, nbytes], axis=-1).reshape(-1, _COLUMNS)
 
     def _largest_nbytes(self, row: int) -> int:
-        """Return the size for a plan that writes all slots; staging is aligned, so source addresses do not matter."""
+        """Return the size for a plan that writes all slots, from any slots; staging is aligned."""
         maps = self._expert_map.published(row).tensors
-        segments = [(0, published.data_ptr(), published.nbytes) for published in maps]
-        segments += [
-            (0, view.data_ptr() + slot * view.stride(0), view.shape[1])
-            for view in self._weights.views(row)
-            for slot in range(view.shape[0])
-        ]
-        entries = 1 + num_chunks(np.array(segments, dtype=np.int64))
+        maps_to_live = [(0, published.data_ptr(), published.nbytes) for published in maps]
+        num_slots = self._weights.num_local_physical_experts
+        live = self._weights.addresses(row, range(num_slots))
+        nbytes = np.broadcast_to(np.array(self._weights.slot_nbytes(row)), live.shape)
+        each = most_chunks(np.stack([live, np.zeros_like(live), nbytes], axis=-1)).reshape(live.shape)
+        to_staging = num_slots * each.max(axis=0).sum()
+        entries = 1 + int(to_staging + each.sum() + most_chunks(np.array(maps_to_live, dtype=np.int64)).sum())
         return sum(_aligned(published.nbytes) for published in maps) + entries * _ENTRY_NBYTES
 
 

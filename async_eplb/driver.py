@@ -77,7 +77,7 @@ class Driver:
             self.lose(error)
             return False
         with self._lock:
-            known, promised = self._agreement.demanded, self._agreement.fence > 0
+            before, promised = self._outlook(), self._agreement.fence > 0
             self.ballots = ballots
             try:
                 verdict = self._agreement.receive(self.ballots)
@@ -90,12 +90,23 @@ class Driver:
             self.cancelled_by = self.cancelled_by or verdict.cancelled
             self.waiting_for = verdict.waiting_for
             self.left = verdict.left
-            running = self._agreement.running
-            worth_it = running or promised or bool(self.left) or self._agreement.demanded > known
+            is_news = self._outlook() != before or verdict.boundary > 0
             self._lock.notify_all()
-        if worth_it:
+        if is_news or promised or self.left:
             self._ring()
         return not self.left
+
+    def _outlook(self) -> tuple[int, ...]:
+        """Return what tasks of the event loop wait for, as far as rounds decide it."""
+        agreement = self._agreement
+        return (
+            agreement.agreed,
+            agreement.launched,
+            agreement.limit,
+            agreement.begun,
+            agreement.over,
+            agreement.demanded,
+        )
 
     def lose(self, error: BrokenControlGroup) -> None:
         """Take in that a rank did not answer."""

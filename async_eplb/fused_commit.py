@@ -33,12 +33,14 @@ def _commit_chunk(table):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
     dst = tl.load(entry + 1)
     amount = tl.load(entry + 2).to(tl.int32)
     if amount > 0:
-        words = tl.arange(0, _CHUNK_WORDS)
         # The hints make loads and stores 16 bytes wide.
-        inside = words < tl.multiple_of(_VECTOR_WORDS * amount, _VECTOR_WORDS)
-        staged = tl.multiple_of(src.to(tl.pointer_type(tl.int64)), 16) + words
-        live = tl.multiple_of(dst.to(tl.pointer_type(tl.int64)), 16) + words
-        tl.store(live, tl.load(staged, mask=inside), mask=inside)
+        num_words = tl.multiple_of(_VECTOR_WORDS * amount, _VECTOR_WORDS)
+        staged = tl.multiple_of(src.to(tl.pointer_type(tl.int64)), 16)
+        live = tl.multiple_of(dst.to(tl.pointer_type(tl.int64)), 16)
+        for start in range(0, num_words, _CHUNK_WORDS):
+            words = start + tl.arange(0, _CHUNK_WORDS)
+            inside = words < num_words
+            tl.store(live + words, tl.load(staged + words, mask=inside), mask=inside)
     elif amount < 0:
         offsets = tl.arange(0, _CHUNK_BYTES)
         inside = offsets < -amount
@@ -71,10 +73,13 @@ class FusedCommitter:
         return self._tables.nbytes(row)
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Upload the layer's table on the current stream; return the launch, on the stream that is current then."""
-        table = self._tables.write(row, plan, buffer, maps)
+        """Upload the layer's tables and copy own slots, on the current stream; return the commit's launch."""
+        own, table = self._tables.write(row, plan, buffer, maps)
         nbytes = len(committed_slots(plan)) * sum(self._weights.slot_nbytes(row))
         launch, on_device = self._kernel[(len(table), 1, 1)], torch.cuda.device(self._device)
+        if len(own):
+            with on_device:
+                self._kernel[(len(own), 1, 1)](own)
 
         def commit() -> int:
             buffer.enter(BufferState.COMMITTING)

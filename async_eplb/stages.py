@@ -267,10 +267,6 @@ class LayerStages:
                 for hop in hops:
                     self._transport.prepare(hop)
                 self._mark(planned)
-                live = self._live_slots(planned.row)
-                for copy in planned.plan.local_copies:
-                    for own, staged in zip(live[copy.src_slot], buffer.views(copy.dst_slot), strict=True):
-                        staged.copy_(own)
                 commit = self._committer.prepare(planned.row, planned.plan, buffer, planned.maps)
                 if self.launch_rule is not LaunchRule.ORDERED:
                     self._device.record().synchronize()

@@ -10,7 +10,10 @@ A buffer's life is the table below. A buffer is only ever in one state, and ever
 
 from collections.abc import Sequence
 from enum import Enum
+from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 from anyio import Semaphore
 from torch import Tensor
 
@@ -49,6 +52,9 @@ class StagingBuffer:
         """Memory beside the slots, uint8, aligned as they are; what commits the layer may keep there."""
         self._memory = memory
         self._views: dict[int, tuple[Tensor, ...]] = {}
+        self._places: dict[int, int] = {}
+        self._offsets: list[int] = []
+        self._stride = 0
 
     def __repr__(self) -> str:
         return f"<StagingBuffer {self.index} {self.state.value}: slots {sorted(self._views)}>"
@@ -65,11 +71,18 @@ class StagingBuffer:
     def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
         """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
         number = len(slot_nbytes)
-        end = len(slots) * sum(_aligned(nbytes) for nbytes in slot_nbytes)
+        *self._offsets, self._stride = accumulate((_aligned(nbytes) for nbytes in slot_nbytes), initial=0)
+        end = len(slots) * self._stride
         blocks_and_gaps = [size for nbytes in slot_nbytes for size in (nbytes, _aligned(nbytes) - nbytes)]
         blocks = self._memory[:end].split_with_sizes(blocks_and_gaps * len(slots))[::2] if slots else ()
-        self._views = {slot: blocks[i * number : (i + 1) * number] for i, slot in enumerate(slots)}
+        self._places = {slot: place for place, slot in enumerate(slots)}
+        self._views = {slot: blocks[i * number : (i + 1) * number] for slot, i in self._places.items()}
         self.spare = self._memory[end : end + spare_nbytes]
+
+    def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return where the staging of slots is: int64 ``[slots, tensors]``."""
+        places = np.array([self._places[slot] for slot in slots], dtype=np.int64)
+        return self._memory.data_ptr() + places[:, None] * self._stride + np.array(self._offsets, dtype=np.int64)
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,6 +53,12 @@ class ExpertWeights:
     def slot_nbytes(self, row: int) -> tuple[int, ...]:
         """Return the bytes of one slot in each tensor of a row."""
         return tuple(view.shape[1] for view in self._views[row])
+
+    def addresses(self, row: int, slots: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return where slots of a row are: int64 ``[slots, tensors]``."""
+        starts, strides = zip(*((view.data_ptr(), view.stride(0)) for view in self._views[row]), strict=True)
+        places = np.array(slots, dtype=np.int64)
+        return np.array(starts, dtype=np.int64) + places[:, None] * np.array(strides, dtype=np.int64)
 
     def shapes(self, row: int) -> list[list[int]]:
         """Return the shapes of a row's tensors."""

@@ -10,6 +10,7 @@ import signal
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,6 +167,7 @@ def _process(accident: Accident, rank: int, store_path: str, connection: Connect
     try:
         connection.send(anyio.run(_Rank(accident, rank).run))
     except BaseException as error:  # noqa: BLE001 - raised by the test
+        error.add_note(traceback.format_exc())
         connection.send(error)
 
 

@@ -11,7 +11,7 @@ from async_eplb import EPTopology, ExpertWeights
 from async_eplb.commit import Committer, CopyCommitter
 from async_eplb.device import device_for
 from async_eplb.expert_map import ExpertMap, LayerMaps
-from async_eplb.plan import FanOut, LayerPlan, Recv, SlotSource
+from async_eplb.plan import FanOut, LayerPlan, LocalCopy, Recv, SlotSource
 from async_eplb.sample_model import random_placement
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 
@@ -99,19 +99,22 @@ def _random_tensor(
 
 
 def _random_plan(rng: np.random.Generator, num_slots: int) -> LayerPlan:
-    """Return a plan that stages some slots and commits some of them to other slots too; perhaps none."""
+    """Return a plan that stages some slots, of this rank too, and commits some to other slots too; perhaps none."""
     slots = rng.permutation(num_slots)
     staged = slots[: rng.integers(num_slots + 1)]
+    own, received = np.split(np.sort(staged), [rng.integers(len(staged) + 1)])
     free_riders = slots[len(staged) :][: rng.integers(num_slots + 1)] if len(staged) else slots[:0]
     sources = [SlotSource.UNCHANGED] * num_slots
-    for slot in staged:
+    for slot in own:
+        sources[slot] = SlotSource.SAME_GPU
+    for slot in received:
         sources[slot] = SlotSource.CROSS_NODE
     for slot in free_riders:
         sources[slot] = SlotSource.FREE_RIDER
     return LayerPlan(
         slot_sources=tuple(sources),
-        local_copies=(),
-        recvs=tuple(Recv(0, 0, int(slot)) for slot in sorted(staged)),
+        local_copies=tuple(LocalCopy(int(rng.integers(num_slots)), int(slot)) for slot in own),
+        recvs=tuple(Recv(0, 0, int(slot)) for slot in received),
         sends=(),
         fan_outs=tuple(FanOut(int(rng.choice(staged)), int(slot)) for slot in sorted(free_riders)),
     )

@@ -542,7 +542,8 @@ def test_a_wait_starts_the_count_again() -> None:
     [
         ({}, False),
         ({"staged": 1}, True),
-        ({"committed": 1}, True),
+        ({"committed": 1}, False),
+        ({"committed": 4}, True),
         ({"parts": (1,)}, False),
         ({"parts": (1,), "launch_rule": LaunchRule.ORDERED}, True),
         ({"status": Status.CANCEL}, True),

@@ -98,3 +98,37 @@ def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
     link._finish([works[0], works[2]], past, deadline=0.0)  # type: ignore[list-item]
     with pytest.raises(RuntimeError, match="remote process exited"):
         link._finish(works, past, deadline=0.0)  # type: ignore[arg-type]
+
+
+class _FailingGroup:
+    """torch's group over NCCL's count of open groups, whose send fails inside a group of its own."""
+
+    depth = 0
+
+    def _start_coalescing(self, _device: torch.device) -> None:
+        self.depth += 1
+
+    def _end_coalescing(self, _device: torch.device) -> None:
+        self.depth -= 1
+        if self.depth <= 0:
+            raise RuntimeError("an operation of this group had failed" if self.depth == 0 else "not in a group")
+
+    def recv(self, _data: list[torch.Tensor], _peer: int, _tag: int) -> None:
+        pass
+
+    def send(self, _data: list[torch.Tensor], _peer: int, _tag: int) -> None:
+        self.depth += 1
+        raise RuntimeError("remote process exited")
+
+
+def test_a_failed_launch_leaves_its_thread_in_no_group() -> None:
+    """Or the next transport's operations, and the model's, would be taken for more of it, and never begin."""
+    link = NcclLink.__new__(NcclLink)
+    link._device = CpuDevice()
+    link._scratch = {side: link._device.allocate(0) for side in ("sends", "recvs")}
+    link._place = {1: 1}
+    link._group = group = _FailingGroup()  # type: ignore[assignment]
+    message = Message(1, 0, torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        link._post(MessageGroup((message,), (message,)))
+    assert group.depth == 0

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -129,14 +129,27 @@ class NcclLink:
         torch_device = self._device.torch_device
         _copy(packing)
         self._group._start_coalescing(torch_device)
-        for message in recvs:
-            self._group.recv([message.data], self._place[message.peer], message.tag)
-        for message in sends:
-            self._group.send([message.data], self._place[message.peer], message.tag)
+        try:
+            for message in recvs:
+                self._group.recv([message.data], self._place[message.peer], message.tag)
+            for message in sends:
+                self._group.send([message.data], self._place[message.peer], message.tag)
+        except RuntimeError:
+            self._leave_groups()
+            raise
         work: Work = self._group._end_coalescing(torch_device)
         _behind(work)
         _copy([(data, place) for place, data in unpacking])
         return work
+
+    def _leave_groups(self) -> None:
+        """Leave the two NCCL groups that torch leaves this thread in when an operation fails: ours, and one around it.
+
+        NCCL would take all that the thread does later, on whatever communicator, for more of them, and never launch it.
+        """
+        for _ in range(2):
+            with suppress(RuntimeError):  # the last one that is left reports the failure again
+                self._group._end_coalescing(self._device.torch_device)
 
     def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
         """Return what is posted, and pairs of a place in scratch memory and the data of a message that belongs there.

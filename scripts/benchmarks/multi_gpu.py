@@ -6,7 +6,8 @@
   drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
   GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat copy or bare
   batch, all at once, and to the link's limit. ``nccl`` has as many thread blocks as beside serving, ``nccl_wide`` 32
-- ``trace``: what the device did in one update over the copy engine: copies and kernels between launch and staging
+- ``trace``: what the device did in one update over the copy engine: copies and kernels, and GB/s in the time in which
+  any copy from a peer is under way
 - ``serving``: ``scripts/bench gpu-serving`` with these ranks, and as many layers as DeepSeek-V3 has
 - ``soak``: passes with updates beside them, as the tests make them, over each transport
 
@@ -15,7 +16,9 @@ their own: that tries the script, and its figures say nothing about links. Start
 """
 
 import argparse
+import gc
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -113,6 +116,10 @@ def run(options: argparse.Namespace) -> Figures:
         start = time.perf_counter()
         figures |= {f"{part}_{name}": value for name, value in _PARTS[part](options).items()}
         print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if {"trace_gb_per_s_while_pulling", "links_ipc_to_all_gb_per_s"} <= set(figures):
+        figures["trace_while_pulling_over_raw"] = (
+            figures["trace_gb_per_s_while_pulling"] / figures["links_ipc_to_all_gb_per_s"]
+        )
     for transport, raw in _RAW.items():
         for kind in ("full", "incremental"):
             update, bare = f"update_{transport}_{kind}_gb_per_s", f"links_{raw}_to_all_gb_per_s"
@@ -127,7 +134,7 @@ def _fitting_layers(options: argparse.Namespace) -> int:
     """Return how many layers fit beside staging that holds all slots of each of its layers."""
     nbytes: float = torch.cuda.get_device_properties(0).total_memory * _MEMORY_SHARE
     ranks_of_a_gpu = -(-options.ranks // torch.cuda.device_count())
-    num_layers = int(nbytes / ranks_of_a_gpu / options.slots / sum(EXPERT_NBYTES)) - options.staging_depth
+    num_layers: int = int(nbytes / ranks_of_a_gpu / options.slots / sum(EXPERT_NBYTES)) - options.staging_depth
     if num_layers < 1:
         raise SystemExit(f"no layer fits with {ranks_of_a_gpu} ranks on a GPU: use fewer --slots than {options.slots}")
     return min(num_layers, _MOST_LAYERS)
@@ -254,6 +261,8 @@ def _updates(options: argparse.Namespace) -> Figures:
 def measure_updates(world: WorldRank, options: argparse.Namespace, transport: str) -> Figures:
     """Be one rank; return times of updates there and back, and what they receive."""
     experts = _Experts(world, options)
+    gc.collect()
+    gc.freeze()  # as engines do before they serve
     figures: Figures = {}
     with experts.updater(_TRANSPORTS[transport]()) as updater:
         for kind, target in experts.targets.items():
@@ -344,13 +353,15 @@ def trace_update(world: WorldRank, options: argparse.Namespace) -> Figures:
         updater.update(experts.placement)
         dist.barrier()
         with torch.profiler.profile(activities=activities) as profile:
-            updater.update(experts.targets["full"])
+            summary = updater.update(experts.targets["full"])
         file = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(file))
         if options.trace is not None and world.rank == 0:
             options.trace.write_bytes(file.read_bytes())
         events = json.loads(file.read_text())["traceEvents"]
         experts.require(experts.targets["full"])
+        received = summary.received_nbytes_within_node + summary.received_nbytes_across_nodes
+    pulls = [(event["ts"], event["ts"] + event["dur"]) for event in events if "PtoP" in event.get("name", "")]
     kinds = Counter(event.get("cat") for event in events)
     kernels = Counter(event["name"] for event in events if event.get("cat") == "kernel")
     commits = sum(count for name, count in kernels.items() if "commit" in name)
@@ -359,15 +370,25 @@ def trace_update(world: WorldRank, options: argparse.Namespace) -> Figures:
         "commit_kernels": commits,
         "other_kernels": kernels.total() - commits,
         "update_layers": options.layers,
+        "gb_per_s_while_pulling": received / _covered_us(pulls) / 1e3 if pulls else 0.0,
     }
+
+
+def _covered_us(spans: Sequence[tuple[float, float]]) -> float:
+    """Return how much time is inside of any span."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 # --- Serving, and the soak
 
 
 _SERVING = (
-    *("--layers", "58", "--tokens", "1024"),
-    *("--steps", "600", "--updates", "4", "--mb-per-step", "100", "--runs", "2"),
+    *("--layers", "58", "--tokens", "1024", "--steps", "500", "--runs", "2"),
+    *("--updates", "4", "--mb-per-step", "25", "--operations-per-group", "8", "--switch-interval-ms", "0.1"),
 )
 """DeepSeek-V3 has 58 layers with experts. With so many tokens, steps are as long as those of a model that is served."""
 
