@@ -15,7 +15,7 @@ from torch import Tensor
 from async_eplb.errors import InvalidWeights
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
-_LOOKS = 32
+_LOOKS = 12
 
 
 class DeviceEvent(Protocol):

@@ -59,6 +59,8 @@ _SIGNATURES = {
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 _RANGE_START_ADDR = 11
 _LAZY_ENABLE_PEER_ACCESS = 1
+_MOST_COPIES = 1024
+"""To be enqueued without a look at the device, whose streams each take about as many: a full one blocks the caller."""
 
 
 class CudaIpc:
@@ -77,6 +79,9 @@ class CudaIpc:
             raise RuntimeError(f"there is no CUDA driver ({error})") from error
         for function, arguments in _SIGNATURES.items():
             getattr(self._driver, function).argtypes = arguments
+        # It keeps the interpreter's lock: to take that back after each of hundreds of calls takes longer than they do.
+        self._memcpy = ctypes.PyDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
+        self._memcpy.argtypes = _SIGNATURES["cuMemcpyDtoDAsync_v2"]
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuInit", 0)
@@ -115,14 +120,16 @@ class CudaIpc:
             self._call("cuIpcCloseMemHandle", address)
 
     def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
-        """Enqueue copies on several streams, on each about as many bytes."""
-        memcpy = self._driver.cuMemcpyDtoDAsync_v2
+        """Enqueue copies on several streams, on each about as many bytes. Blocks where there are too many at once."""
         loads = [[0, handle] for handle in self._streams.forked()]
-        with self._entered():
-            for target, source, nbytes in copies:
-                least = min(loads)
-                least[0] += nbytes
-                self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+        for start in range(0, len(copies), _MOST_COPIES):
+            if start:
+                self._streams.joined().synchronize()
+            with self._entered():
+                for target, source, nbytes in copies[start : start + _MOST_COPIES]:
+                    least = min(loads)
+                    least[0] += nbytes
+                    self._check("cuMemcpyDtoDAsync", self._memcpy(target, source, nbytes, least[1]))
         return self._streams.joined()
 
     @contextmanager

@@ -51,7 +51,6 @@ from async_eplb import (
     SyncUpdater,
     TorchDistTransport,
     Transport,
-    UpdateOptions,
 )
 from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.sample_model import random_placement
@@ -79,12 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nccl-updates", type=int, default=4, help="the same over NCCL (default: 4)")
     parser.add_argument("--max-ctas", type=int, default=NcclOptions().max_ctas, help="that NCCL may take")
     parser.add_argument("--mb-per-step", type=int, default=10, help="pace of the busiest rank; 0: none (default: 10)")
-    parser.add_argument(
-        "--operations-per-group",
-        type=int,
-        default=UpdateOptions().operations_per_group,
-        help="sends and receives that NCCL is given at one boundary (default: %(default)s)",
-    )
     parser.add_argument("--eager", action="store_true", help="launch the passes' kernels one by one, without a graph")
     parser.add_argument(
         "--switch-interval-ms",
@@ -209,7 +202,6 @@ class _Ours(_Idle):
             experts.topology,
             rank=experts.rank,
             transport=transport,
-            options=UpdateOptions(operations_per_group=options.operations_per_group),
             on_commit=lambda _: self.commits.update([self._updater.statistics().step]),
         )
         self._targets = experts.targets

@@ -388,7 +388,7 @@ def _covered_us(spans: Sequence[tuple[float, float]]) -> float:
 
 _SERVING = (
     *("--layers", "58", "--tokens", "1024", "--steps", "500", "--runs", "2"),
-    *("--updates", "4", "--mb-per-step", "25", "--operations-per-group", "8", "--switch-interval-ms", "0.1"),
+    *("--updates", "4", "--mb-per-step", "25", "--switch-interval-ms", "0.1"),
 )
 """DeepSeek-V3 has 58 layers with experts. With so many tokens, steps are as long as those of a model that is served."""
 
