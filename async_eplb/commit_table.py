@@ -1,4 +1,4 @@
-"""A layer's commit as a table of equal chunks, so that one kernel launch can do all of it.
+"""A layer's commit, and its own slots' way to staging, as tables of equal chunks: one kernel launch does all of one.
 
 The table is made while the layer is being staged and waits beside the layer's slots in its staging buffer, together
 with the layer's new map rows. So committing needs nothing from the host but the launch.
@@ -96,16 +96,21 @@ class CommitTables:
         slots_to_live = self._segments(row, committed_slots(plan), buffer.addresses, self._weights_at(row))
         counter = increment(self._expert_map.layer_generation[row].data_ptr())
         segments = np.concatenate([slots_to_live, np.array(maps_to_live, dtype=np.int64)])
-        tables = np.concatenate([to_staging, counter, chunk_table(segments)])
-        packed = torch.empty(tables_start + tables.nbytes, dtype=torch.uint8, pin_memory=spare.is_cuda)
+        to_live = np.concatenate([counter, chunk_table(segments)])
+        second_start = tables_start + _aligned(to_staging.nbytes)
+        packed = torch.empty(second_start + to_live.nbytes, dtype=torch.uint8, pin_memory=spare.is_cuda)
         content = packed.numpy()
         for start, new in zip(starts, rows, strict=True):
             content[start : start + new.nbytes] = new.numpy().reshape(-1).view(np.uint8)
-        content[tables_start:] = tables.reshape(-1).view(np.uint8)
+        for start, table in ((tables_start, to_staging), (second_start, to_live)):
+            content[start : start + table.nbytes] = table.reshape(-1).view(np.uint8)
         # The pinned memory is reused only after this copy, which torch's allocator of pinned memory sees to.
         spare[: packed.nbytes].copy_(packed, non_blocking=True)
-        on_device = spare[tables_start : packed.nbytes].view(torch.int64).view(-1, _COLUMNS)
-        return on_device[: len(to_staging)], on_device[len(to_staging) :]
+        first, second = (
+            spare[start : start + table.nbytes].view(torch.int64).view(-1, _COLUMNS)
+            for start, table in ((tables_start, to_staging), (second_start, to_live))
+        )
+        return first, second
 
     def _weights_at(self, row: int) -> Callable[[Sequence[int]], npt.NDArray[np.int64]]:
         return partial(self._weights.addresses, row)
@@ -136,7 +141,7 @@ class CommitTables:
         each = most_chunks(np.stack([live, np.zeros_like(live), nbytes], axis=-1)).reshape(live.shape)
         to_staging = num_slots * each.max(axis=0).sum()
         entries = 1 + int(to_staging + each.sum() + most_chunks(np.array(maps_to_live, dtype=np.int64)).sum())
-        return sum(_aligned(published.nbytes) for published in maps) + entries * _ENTRY_NBYTES
+        return sum(_aligned(published.nbytes) for published in maps) + entries * _ENTRY_NBYTES + VECTOR_NBYTES
 
 
 def _pieces(segments: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

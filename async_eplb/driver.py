@@ -166,7 +166,9 @@ class Driver:
         with self._lock:
             self._agreement.staged += staged
             self._agreement.committed += committed
-        self._wake()
+            is_eager = self._agreement.is_eager()
+        if is_eager:
+            self._wake()
 
     def offer(self, parts: int) -> None:
         """Say that one more layer can be launched here, in so many parts."""

@@ -1,4 +1,7 @@
-"""The commit on CUDA as one kernel launch, with Triton. Imported only where both are there."""
+"""The commit on CUDA, and own slots' way to staging, as one kernel launch each.
+
+With Triton; imported only where both are there.
+"""
 
 from collections.abc import Callable
 
@@ -35,18 +38,18 @@ def _commit_chunk(table):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
     if amount > 0:
         # The hints make loads and stores 16 bytes wide.
         num_words = tl.multiple_of(_VECTOR_WORDS * amount, _VECTOR_WORDS)
-        staged = tl.multiple_of(src.to(tl.pointer_type(tl.int64)), 16)
-        live = tl.multiple_of(dst.to(tl.pointer_type(tl.int64)), 16)
+        source = tl.multiple_of(src.to(tl.pointer_type(tl.int64)), 16)
+        target = tl.multiple_of(dst.to(tl.pointer_type(tl.int64)), 16)
         for start in range(0, num_words, _CHUNK_WORDS):
             words = start + tl.arange(0, _CHUNK_WORDS)
             inside = words < num_words
-            tl.store(live + words, tl.load(staged + words, mask=inside), mask=inside)
+            tl.store(target + words, tl.load(source + words, mask=inside), mask=inside)
     elif amount < 0:
         offsets = tl.arange(0, _CHUNK_BYTES)
         inside = offsets < -amount
-        staged = src.to(tl.pointer_type(tl.int8)) + offsets
-        live = dst.to(tl.pointer_type(tl.int8)) + offsets
-        tl.store(live, tl.load(staged, mask=inside), mask=inside)
+        source = src.to(tl.pointer_type(tl.int8)) + offsets
+        target = dst.to(tl.pointer_type(tl.int8)) + offsets
+        tl.store(target, tl.load(source, mask=inside), mask=inside)
     else:
         counter = dst.to(tl.pointer_type(tl.int64))
         tl.store(counter, tl.load(counter) + 1)

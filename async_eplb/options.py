@@ -16,8 +16,8 @@ class UpdateOptions:
     :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
         commit; ``"checksum"``: a checksum of its bytes too
     :param planner: how the sources of transfers are chosen, and how many peers a rank talks with at a time
-    :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, and one
-        more where the planner relays: the layer that is passed on
+    :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, 3 for
+        the next transfer to begin without a pause, and one more where the planner relays: the layer that is passed on
     :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
         posts no more at one step boundary, which bounds the serving thread's time
     :param transfer_timeout_s: deadline of one layer's exchange, and of its second hop, in seconds

@@ -14,7 +14,7 @@ from async_eplb.accounting import Stopwatch, Tally, transfer_event
 from async_eplb.agreement import Ballot, LaunchRule, Mode
 from async_eplb.commit import Committer
 from async_eplb.device import Device, DeviceEvent
-from async_eplb.errors import EplbError, UpdateStalled
+from async_eplb.errors import UpdateStalled
 from async_eplb.events import (
     LayerCommitted,
     LayerDecided,
@@ -310,17 +310,16 @@ class LayerStages:
         """
         deadline = current_time() + self._options.transfer_timeout_s
         for pending in layer.pending[hop]:
-            try:
-                await pending.wait(max(deadline - current_time(), 0.001))
-            finally:
-                if hop == 0:
-                    self._started.remove(pending)
+            await pending.wait(max(deadline - current_time(), 0.001))
+            if hop == 0:
+                self._started.remove(pending)
 
     async def settle(self) -> None:
-        """Wait for what was started and nobody will receive, for it may write to staging until then."""
+        """Wait for what was started and has not arrived, for it may write to staging until then."""
+        deadline = current_time() + self._options.transfer_timeout_s
         for pending in self._started:
-            with suppress(EplbError):
-                await pending.wait(self._options.transfer_timeout_s)
+            with suppress(Exception):  # the update has failed already
+                await pending.wait(max(deadline - current_time(), 0.001))
         self._started.clear()
 
     async def stage(self, layer: LayerInFlight) -> None:

@@ -124,6 +124,8 @@ class StagingPool:
             return
         for buffer in self.buffers:
             buffer.consumed.synchronize()
+        with self._device.transferring():  # which is behind what an update that failed has still under way
+            self._device.record().synchronize()
         self._cut(0)
         self._device.empty_cache()
         self._cut(layer_nbytes)

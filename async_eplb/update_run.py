@@ -2,8 +2,9 @@
 
 ::
 
-    plan      N+2 ──(0 slots)──┐
-    load      N+1 ──(0 slots)──┤ staging pool: backpressure
+    plan      N+3 ──(0 slots)──┐
+    load      N+2 ──(0 slots)──┤ staging pool: backpressure
+    launch    N+1 ──(0 slots)──┤ so that the device begins it when N has arrived
     transfer               N ──┤
     relay                  N ──┤ what crossed nodes once is passed on, while N+1 is being transferred
     agree                  N ──┤ control rounds, likewise
@@ -339,6 +340,7 @@ class UpdateRun:
                 with self._watchdog.doing("transfer", index, "waiting for its launch"):
                     if not await self._is_launched(layer, index):
                         return
+                with self._watchdog.doing("transfer", index, "starting"):
                     await self.stages.start(layer)
                 try:
                     await launched.send(layer)

@@ -104,7 +104,9 @@ class ExpertUpdater:
         self._logger = (logger or default_logger()).bind(run_id=self.run_id)
         self._on_layer = on_commit or (lambda _layer: None)
         self._verifier = Verifier(Verify(self.options.verify), weights, rank)
+        written = self._device.record()
         with self._device.committing():
+            self._device.wait(written)
             self._verifier.warm_up()
         require_groups(self._verifier.weights, self.options)
         self._transport = transport

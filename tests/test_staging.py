@@ -70,14 +70,14 @@ def test_a_buffer_changes_state_by_the_table_only(before: BufferState, after: Bu
 
 
 def test_the_cache_is_emptied_before_staging_is_allocated() -> None:
-    """When the pool is first used or grows, after the last copies out of its buffers."""
+    """When the pool is first used or grows, after the last copies out of its buffers, and into them."""
     device = RecordingDevice()
     pool = StagingPool(2, device)
     pool.reserve(1024)
-    waits = ["synchronize"] * 2
+    waits = ["synchronize"] * 3
     assert device.calls == [*waits, "empty cache", "allocate 2048"]
     pool.reserve(2048)
-    assert device.calls[4:] == [*waits, "empty cache", "allocate 4096"]
+    assert device.calls[5:] == [*waits, "empty cache", "allocate 4096"]
 
 
 def test_a_reservation_that_fits_costs_nothing() -> None:

@@ -8,7 +8,8 @@ Who may touch what, and when:
   A one-sided transport makes nothing of a send: the receiver reads the peer's live weights itself, which it may only
   when the peer has granted the layer (:attr:`Transport.launch_rule`).
 - Messages match by peer, row, hop and tag, so both sides must describe them alike; sizes must be equal.
-- The second hop of a row and the first of the next may be under way at once, and neither waits for the other.
+- The second hop of a row and the first of the next may be under way at once, and neither waits for the other. The next
+  row's first hop may be launched, and started, while one is under way; it may wait for that.
 - A launched exchange is finished or its transport is broken: there is no way to take part of it back.
 """
 

@@ -1,14 +1,15 @@
 """A transport for GPUs of one host: receivers pull peers' live weights with plain copies. No kernels, no rendezvous.
 
 Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
-then a copy from the mapping to staging, on the transfer stream, and needs nothing of the peer but its earlier word
-that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot deadlock with anything that the model runs.
+then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. It needs nothing of the
+peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot deadlock with anything
+that the model runs.
 """
 
 import json
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,7 +23,7 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
-from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.cuda_ipc import Copy, CudaIpc, PeerMemory
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
@@ -122,6 +123,8 @@ class CopyEngineTransport(Member):
     def abort(self) -> None:
         """Break the transport. Copies under way end by themselves; peers are not disturbed."""
         self._state = "broken"
+        if self._link is not None:
+            self._link.hold_up()
 
     async def aclose(self) -> None:
         """Unmap the weights of all other ranks, and wait until they have unmapped this one's."""
@@ -186,8 +189,7 @@ class _Pull:
         self._end = self._link.pull(self._exchange)
 
     def _finish(self, deadline: float) -> None:
-        if self._end is not None:
-            until_passed(self._end, deadline)
+        until_passed(self._end or self._link.end, deadline)
         if self._end is None or self._transport._state != "open":
             raise RuntimeError(f"{self._transport!r} did not move everything")
 
@@ -239,6 +241,8 @@ class _Link:
         self.workers = workers
         self._memory = memory
         self._device = device
+        self.end = device.record()
+        """Of all copies so far."""
         self._mappings: list[int] = []
         self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
@@ -279,10 +283,10 @@ class _Link:
 
     def warm_up(self) -> None:
         """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
-        target = self._device.allocate(1)
         with self._device.transferring():
-            end = self._memory.copy([(target.data_ptr(), address, 1) for address in self._mappings])
-        end.synchronize()
+            target = self._device.allocate(1)
+            self._copy([(target.data_ptr(), address, 1) for address in self._mappings])
+        self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
         """Enqueue all that an exchange receives, behind the transfer stream; return its end."""
@@ -291,13 +295,29 @@ class _Link:
             (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes) for message in messages
         ]
         with self._device.transferring():
-            return self._memory.copy(copies)
+            self._copy(copies)
+        return self.end
+
+    def hold_up(self) -> None:
+        """Let the transfer stream, and so who fills staging next, wait for copies that nobody waits for any more."""
+        with self._device.transferring():
+            self._device.wait(self.end)
 
     def close(self) -> None:
-        """Unmap everything."""
+        """Unmap everything, unless copies are still under way after a while: these must not lose their source."""
         self._places.clear()
+        try:
+            until_passed(self.end, time.monotonic() + _CLOSE_TIMEOUT_S)
+        except TimeoutError:
+            return
         while self._mappings:
             self._memory.close(self._mappings.pop())
+
+    def _copy(self, copies: Sequence[Copy]) -> None:
+        try:
+            self._memory.copy(copies)
+        finally:
+            self.end = self._memory.end()
 
     def _open(self, peer: int, handle: bytes) -> int:
         try:

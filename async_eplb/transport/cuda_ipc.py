@@ -32,8 +32,12 @@ class PeerMemory(Protocol):
         """Undo an :meth:`open`. Nothing may read there any more."""
         ...
 
-    def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
-        """Enqueue copies behind the current stream, which does not wait for them, in any order; return their end."""
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies behind the current stream, which does not wait for them, in any order."""
+        ...
+
+    def end(self) -> DeviceEvent:
+        """Return the end of all copies so far, also of those before one that could not be enqueued."""
         ...
 
 
@@ -59,8 +63,8 @@ _SIGNATURES = {
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 _RANGE_START_ADDR = 11
 _LAZY_ENABLE_PEER_ACCESS = 1
-_MOST_COPIES = 1024
-"""To be enqueued without a look at the device, whose streams each take about as many: a full one blocks the caller."""
+_MANY_COPIES = 1024
+"""A stream takes about as many before it blocks who enqueues more; two layers can be under way."""
 
 
 class CudaIpc:
@@ -77,11 +81,10 @@ class CudaIpc:
             self._driver = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise RuntimeError(f"there is no CUDA driver ({error})") from error
-        for function, arguments in _SIGNATURES.items():
-            getattr(self._driver, function).argtypes = arguments
-        # It keeps the interpreter's lock: to take that back after each of hundreds of calls takes longer than they do.
-        self._memcpy = ctypes.PyDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
-        self._memcpy.argtypes = _SIGNATURES["cuMemcpyDtoDAsync_v2"]
+        self._driver_with_lock = ctypes.PyDLL("libcuda.so.1")
+        for driver in (self._driver, self._driver_with_lock):
+            for function, arguments in _SIGNATURES.items():
+                getattr(driver, function).argtypes = arguments
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuInit", 0)
@@ -119,17 +122,23 @@ class CudaIpc:
         with self._entered():
             self._call("cuIpcCloseMemHandle", address)
 
-    def copy(self, copies: Sequence[Copy]) -> DeviceEvent:
-        """Enqueue copies on several streams, on each about as many bytes. Blocks where there are too many at once."""
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Enqueue copies on several streams, on each about as many bytes.
+
+        To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
+        unless there are so many that a full stream could block the call.
+        """
+        driver = self._driver if len(copies) > _MANY_COPIES else self._driver_with_lock
+        memcpy = driver.cuMemcpyDtoDAsync_v2
         loads = [[0, handle] for handle in self._streams.forked()]
-        for start in range(0, len(copies), _MOST_COPIES):
-            if start:
-                self._streams.joined().synchronize()
-            with self._entered():
-                for target, source, nbytes in copies[start : start + _MOST_COPIES]:
-                    least = min(loads)
-                    least[0] += nbytes
-                    self._check("cuMemcpyDtoDAsync", self._memcpy(target, source, nbytes, least[1]))
+        with self._entered():
+            for target, source, nbytes in copies:
+                least = min(loads)
+                least[0] += nbytes
+                self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+
+    def end(self) -> DeviceEvent:
+        """Return the end of all streams' copies."""
         return self._streams.joined()
 
     @contextmanager
