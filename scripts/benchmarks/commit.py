@@ -31,13 +31,13 @@ from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from benchmarks._device_time import device_time_ms
 from benchmarks._expert import EXPERT_TENSORS
 
 _CASES = ((9, 9), (36, 36), (7, 36))
 """(slots that change, slots of a rank)"""
 _NUM_ROWS = 2
 _NUM_WARM_UPS = 30
-_SLEEP_CYCLES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _measure(case: str, device: CudaDevice, changed: int, slots: int, num_runs: 
     for number in range(-_NUM_WARM_UPS, num_runs):
         for way in ways:
             call = way.runs[number % _NUM_ROWS]
-            on_device, on_host = _device_ms(call), _host_us(call)
+            on_device, on_host = device_time_ms(call), _host_us(call)
             if number >= 0:
                 device_ms[way.name].append(on_device)
                 host_us[way.name].append(on_host)
@@ -159,16 +159,6 @@ class _Rank:
 
     def _random(self, nbytes: int) -> Tensor:
         return self._device.allocate(nbytes).random_(0, 256)
-
-
-def _device_ms(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
 
 
 def _host_us(call: Callable[[], object]) -> float:

@@ -29,10 +29,10 @@ from async_eplb.checksum import plain_checksums
 from async_eplb.device import Device, device_for
 from async_eplb.staging import StagingPool
 from async_eplb.verify import Verifier, Verify, checksums
+from benchmarks._device_time import device_time_ms
 
 _NUM_ROWS = 2
 _NUM_WARM_UPS = 10
-_SLEEP_CYCLES = 10_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,10 +153,4 @@ def _timed(device: Device, call: Callable[[], object]) -> tuple[float, float]:
 def _device_us(device: Device, call: Callable[[], object]) -> float:
     if device.torch_device.type == "cpu":
         return _timed(device, call)[0]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
+    return device_time_ms(call) * 1e3
