@@ -1,0 +1,109 @@
+"""What a pull has enqueued, whatever became of the rest: who waits for it, and what is kept for it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from shared_memory import SharedMemory
+
+from async_eplb import ExpertWeights
+from async_eplb.device import DeviceEvent
+from async_eplb.transport import Exchange, Message, MessageGroup, copy_engine
+from async_eplb.transport.copy_engine import Offer, _Link
+from async_eplb.transport.cuda_ipc import Copy
+from async_eplb.workers import ThreadWorkers
+
+
+class End:
+    """The end of copies on a device, for a test to bring about."""
+
+    passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        assert self.passed
+
+
+class LateMemory(SharedMemory):
+    """Enqueues copies, as far as it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = End()
+        self.last.passed = True
+        self.left = 100
+        self.on_stream = ""
+        self.waits: list[tuple[str, DeviceEvent]] = []
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        self.on_stream = "transfer"
+        yield
+        self.on_stream = ""
+
+    def wait(self, event: DeviceEvent) -> None:
+        self.waits.append((self.on_stream, event))
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        assert self.on_stream == "transfer"
+        for _ in copies:
+            if not self.left:
+                raise RuntimeError("the driver takes no more")
+            self.left -= 1
+            self.last = End()
+
+    def end(self) -> DeviceEvent:
+        return self.last
+
+
+def link_of_two() -> tuple[LateMemory, _Link, Exchange]:
+    """Return a link that has mapped one peer, and an exchange of three messages from it."""
+    memory = LateMemory()
+    weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
+    link = _Link(memory, memory, ThreadWorkers())
+    mine = link.offer(weights)
+    peers = Offer(mine.host, mine.host_name, mine.handles, mine.slots)
+    link.map([mine, peers], 0, within_host=False)
+    staging = torch.empty(3, 8, dtype=torch.uint8)
+    recvs = tuple(Message(1, tag, staging[tag], slot=tag) for tag in range(3))
+    return memory, link, Exchange(0, (MessageGroup((), recvs),))
+
+
+def test_a_pull_ends_with_its_last_copy() -> None:
+    """And nothing has to wait for what ended before."""
+    memory, link, exchange = link_of_two()
+    assert link.end.query()
+    assert link.pull(exchange) is link.end is memory.last
+    assert not link.end.query()
+
+
+def test_what_was_enqueued_before_an_error_has_an_end() -> None:
+    """It writes to staging all the same."""
+    memory, link, exchange = link_of_two()
+    memory.left = 2
+    with pytest.raises(RuntimeError, match="the driver takes no more"):
+        link.pull(exchange)
+    assert link.end is memory.last
+    assert not link.end.query()
+
+
+def test_whoever_fills_staging_next_waits_for_pulls_that_nobody_waits_for() -> None:
+    """On the device: the host may have given up on it."""
+    memory, link, exchange = link_of_two()
+    end = link.pull(exchange)
+    link.hold_up()
+    assert memory.waits == [("transfer", end)]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_what_copies_read_from_stays_mapped(monkeypatch: pytest.MonkeyPatch, *, passes: bool) -> None:
+    """Even if that is for good, because the device hangs."""
+    monkeypatch.setattr(copy_engine, "_CLOSE_TIMEOUT_S", 0.05)
+    memory, link, exchange = link_of_two()
+    link.pull(exchange)
+    memory.last.passed = passes
+    link.close()
+    assert len(memory.mapped) == (0 if passes else 1)
