@@ -430,7 +430,7 @@ class UpdateRun:
             self._news.notify()  # no round follows that would, if a rank is lost
 
     async def _copied(self, index: int) -> Stopwatch:
-        """Return when an agreed layer is copied, or will never be; with the time since."""
+        """Return when an agreed layer is copied, or will never be; with the time since its commit began."""
         watch = Stopwatch()
         if self.mode is Mode.EXCLUSIVE:
             with self._watchdog.doing("commit", index, _COPYING):
@@ -440,7 +440,7 @@ class UpdateRun:
             await self._news.until(lambda: self._driver.taken > index or self._copy_failed)
         with self._watchdog.doing("commit", index, _COPYING):
             await self._news.until(lambda: len(self.committed) > index or self._copy_failed)
-        return Stopwatch()
+        return Stopwatch(self._staged[index].copy_ms)
 
     async def _copy_beside(self, up_to: int) -> None:
         decision = Decision(boundary=0, committed=up_to, launched=0)

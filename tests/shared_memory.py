@@ -28,6 +28,9 @@ class SharedMemory(CpuDevice):
         file = os.memfd_create("weights")
         os.ftruncate(file, max(nbytes, 1))
         memory = _map(file)
+        freed = self._allocations.pop(memory.data_ptr(), None)  # what was mapped at this address is no more
+        if freed is not None:
+            os.close(freed[0])
         self._allocations[memory.data_ptr()] = (file, nbytes)
         return memory[:nbytes]
 

@@ -99,7 +99,8 @@ const timeline = {
       pen.fillStyle = data.colours[stage];
       for (let at = 0; at < rank.length; at++) {
         if (end[at] < this.from || start[at] > this.to) continue;
-        const from = x(start[at]), size = Math.max((end[at] - start[at]) * scale - (scale * (end[at] - start[at]) > 3 ? 0.6 : 0), 0.6);
+        const long = (end[at] - start[at]) * scale;
+        const from = long < 1 ? Math.floor(x(start[at])) : x(start[at]), size = Math.max(long - (long > 3 ? 0.6 : 0), 1);
         pen.fillRect(from, rank[at] * lane + (full ? 0 : index * inner), size, full ? Math.max(lane * 0.86, 0.8) : inner * 0.94);
       }
     });
