@@ -145,7 +145,7 @@ class LayerStages:
 
         :raises UnheldExpert: if the new placement needs an expert that nobody holds
         """
-        watch = self._since_staged = Stopwatch()
+        watch = self._since_staged = self._since_committed = Stopwatch()
         self._rows = tuple(rows)
         self._update = await self._workers.run("transfer", self._plan_update)
         self.tally.plan_ms += watch.ms()
@@ -376,6 +376,7 @@ class LayerStages:
             layer.buffer.consumed.synchronize()
             self._check_live(layer.planned)
 
+        watch = min(watch, self._since_committed, key=Stopwatch.ms)
         wait_ms = layer.watch.ms() - watch.ms()
         if self._verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():
             await self._workers.run("finish", complete)
@@ -396,6 +397,7 @@ class LayerStages:
         for source in moved:
             self.tally.nbytes_by_source[source] += layer.nbytes // len(moved)
         emit(self._logger, committed)
+        self._since_committed = Stopwatch()
         return committed
 
     @property

@@ -274,6 +274,30 @@ def test_a_wait_at_a_fence_is_logged_completely() -> None:
     assert 0 < logged["eplb.layer.committed"]["copy_ms"] < 10_000
 
 
+def test_commits_that_are_launched_together_take_turns() -> None:
+    """The time of each begins where the one before ends, so that none counts twice."""
+    alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
+    old, new = (ExpertPlacement.from_mapping([row] * 3) for row in ([0, 1, 2, 3], [3, 2, 1, 0]))
+    capture = LogCapture()
+    logger = structlog.wrap_logger(None, processors=[capture])
+
+    async def serve() -> None:
+        options = UpdateOptions(staging_depth=3)
+        async with memory_world(old, alone, schedule=SCHEDULE, options=options, loggers=[logger]) as ranks:
+            handle = ranks[0].updater.begin(new)
+            while not handle.done:
+                await anyio.sleep(100.0)
+                for _ in range(5):
+                    await ranks[0].updater.step()
+
+    trio.run(serve, clock=trio.testing.MockClock(autojump_threshold=0))
+    commits = [entry for entry in capture.entries if entry["event"] == "eplb.layer.committed"]
+    assert len(commits) == 3
+    assert commits[0]["duration_ms"] == pytest.approx(commits[0]["copy_ms"])
+    assert [commit["duration_ms"] for commit in commits[1:]] == [0.0, 0.0]
+    assert sum(commit["copy_ms"] for commit in commits[1:]) > 0.0
+
+
 def test_a_stall_is_logged_completely() -> None:
     """Nobody steps, so the layer that all ranks have staged is never committed."""
     alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
