@@ -100,7 +100,8 @@ class ExpertMap:
         row = placement.physical_to_logical_map[layer]
         replicas = logical_to_all_physical(row, placement.num_logical_experts, self.max_replicas)
         counts = (replicas != EMPTY_SLOT).sum(axis=1)
-        dispatch = dispatch_map(replicas, self._topology, self._rank, seed=self._seed + layer)
+        taken = replicas[:, : max(1, counts.max(initial=0))]
+        dispatch = dispatch_map(taken, self._topology, self._rank, seed=self._seed + layer)
         values = (row, replicas, counts, dispatch)
         together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
         if self.physical_to_logical_map.is_cuda:

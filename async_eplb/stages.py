@@ -1,7 +1,6 @@
 """What happens to one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -231,7 +230,7 @@ class LayerStages:
         planned = await self._workers.run("plan", make_plan)
         duration_ms = watch.ms()
         self.tally.plan_ms += duration_ms
-        counts = Counter(planned.plan.slot_sources)
+        counts = planned.plan.source_counts
         emit(
             self._logger,
             LayerPlanned(
@@ -380,7 +379,7 @@ class LayerStages:
         wait_ms = layer.watch.ms() - watch.ms()
         if self._verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():
             await self._workers.run("finish", complete)
-        moved = [source for source in layer.planned.plan.slot_sources if source in _MOVING]
+        moved = {source: count for source, count in layer.planned.plan.source_counts.items() if source in _MOVING}
         committed = LayerCommitted(
             generation=self._generation,
             rank=self.rank,
@@ -389,13 +388,14 @@ class LayerStages:
             duration_ms=watch.ms(),
             copy_ms=layer.copy_ms,
             wait_ms=wait_ms,
-            num_slots=len(moved),
+            num_slots=sum(moved.values()),
             nbytes=layer.nbytes,
         )
         self.tally.commit_ms += committed.duration_ms
         self.tally.wait_ms += wait_ms
-        for source in moved:
-            self.tally.nbytes_by_source[source] += layer.nbytes // len(moved)
+        for source, count in moved.items():
+            if count:
+                self.tally.nbytes_by_source[source] += layer.nbytes // committed.num_slots * count
         emit(self._logger, committed)
         self._since_committed = Stopwatch()
         return committed
@@ -423,8 +423,8 @@ class LayerStages:
         )
 
     def _hops(self, planned: PlannedLayer, buffer: StagingBuffer) -> tuple[Exchange, ...]:
-        live = self._live_slots(planned.row)
         posted, plan = planned.posted, planned.plan
+        one_sided_peers = self._transport.one_sided_peers
         sends: list[list[Message]] = [[] for _ in range(posted.num_groups)]
         recvs: list[list[Message]] = [[] for _ in range(posted.num_groups)]
 
@@ -433,7 +433,9 @@ class LayerStages:
                 yield Message(peer, expert * len(parts) + index, data, tensor=index, slot=slot)
 
         for send, group in zip(plan.sends, posted.send_groups, strict=True):
-            sends[group] += tagged(send.logical_expert, send.dst_rank, live[send.src_slot], send.src_slot)
+            if send.dst_rank not in one_sided_peers:
+                live = self._weights.slot_views(planned.row, send.src_slot)
+                sends[group] += tagged(send.logical_expert, send.dst_rank, live, send.src_slot)
         for relay, group in zip(plan.relays, posted.relay_groups, strict=True):
             staged = buffer.views(relay.src_slot)
             sends[group] += tagged(relay.logical_expert, relay.dst_rank, staged, relay.src_slot)
@@ -444,10 +446,6 @@ class LayerStages:
         first, second = groups[: posted.num_first], groups[posted.num_first :]
         hops = (first, second) if second else (first,)
         return tuple(Exchange(planned.row, groups, hop) for hop, groups in enumerate(hops))
-
-    def _live_slots(self, row: int) -> list[tuple[Tensor, ...]]:
-        """Return the live bytes of each slot, one tensor for each of the weights' tensors."""
-        return [*zip(*(view.unbind() for view in self._weights.views(row)), strict=True)]
 
     def _mark(self, planned: PlannedLayer) -> None:
         experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]
@@ -464,8 +462,8 @@ class LayerStages:
     def _check_live(self, planned: PlannedLayer) -> None:
         if self._verifier.mode is Verify.OFF:
             return
-        live = self._live_slots(planned.row)
-        content = {slot: live[slot] for slot, source in enumerate(planned.plan.slot_sources) if source in _MOVING}
+        sources = enumerate(planned.plan.slot_sources)
+        content = {slot: self._weights.slot_views(planned.row, slot) for slot, source in sources if source in _MOVING}
         with self._device.committing():
             self._verifier.check(planned.row, self._experts(planned), content, "live")
 

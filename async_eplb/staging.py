@@ -51,13 +51,13 @@ class StagingBuffer:
         self.spare: Tensor = memory[:0]
         """Memory beside the slots, uint8, aligned as they are; what commits the layer may keep there."""
         self._memory = memory
-        self._views: dict[int, tuple[Tensor, ...]] = {}
         self._places: dict[int, int] = {}
+        self._blocks_and_gaps: list[int] = []
         self._offsets: list[int] = []
         self._stride = 0
 
     def __repr__(self) -> str:
-        return f"<StagingBuffer {self.index} {self.state.value}: slots {sorted(self._views)}>"
+        return f"<StagingBuffer {self.index} {self.state.value}: slots {sorted(self._places)}>"
 
     def enter(self, state: BufferState) -> None:
         """Change state.
@@ -70,13 +70,10 @@ class StagingBuffer:
 
     def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
         """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
-        number = len(slot_nbytes)
         *self._offsets, self._stride = accumulate((_aligned(nbytes) for nbytes in slot_nbytes), initial=0)
-        end = len(slots) * self._stride
-        blocks_and_gaps = [size for nbytes in slot_nbytes for size in (nbytes, _aligned(nbytes) - nbytes)]
-        blocks = self._memory[:end].split_with_sizes(blocks_and_gaps * len(slots))[::2] if slots else ()
+        self._blocks_and_gaps = [size for nbytes in slot_nbytes for size in (nbytes, _aligned(nbytes) - nbytes)]
         self._places = {slot: place for place, slot in enumerate(slots)}
-        self._views = {slot: blocks[i * number : (i + 1) * number] for slot, i in self._places.items()}
+        end = len(slots) * self._stride
         self.spare = self._memory[end : end + spare_nbytes]
 
     def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -86,7 +83,8 @@ class StagingBuffer:
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
-        return self._views[slot]
+        start = self._places[slot] * self._stride
+        return self._memory[start : start + self._stride].split_with_sizes(self._blocks_and_gaps)[::2]
 
 
 class StagingPool:

@@ -166,7 +166,7 @@ def _weights(transport: Transport, device: Device) -> ExpertWeights:
 def _exchange(
     transport: Transport, device: Device, weights: ExpertWeights, seed: int
 ) -> tuple[Exchange, list[list[torch.Tensor]]]:
-    """Fill a row, and return an exchange in which all ranks send it to all others, and what they must receive."""
+    """Fill a row, and return an exchange by which all ranks get it from all others, and what they must receive."""
     row = seed % _NUM_ROWS
     views = weights.views(row)
     groups, expected = [], []
@@ -180,7 +180,8 @@ def _exchange(
                 slot, peers_slot = (rank + transport.num_ranks * number for rank in (peer, transport.rank))
                 with device.transferring():
                     views[tensor][slot].copy_(_content(seed, number, transport.rank, peer, tensor, size))
-                sends.append(Message(peer, tag, views[tensor][slot], tensor=tensor, slot=slot))
+                if peer not in transport.one_sided_peers:
+                    sends.append(Message(peer, tag, views[tensor][slot], tensor=tensor, slot=slot))
                 contents.append(_content(seed, number, peer, transport.rank, tensor, size))
                 recvs.append(Message(peer, tag, device.allocate(size), tensor=tensor, slot=peers_slot))
         groups.append(MessageGroup(tuple(sends), tuple(recvs)))

@@ -50,6 +50,10 @@ class ExpertWeights:
         """Return a row's tensors as uint8 ``[local physical experts, bytes of a slot]``, sharing their memory."""
         return self._views[row]
 
+    def slot_views(self, row: int, slot: int) -> tuple[Tensor, ...]:
+        """Return one slot of each tensor of a row as uint8 ``[bytes]``, sharing its memory."""
+        return tuple(view.select(0, slot) for view in self._views[row])
+
     def slot_nbytes(self, row: int) -> tuple[int, ...]:
         """Return the bytes of one slot in each tensor of a row."""
         return tuple(view.shape[1] for view in self._views[row])

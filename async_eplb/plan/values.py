@@ -73,6 +73,11 @@ class LayerPlan:
     relays: tuple[Send, ...] = ()
 
     @property
+    def source_counts(self) -> dict[SlotSource, int]:
+        """How many slots have each source."""
+        return {source: self.slot_sources.count(source) for source in SlotSource}
+
+    @property
     def staged_slots(self) -> tuple[int, ...]:
         """The slots that pass through staging, in ascending order."""
         received = [recv.dst_slot for recv in self.recvs]

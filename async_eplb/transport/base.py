@@ -5,8 +5,8 @@ Who may touch what, and when:
 - A send reads live weights in place. They must not change from :meth:`Transport.launch` until the layer is staged
   on every rank; the agreement sees to that.
 - A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
-  A one-sided transport makes nothing of a send: the receiver reads the peer's live weights itself, which it may only
-  when the peer has granted the layer (:attr:`Transport.launch_rule`).
+  One-sided receivers read the peer's live weights themselves, which they may only when the peer has granted the layer
+  (:attr:`Transport.launch_rule`); there are no sends to them (:attr:`Transport.one_sided_peers`).
 - Messages match by peer, row, hop and tag, so both sides must describe them alike; sizes must be equal.
 - The second hop of a row and the first of the next may be under way at once, and neither waits for the other. The next
   row's first hop may be launched, and started, while one is under way; it may wait for that.
@@ -15,7 +15,7 @@ Who may touch what, and when:
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,8 +26,7 @@ from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Message:
+class Message(NamedTuple):
     """Bytes to or from one peer.
 
     :param peer: rank in the EP group
@@ -141,6 +140,11 @@ class Transport(Protocol):
     @property
     def needs_ordered_launch(self) -> bool:
         """Whether launches must have the same order as the model's own collectives on every rank."""
+        ...
+
+    @property
+    def one_sided_peers(self) -> Collection[int]:
+        """Peers that read this rank's live weights themselves, as it reads theirs; known once the transport is open."""
         ...
 
     @property

@@ -66,7 +66,7 @@ class CopyEngineTransport(Member):
         return f"<CopyEngineTransport rank {self._rank} of {self._num_ranks}, {self._state}>"
 
     @property
-    def peers(self) -> frozenset[int]:
+    def one_sided_peers(self) -> frozenset[int]:
         """Ranks whose weights are mapped."""
         return frozenset() if self._link is None else self._link.peers
 

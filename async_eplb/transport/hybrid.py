@@ -67,6 +67,11 @@ class HybridTransport:
         """Whether the part between hosts does."""
         return self._far.needs_ordered_launch
 
+    @property
+    def one_sided_peers(self) -> frozenset[int]:
+        """The other ranks of this host."""
+        return self._near.one_sided_peers
+
     async def open(
         self,
         device: Device,
@@ -90,7 +95,7 @@ class HybridTransport:
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post what goes between hosts, and prepare to pull the rest."""
-        peers = self._near.peers
+        peers = self._near.one_sided_peers
         far = self._far.launch(self._between_hosts(exchange))
         return _Both(self, self._near.launch(_part(exchange, lambda message: message.peer in peers)), far)
 
@@ -107,7 +112,7 @@ class HybridTransport:
             await self._near.aclose()
 
     def _between_hosts(self, exchange: Exchange) -> Exchange:
-        peers = self._near.peers
+        peers = self._near.one_sided_peers
         return _part(exchange, lambda message: message.peer not in peers)
 
 

@@ -4,7 +4,7 @@ import random
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import anyio
@@ -191,6 +191,11 @@ class MemoryTransport:
         """Whether the schedule says so."""
         return self.launch_rule.needs_order
 
+    @property
+    def one_sided_peers(self) -> frozenset[int]:
+        """All others, if the schedule grants launches."""
+        return frozenset(range(self.num_ranks) if self.launch_rule.needs_grant else ()) - {self._rank}
+
     async def open(
         self,
         device: Device,  # noqa: ARG002 - the world's time is its schedule's
@@ -308,8 +313,7 @@ class _OneSidedExchange(_MemoryExchange):
     """Reads what peers have in their slots whenever a message is due, whether they have launched, or have gone."""
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
-        pulls = tuple(MessageGroup((), group.recvs) for group in exchange.groups)
-        super().__init__(world, rank, replace(exchange, groups=pulls))
+        super().__init__(world, rank, exchange)
         self._peers = frozenset({rank})
 
     async def _receive(self, message: Message) -> None:

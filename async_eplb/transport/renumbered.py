@@ -43,6 +43,11 @@ class RenumberedTransport:
         return self._transport.needs_ordered_launch
 
     @property
+    def one_sided_peers(self) -> frozenset[int]:
+        """The transport's, by their ranks in the EP group."""
+        return frozenset(self._members[place] for place in self._transport.one_sided_peers)
+
+    @property
     def rank(self) -> int:
         """This process in the EP group."""
         return self._members[self._transport.rank]
@@ -95,7 +100,7 @@ class RenumberedTransport:
         return replace(exchange, groups=tuple(groups))
 
     def _to_places(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        return tuple(replace(message, peer=self._place[message.peer]) for message in messages)
+        return tuple(message._replace(peer=self._place[message.peer]) for message in messages)
 
 
 class RenumberedControlGroup:

@@ -56,6 +56,9 @@ class TorchDistTransport(Member):
     def __repr__(self) -> str:
         return f"<TorchDistTransport rank {self._rank} of {self._num_ranks}, {self._backend}, {self._state}>"
 
+    one_sided_peers: frozenset[int] = frozenset()
+    """None: both sides post each message."""
+
     @property
     def launch_rule(self) -> LaunchRule:
         """Ordered with NCCL; it is known which backend it is once the transport is open."""
