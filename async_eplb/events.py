@@ -151,7 +151,9 @@ class LayerCommitted(Event):
     name: ClassVar[str] = "eplb.layer.committed"
 
     layer: Annotated[int, "row of the placement"]
-    duration_ms: Annotated[float, "from its turn, at its launch or when the layer before is committed, until the device has finished it"]
+    duration_ms: Annotated[
+        float, "from its turn, once launched and the one before done, until the device has finished it"
+    ]
     copy_ms: Annotated[float, "host time of launching it; in the serving mode, of the serving thread"]
     wait_ms: Annotated[float, "from staged on this rank until the commit's turn"]
     num_slots: Annotated[int, "slots written"]

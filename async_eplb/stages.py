@@ -30,7 +30,7 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, PostedLayer, PostedUpdate, SlotSource, plan_update
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
-from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Transport
+from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Pull, Pulls, Transport
 from async_eplb.verify import Verifier, Verify
 from async_eplb.watchdog import Activity
 from async_eplb.workers import Workers
@@ -424,28 +424,32 @@ class LayerStages:
 
     def _hops(self, planned: PlannedLayer, buffer: StagingBuffer) -> tuple[Exchange, ...]:
         posted, plan = planned.posted, planned.plan
-        one_sided_peers = self._transport.one_sided_peers
+        one_sided = self._transport.one_sided_peers
+        pulls: list[Pull] = []
         sends: list[list[Message]] = [[] for _ in range(posted.num_groups)]
         recvs: list[list[Message]] = [[] for _ in range(posted.num_groups)]
 
-        def tagged(expert: int, peer: int, parts: tuple[Tensor, ...], slot: int) -> Iterator[Message]:
+        def tagged(expert: int, peer: int, parts: tuple[Tensor, ...]) -> Iterator[Message]:
             for index, data in enumerate(parts):
-                yield Message(peer, expert * len(parts) + index, data, tensor=index, slot=slot)
+                yield Message(peer, expert * len(parts) + index, data)
 
         for send, group in zip(plan.sends, posted.send_groups, strict=True):
-            if send.dst_rank not in one_sided_peers:
+            if send.dst_rank not in one_sided:
                 live = self._weights.slot_views(planned.row, send.src_slot)
-                sends[group] += tagged(send.logical_expert, send.dst_rank, live, send.src_slot)
+                sends[group] += tagged(send.logical_expert, send.dst_rank, live)
         for relay, group in zip(plan.relays, posted.relay_groups, strict=True):
             staged = buffer.views(relay.src_slot)
-            sends[group] += tagged(relay.logical_expert, relay.dst_rank, staged, relay.src_slot)
+            sends[group] += tagged(relay.logical_expert, relay.dst_rank, staged)
         incoming = zip(plan.recvs, posted.recv_groups, posted.recv_src_slots, strict=True)
         for recv, group, slot in sorted(incoming, key=lambda entry: entry[0].logical_expert):
-            recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot), slot)
+            if recv.src_rank in one_sided:
+                pulls.append(Pull(recv.src_rank, slot, recv.dst_slot))
+            else:
+                recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot))
         groups = tuple(MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
         first, second = groups[: posted.num_first], groups[posted.num_first :]
-        hops = (first, second) if second else (first,)
-        return tuple(Exchange(planned.row, groups, hop) for hop, groups in enumerate(hops))
+        exchange = Exchange(planned.row, first, pulls=Pulls(tuple(pulls), buffer) if pulls else None)
+        return (exchange, Exchange(planned.row, second, hop=1)) if second else (exchange,)
 
     def _mark(self, planned: PlannedLayer) -> None:
         experts = self._old.physical_to_logical_map[planned.row, self._topology.slots_of(self.rank)]

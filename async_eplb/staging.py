@@ -48,11 +48,12 @@ class StagingBuffer:
         self.state = BufferState.FREE
         self.consumed: DeviceEvent = device.record()
         """Recorded after the copies that read this buffer last; whoever fills it next waits for this."""
+        self.slot_nbytes: tuple[int, ...] = ()
+        """Of each tensor."""
         self.spare: Tensor = memory[:0]
         """Memory beside the slots, uint8, aligned as they are; what commits the layer may keep there."""
         self._memory = memory
         self._places: dict[int, int] = {}
-        self._blocks_and_gaps: list[int] = []
         self._offsets: list[int] = []
         self._stride = 0
 
@@ -71,7 +72,7 @@ class StagingBuffer:
     def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
         """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
         *self._offsets, self._stride = accumulate((_aligned(nbytes) for nbytes in slot_nbytes), initial=0)
-        self._blocks_and_gaps = [size for nbytes in slot_nbytes for size in (nbytes, _aligned(nbytes) - nbytes)]
+        self.slot_nbytes = tuple(slot_nbytes)
         self._places = {slot: place for place, slot in enumerate(slots)}
         end = len(slots) * self._stride
         self.spare = self._memory[end : end + spare_nbytes]
@@ -83,8 +84,8 @@ class StagingBuffer:
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
-        start = self._places[slot] * self._stride
-        return self._memory[start : start + self._stride].split_with_sizes(self._blocks_and_gaps)[::2]
+        starts = (self._places[slot] * self._stride + offset for offset in self._offsets)
+        return tuple(self._memory[start : start + n] for start, n in zip(starts, self.slot_nbytes, strict=True))
 
 
 class StagingPool:

@@ -1,7 +1,7 @@
 """What users' tests and ours share: worlds of processes, a transport's conformance, stages of a set duration."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import anyio
@@ -10,7 +10,8 @@ import torch
 from async_eplb.device import Device, device_for
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.launch import World, WorldRank, run_world
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, Transport
+from async_eplb.staging import StagingBuffer, StagingPool
+from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, Pull, Pulls, Transport
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, LoopDoorbell, ThreadWorkers, Workers
 
@@ -82,7 +83,7 @@ async def check_transport(
             transport.prepare(exchange)
             pending = transport.launch(exchange)
         await pending.wait(timeout_s)
-        _compare(f"exchange {number}", transport.rank, exchange, expected)
+        _compare(f"exchange {number}", expected)
     if not transport.launch_rule.needs_grant:
         await _check_hops(transport, device, weights, control, seed=seed, timeout_s=timeout_s)
     voter = _CountingVoter(transport.rank, num_exchanges)
@@ -115,15 +116,22 @@ async def _check_hops(
         tasks.start_soon(pending[0].wait, timeout_s)
         await control.run(_CountingVoter(transport.rank, 1))
         await pending[1].wait(timeout_s)
-    _compare("a second hop", transport.rank, second, expected)
-    _compare("a first hop beside it", transport.rank, first, expected_first)
+    _compare("a second hop", expected)
+    _compare("a first hop beside it", expected_first)
 
 
-def _compare(what: str, rank: int, exchange: Exchange, expected: list[list[torch.Tensor]]) -> None:
-    for group, contents in zip(exchange.groups, expected, strict=True):
-        for message, content in zip(group.recvs, contents, strict=True):
-            where = f"{what}, from rank {message.peer} to {rank}, tag {message.tag}"
-            assert torch.equal(message.data.cpu(), content), f"{where}: bytes differ"  # noqa: S101
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What must be in memory after an exchange, and where it is from."""
+
+    where: str
+    memory: torch.Tensor
+    content: torch.Tensor
+
+
+def _compare(what: str, expected: list[_Expected]) -> None:
+    for each in expected:
+        assert torch.equal(each.memory.cpu(), each.content), f"{what}, {each.where}: bytes differ"  # noqa: S101
 
 
 class _CountingVoter:
@@ -165,30 +173,40 @@ def _weights(transport: Transport, device: Device) -> ExpertWeights:
 
 def _exchange(
     transport: Transport, device: Device, weights: ExpertWeights, seed: int
-) -> tuple[Exchange, list[list[torch.Tensor]]]:
-    """Fill a row, and return an exchange by which all ranks get it from all others, and what they must receive."""
-    row = seed % _NUM_ROWS
-    views = weights.views(row)
+) -> tuple[Exchange, list[_Expected]]:
+    """Fill a row, and return an exchange by which all ranks get it from all others, and what they must get."""
+    row, num_ranks = seed % _NUM_ROWS, transport.num_ranks
+    peers = [peer for peer in range(num_ranks) if peer != transport.rank]
+    pulls = tuple(
+        Pull(peer, transport.rank + num_ranks * number, peer + num_ranks * number)
+        for number in range(_NUM_GROUPS)
+        for peer in peers
+        if peer in transport.one_sided_peers
+    )
+    staging = StagingBuffer(0, device.allocate(StagingPool.layer_nbytes(len(pulls), _SIZES)), device)
+    staging.lay_out([pull.dst_slot for pull in pulls], _SIZES)
     groups, expected = [], []
     for number in range(_NUM_GROUPS):
-        sends, recvs, contents = [], [], []
-        for peer in range(transport.num_ranks):
-            if peer == transport.rank:
-                continue
+        sends, recvs = [], []
+        for peer in peers:
+            slot = peer + num_ranks * number
+            live = weights.slot_views(row, slot)
+            one_sided = peer in transport.one_sided_peers
+            written = staging.views(slot) if one_sided else [device.allocate(size) for size in _SIZES]
             for tensor, size in enumerate(_SIZES):
-                tag = tensor + len(_SIZES) * number
-                slot, peers_slot = (rank + transport.num_ranks * number for rank in (peer, transport.rank))
                 with device.transferring():
-                    views[tensor][slot].copy_(_content(seed, number, transport.rank, peer, tensor, size))
-                if peer not in transport.one_sided_peers:
-                    sends.append(Message(peer, tag, views[tensor][slot], tensor=tensor, slot=slot))
-                contents.append(_content(seed, number, peer, transport.rank, tensor, size))
-                recvs.append(Message(peer, tag, device.allocate(size), tensor=tensor, slot=peers_slot))
+                    live[tensor].copy_(_content(seed, number, transport.rank, peer, tensor, size))
+                content = _content(seed, number, peer, transport.rank, tensor, size)
+                where = f"from rank {peer} to {transport.rank}, group {number}, tensor {tensor}"
+                expected.append(_Expected(where, written[tensor], content))
+                if not one_sided:
+                    tag = tensor + len(_SIZES) * number
+                    sends.append(Message(peer, tag, live[tensor]))
+                    recvs.append(Message(peer, tag, written[tensor]))
         groups.append(MessageGroup(tuple(sends), tuple(recvs)))
-        expected.append(contents)
     with device.transferring():
         device.record().synchronize()
-    return Exchange(row, tuple(groups)), expected
+    return Exchange(row, tuple(groups), pulls=Pulls(pulls, staging) if pulls else None), expected
 
 
 def _content(seed: int, group: int, src: int, dst: int, tensor: int, size: int) -> torch.Tensor:

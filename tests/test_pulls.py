@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from shared_memory import SharedMemory
 
 from async_eplb import ExpertWeights
 from async_eplb.device import DeviceEvent
-from async_eplb.transport import Exchange, Message, MessageGroup, copy_engine
+from async_eplb.staging import StagingBuffer
+from async_eplb.transport import Exchange, Pull, Pulls, copy_engine
 from async_eplb.transport.copy_engine import Offer, _Link
 from async_eplb.transport.cuda_ipc import Copy
 from async_eplb.workers import ThreadWorkers
@@ -37,6 +39,7 @@ class LateMemory(SharedMemory):
         self.left = 100
         self.on_stream = ""
         self.waits: list[tuple[str, DeviceEvent]] = []
+        self.copies: list[Copy] = []
 
     @contextmanager
     def transferring(self) -> Iterator[None]:
@@ -49,9 +52,10 @@ class LateMemory(SharedMemory):
 
     def copy(self, copies: Sequence[Copy]) -> None:
         assert self.on_stream == "transfer"
-        for _ in copies:
+        for copy in copies:
             if not self.left:
                 raise RuntimeError("the driver takes no more")
+            self.copies.append(copy)
             self.left -= 1
             self.last = End()
 
@@ -60,16 +64,16 @@ class LateMemory(SharedMemory):
 
 
 def link_of_two() -> tuple[LateMemory, _Link, Exchange]:
-    """Return a link that has mapped one peer, and an exchange of three messages from it."""
+    """Return a link that has mapped one peer, and an exchange that pulls three slots from it."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
     link = _Link(memory, memory, ThreadWorkers())
     mine = link.offer(weights)
     peers = Offer(mine.host, mine.host_name, mine.handles, mine.slots)
     link.map([mine, peers], 0, within_host=False)
-    staging = torch.empty(3, 8, dtype=torch.uint8)
-    recvs = tuple(Message(1, tag, staging[tag], slot=tag) for tag in range(3))
-    return memory, link, Exchange(0, (MessageGroup((), recvs),))
+    staging = StagingBuffer(0, torch.empty(3 * 256, dtype=torch.uint8), memory)
+    staging.lay_out(range(3), [8])
+    return memory, link, Exchange(0, (), pulls=Pulls(tuple(Pull(1, slot, slot) for slot in range(3)), staging))
 
 
 def test_a_pull_ends_with_its_last_copy() -> None:
@@ -78,6 +82,26 @@ def test_a_pull_ends_with_its_last_copy() -> None:
     assert link.end.query()
     assert link.pull(exchange) is link.end is memory.last
     assert not link.end.query()
+
+
+def test_ranks_pull_from_each_other_in_turn() -> None:
+    """Each begins with the next one, so that they do not all read one at a time."""
+    memory = LateMemory()
+    weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
+    link = _Link(memory, memory, ThreadWorkers())
+    mine = link.offer(weights)
+    link.map([mine] * 4, 1, within_host=False)
+    staging = StagingBuffer(0, torch.empty(6 * 256, dtype=torch.uint8), memory)
+    staging.lay_out(range(6), [8])
+    pulls = tuple(Pull(peer, number, slot) for slot, (peer, number) in enumerate(product((0, 2, 3), (3, 1))))
+    link.pull(Exchange(0, (), pulls=Pulls(pulls, staging)))
+    written = [(copy[0] - staging.addresses([0])[0, 0]) // 256 for copy in memory.copies]
+    assert written == [2, 3, 4, 5, 0, 1]
+    bases = [*memory.mapped]
+    assert [source for _, source, _ in memory.copies] == [
+        bases[place] + 8 * slot for place, slot in ((1, 3), (1, 1), (2, 3), (2, 1), (0, 3), (0, 1))
+    ]
+    assert {nbytes for _, _, nbytes in memory.copies} == {8}
 
 
 def test_what_was_enqueued_before_an_error_has_an_end() -> None:

@@ -5,8 +5,8 @@ Who may touch what, and when:
 - A send reads live weights in place. They must not change from :meth:`Transport.launch` until the layer is staged
   on every rank; the agreement sees to that.
 - A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
-  One-sided receivers read the peer's live weights themselves, which they may only when the peer has granted the layer
-  (:attr:`Transport.launch_rule`); there are no sends to them (:attr:`Transport.one_sided_peers`).
+- One-sided peers (:attr:`Transport.one_sided_peers`) post no messages to each other: a receiver pulls what it needs
+  from the other's live weights, which it may only when that one has granted the layer (:attr:`Transport.launch_rule`).
 - Messages match by peer, row, hop and tag, so both sides must describe them alike; sizes must be equal.
 - The second hop of a row and the first of the next may be under way at once, and neither waits for the other. The next
   row's first hop may be launched, and started, while one is under way; it may wait for that.
@@ -17,6 +17,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from async_eplb.agreement import LaunchRule
@@ -32,15 +34,11 @@ class Message(NamedTuple):
     :param peer: rank in the EP group
     :param tag: equal on both sides, unique among a pair's messages of one exchange
     :param data: contiguous uint8 ``[bytes]``: live weights of a sender, staging of a receiver
-    :param tensor: number of the tensor in its row, where the bytes come from
-    :param slot: slot of the sending rank that they come from
     """
 
     peer: int
     tag: int
     data: Tensor
-    tensor: int = 0
-    slot: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,22 +52,66 @@ class MessageGroup:
     recvs: tuple[Message, ...]
 
 
+class SlotMemory(Protocol):
+    """Where pulled slots are written."""
+
+    @property
+    def slot_nbytes(self) -> Sequence[int]:
+        """Bytes of a slot in each tensor of the row."""
+        ...
+
+    def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return where slots are: int64 ``[slots, tensors]``."""
+        ...
+
+    def views(self, slot: int) -> tuple[Tensor, ...]:
+        """Return a slot: uint8 ``[bytes]`` for each tensor of the row."""
+        ...
+
+
+class Pull(NamedTuple):
+    """A slot of a one-sided peer, read from its live weights.
+
+    :param peer: rank in the EP group
+    :param src_slot: of the peer
+    :param dst_slot: of the memory that is written
+    """
+
+    peer: int
+    src_slot: int
+    dst_slot: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pulls:
+    """All that a rank pulls for one layer, in any order.
+
+    :param memory: what is written
+    """
+
+    slots: tuple[Pull, ...]
+    memory: SlotMemory
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """All messages of one rank for one layer, or for one hop of it.
+    """All that one rank exchanges for one layer, or for one hop of it.
 
     :param row: row of the placement
     :param groups: posted one after another
     :param hop: 1 for what passes on, inside nodes, what hop 0 of the row brings; launched behind that on every rank
+    :param pulls: from one-sided peers
     """
 
     row: int
     groups: tuple[MessageGroup, ...]
     hop: int = 0
+    pulls: Pulls | None = None
 
     def parts(self) -> "tuple[Exchange, ...]":
-        """Cut the exchange into what is launched at one boundary: one group, on every rank the same."""
-        return tuple(replace(self, groups=(group,)) for group in self.groups) or (self,)
+        """Cut the exchange into what is launched at one boundary: one group, on every rank the same; pulls at once."""
+        others = (replace(self, groups=(group,), pulls=None) for group in self.groups[1:])
+        return replace(self, groups=self.groups[:1]), *others
 
 
 class PendingExchange(Protocol):

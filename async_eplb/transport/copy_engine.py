@@ -14,15 +14,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.distributed import ProcessGroup
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, Message, PendingExchange
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull
 from async_eplb.transport.cuda_ipc import Copy, CudaIpc, PeerMemory
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
@@ -244,7 +248,9 @@ class _Link:
         self.end = device.record()
         """Of all copies so far."""
         self._mappings: list[int] = []
-        self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._rank = self._num_ranks = 0
+        self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
+        """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
 
     def offer(self, weights: ExpertWeights) -> Offer:
         """Export live weights."""
@@ -271,6 +277,7 @@ class _Link:
 
         :raises RuntimeError: if that cannot be
         """
+        self._rank, self._num_ranks = rank, len(offers)
         here = offers[rank]
         for peer, offer in enumerate(offers):
             if peer == rank or (within_host and offer.host != here.host):
@@ -279,7 +286,8 @@ class _Link:
                 raise RuntimeError(f"rank {peer} is on another host, {offer.host_name}; this is {here.host_name}")
             bases = [self._open(peer, bytes.fromhex(handle)) for handle in offer.handles]
             for row, places in offer.slots.items():
-                self._places[peer, row] = [(bases[number] + offset, stride) for number, offset, stride in places]
+                mapped = [(bases[number] + offset, stride) for number, offset, stride in places]
+                self._places[peer, row] = np.array(mapped, dtype=np.int64).T
 
     def warm_up(self) -> None:
         """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
@@ -289,11 +297,21 @@ class _Link:
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
-        """Enqueue all that an exchange receives, behind the transfer stream; return its end."""
-        messages = [message for group in exchange.groups for message in group.recvs]
-        copies = [
-            (message.data.data_ptr(), self._source(exchange.row, message), message.data.nbytes) for message in messages
-        ]
+        """Enqueue all that an exchange pulls, behind the transfer stream; return its end.
+
+        Each rank begins with the next one, and so on around: then hardly two read the same one at a time.
+        """
+        copies: list[Copy] = []
+        if exchange.pulls is not None:
+            memory = exchange.pulls.memory
+            in_turn = sorted(exchange.pulls.slots, key=self._turn)
+            for peer, same in groupby(in_turn, key=attrgetter("peer")):
+                pulls = [*same]
+                first, stride = self._places[peer, exchange.row]
+                sources = first + np.array([pull.src_slot for pull in pulls])[:, None] * stride
+                targets = memory.addresses([pull.dst_slot for pull in pulls])
+                nbytes = [*memory.slot_nbytes] * len(pulls)
+                copies += zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)
         with self._device.transferring():
             self._copy(copies)
         return self.end
@@ -327,6 +345,5 @@ class _Link:
         self._mappings.append(address)
         return address
 
-    def _source(self, row: int, message: Message) -> int:
-        first, stride = self._places[message.peer, row][message.tensor]
-        return first + message.slot * stride
+    def _turn(self, pull: Pull) -> int:
+        return (pull.peer - self._rank) % self._num_ranks

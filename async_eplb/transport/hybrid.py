@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
 from async_eplb.transport.copy_engine import CopyEngineTransport
 from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.nccl import NcclOptions
@@ -91,13 +91,12 @@ class HybridTransport:
 
     def prepare(self, exchange: Exchange) -> None:
         """Prepare what goes between hosts."""
-        self._far.prepare(self._between_hosts(exchange))
+        self._far.prepare(replace(exchange, pulls=None))
 
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post what goes between hosts, and prepare to pull the rest."""
-        peers = self._near.one_sided_peers
-        far = self._far.launch(self._between_hosts(exchange))
-        return _Both(self, self._near.launch(_part(exchange, lambda message: message.peer in peers)), far)
+        far = self._far.launch(replace(exchange, pulls=None))
+        return _Both(self, self._near.launch(replace(exchange, groups=())), far)
 
     def abort(self) -> None:
         """Break both parts."""
@@ -110,10 +109,6 @@ class HybridTransport:
             await self._far.aclose()
         finally:
             await self._near.aclose()
-
-    def _between_hosts(self, exchange: Exchange) -> Exchange:
-        peers = self._near.one_sided_peers
-        return _part(exchange, lambda message: message.peer not in peers)
 
 
 class _Both:
@@ -138,12 +133,3 @@ class _Both:
         except Exception:
             self._transport.abort()
             raise
-
-
-def _part(exchange: Exchange, belongs: Callable[[Message], bool]) -> Exchange:
-    """Return the messages of an exchange that belong to one part, in their groups."""
-    groups = (
-        MessageGroup(tuple(filter(belongs, group.sends)), tuple(filter(belongs, group.recvs)))
-        for group in exchange.groups
-    )
-    return replace(exchange, groups=tuple(groups))

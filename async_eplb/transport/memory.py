@@ -4,7 +4,7 @@ import random
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import anyio
@@ -310,15 +310,27 @@ class _MemoryExchange:
 
 
 class _OneSidedExchange(_MemoryExchange):
-    """Reads what peers have in their slots whenever a message is due, whether they have launched, or have gone."""
+    """Reads what peers have in their slots whenever a pull is due, whether they have launched, or have gone.
+
+    What is tagged is a tensor of the slot that is written.
+    """
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
-        super().__init__(world, rank, exchange)
+        self._sources: dict[tuple[int, int], tuple[int, int]] = {}
+        recvs: list[Message] = []
+        if exchange.pulls is not None:
+            for peer, src_slot, dst_slot in exchange.pulls.slots:
+                parts = exchange.pulls.memory.views(dst_slot)
+                for tensor, data in enumerate(parts):
+                    tag = dst_slot * len(parts) + tensor
+                    self._sources[peer, tag] = tensor, src_slot
+                    recvs.append(Message(peer, tag, data))
+        super().__init__(world, rank, replace(exchange, groups=(MessageGroup((), tuple(recvs)),)))
         self._peers = frozenset({rank})
 
     async def _receive(self, message: Message) -> None:
-        live = self._world.weights[message.peer].views(self._row)
-        await self._deliver(message, live[message.tensor][message.slot])
+        tensor, slot = self._sources[message.peer, message.tag]
+        await self._deliver(message, self._world.weights[message.peer].views(self._row)[tensor][slot])
 
 
 class _MemoryControlGroup:

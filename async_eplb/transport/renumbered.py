@@ -8,11 +8,21 @@ from typing import TypeVar
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Transport, Voter
+from async_eplb.transport.base import (
+    ControlGroup,
+    Exchange,
+    Message,
+    MessageGroup,
+    PendingExchange,
+    Pull,
+    Transport,
+    Voter,
+)
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
 E = TypeVar("E", BrokenControlGroup, BrokenTransport)
+M = TypeVar("M", Message, Pull)
 
 
 class RenumberedTransport:
@@ -97,10 +107,11 @@ class RenumberedTransport:
 
     def _between_places(self, exchange: Exchange) -> Exchange:
         groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
-        return replace(exchange, groups=tuple(groups))
+        pulls = exchange.pulls and replace(exchange.pulls, slots=self._to_places(exchange.pulls.slots))
+        return replace(exchange, groups=tuple(groups), pulls=pulls)
 
-    def _to_places(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        return tuple(message._replace(peer=self._place[message.peer]) for message in messages)
+    def _to_places(self, entries: Sequence[M]) -> tuple[M, ...]:
+        return tuple(entry._replace(peer=self._place[entry.peer]) for entry in entries)
 
 
 class RenumberedControlGroup:

@@ -4,8 +4,9 @@
   all), by a copy through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks (``nccl_few``)
 - ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
   drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
-  GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat copy or bare
-  batch, all at once, and to the link's limit. ``nccl`` has as many thread blocks as beside serving, ``nccl_wide`` 32
+  GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat tensors, all
+  at once, to the link's limit, and for NCCL to bare batches of the same messages (``over_batch``), posted one after
+  another with nothing else to do. ``nccl`` has as many thread blocks as beside serving, ``nccl_wide`` 32
 - ``trace``: what the device did in one update over the copy engine: copies and kernels, and GB/s in the time in which
   any copy from a peer is under way
 - ``serving``: ``scripts/bench gpu-serving`` with these ranks, and as many layers as DeepSeek-V3 has
@@ -47,8 +48,13 @@ from async_eplb import (
     Transport,
     UpdateOptions,
 )
+from async_eplb.device import CudaDevice
 from async_eplb.launch import World, WorldRank, take_gpu
+from async_eplb.plan.posting import PostedUpdate
+from async_eplb.plan.update import plan_update
 from async_eplb.policy import hierarchical, incremental
+from async_eplb.simulate.models import MODELS
+from async_eplb.staging import StagingBuffer, StagingPool
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -60,11 +66,12 @@ _TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "copy_engine": CopyEngineTransport,
     "hybrid": HybridTransport,
 }
+_MAX_CTAS = {"nccl": NcclOptions().max_ctas, "nccl_wide": _WIDE}
 _RAW = {"nccl": "nccl_few", "nccl_wide": "nccl", "copy_engine": "ipc", "hybrid": "ipc"}
 _DRIFT = 0.5
 """Standard deviation of the logarithm of what each expert's load is multiplied by."""
 _NUM_PHYSICAL_EXPERTS = 288
-_MOST_LAYERS = 8
+_MOST_LAYERS = MODELS["deepseek-v3"].num_layers
 _MEMORY_SHARE = 0.85
 
 Figures = dict[str, float]
@@ -92,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="limit of a GPU's links in one direction (default: 450, NVLink 4 with 18 links)",
     )
     parser.add_argument("--runs", type=int, default=5, help="of each; medians are shown (default: 5)")
-    parser.add_argument("--soak-updates", type=int, default=200, help="of each soak (default: 200)")
+    parser.add_argument("--soak-updates", type=int, default=400, help="of each soak (default: 400, two minutes)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace of rank 0 there")
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="what to measure")
 
@@ -127,6 +134,9 @@ def run(options: argparse.Namespace) -> Figures:
                 figures[f"update_{transport}_{kind}_over_raw"] = figures[update] / figures[bare]
             if update in figures:
                 figures[f"update_{transport}_{kind}_over_limit"] = figures[update] / options.link_gb_per_s
+        if f"update_{transport}_batch_ms" in figures:
+            batch_ms, full_ms = (figures[f"update_{transport}_{what}_ms"] for what in ("batch", "full"))
+            figures[f"update_{transport}_full_over_batch"] = batch_ms / full_ms
     return figures
 
 
@@ -219,10 +229,7 @@ def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
 
 
 def _nccl(world: WorldRank, source: Tensor, target: Tensor, *, max_ctas: int | None) -> _Copy:
-    settings = dist.ProcessGroupNCCL.Options()
-    if max_ctas is not None:
-        settings.config.max_ctas = max_ctas
-    group = dist.new_group(backend="nccl", pg_options=settings)
+    group = _nccl_group(world, max_ctas)
 
     def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
         sends = [dist.P2POp(dist.isend, source[:nbytes], dst, group) for src, dst in pairs if src == world.rank]
@@ -230,13 +237,27 @@ def _nccl(world: WorldRank, source: Tensor, target: Tensor, *, max_ctas: int | N
             dist.P2POp(dist.irecv, target[index * nbytes : (index + 1) * nbytes], src, group)
             for index, src in enumerate(src for src, dst in pairs if dst == world.rank)
         ]
-        for work in dist.batch_isend_irecv([*sends, *recvs]) if sends or recvs else []:
-            work.wait()
+        _post([*sends, *recvs])
 
-    everyone = [(src, dst) for src in range(world.num_ranks) for dst in range(world.num_ranks) if src != dst]
-    copy(everyone, 1)
-    torch.cuda.synchronize()
     return copy
+
+
+def _nccl_group(world: WorldRank, max_ctas: int | None) -> dist.ProcessGroup:
+    """Return a group whose ranks are connected."""
+    settings = dist.ProcessGroupNCCL.Options()
+    if max_ctas is not None:
+        settings.config.max_ctas = max_ctas
+    group: dist.ProcessGroup = dist.new_group(backend="nccl", pg_options=settings)
+    byte = torch.zeros(1, dtype=torch.uint8, device=f"cuda:{torch.cuda.current_device()}")
+    others = [rank for rank in range(world.num_ranks) if rank != world.rank]
+    _post([dist.P2POp(function, byte, peer, group) for function in (dist.isend, dist.irecv) for peer in others])
+    torch.cuda.synchronize()
+    return group
+
+
+def _post(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
 
 
 # --- Updates
@@ -277,6 +298,8 @@ def measure_updates(world: WorldRank, options: argparse.Namespace, transport: st
                         received = summary.received_nbytes_within_node + summary.received_nbytes_across_nodes
                     experts.require(placement)
             figures |= {f"{transport}_{kind}_ms": median(times), f"{transport}_{kind}_received_mb": received / 1e6}
+    if transport in _MAX_CTAS:
+        figures[f"{transport}_batch_ms"] = experts.batch_ms(world, _MAX_CTAS[transport], options.runs)
     return figures
 
 
@@ -327,6 +350,42 @@ class _Experts:
                 for live, each in zip(self.tensors[layer], self._bytes, strict=True):
                     if not torch.equal(live[slot], self._content(layer, int(expert), each)):
                         raise RuntimeError(f"rank {self._rank}, layer {layer}, slot {slot} is not expert {expert}")
+
+    def batch_ms(self, world: WorldRank, max_ctas: int, runs: int) -> float:
+        """Return how long this rank takes for nothing but the messages of the full update, in bare batches."""
+        slot_nbytes, device = EXPERT_NBYTES, CudaDevice(self._device)
+        plan = plan_update(self.placement, self.targets["full"], self._topology, self._rank)
+        posted = PostedUpdate(plan, [UpdateOptions().operations_per_group // len(slot_nbytes)] * len(plan))
+        num_recvs = max(len(layer.recvs) for layer in plan[:])
+        staging = StagingBuffer(0, device.allocate(StagingPool.layer_nbytes(num_recvs, slot_nbytes)), device)
+        group = _nccl_group(world, max_ctas)
+        batches: list[list[dist.P2POp]] = []
+        for row in range(len(plan)):
+            layer = posted[row]
+            recvs = sorted(zip(layer.plan.recvs, layer.recv_groups, strict=True), key=lambda entry: entry[0])
+            staging.lay_out([recv.dst_slot for recv, _ in recvs], slot_nbytes)
+            parts: list[list[dist.P2POp]] = [[] for _ in range(layer.num_groups)]
+            for recv, number in recvs:
+                views = staging.views(recv.dst_slot)
+                parts[number] += [dist.P2POp(dist.irecv, view, recv.src_rank, group) for view in views]
+            for send, number in zip(layer.plan.sends, layer.send_groups, strict=True):
+                live = [tensor[send.src_slot] for tensor in self.tensors[row]]
+                parts[number] += [dist.P2POp(dist.isend, view, send.dst_rank, group) for view in live]
+            batches += parts
+        times = []
+        for _ in range(runs + 1):
+            torch.cuda.synchronize()
+            dist.barrier()
+            start = time.perf_counter()
+            for batch in batches:
+                _post(batch)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        for recv in layer.plan.recvs:
+            for view, each in zip(staging.views(recv.dst_slot), self._bytes, strict=True):
+                if not torch.equal(view, self._content(row, recv.logical_expert, each)):
+                    raise RuntimeError(f"rank {self._rank}: a bare batch did not bring expert {recv.logical_expert}")
+        return median(times[1:])
 
     def _held(self, placement: ExpertPlacement) -> np.ndarray[tuple[int, ...], np.dtype[np.integer]]:
         return placement.physical_to_logical_map[:, self._topology.slots_of(self._rank)]

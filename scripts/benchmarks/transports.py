@@ -23,7 +23,7 @@ GPUs, where 44 MB take 110 µs and not 21, the flat copy should be 10 % ahead. N
 import argparse
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -37,7 +37,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from async_eplb import CopyEngineTransport, ExpertWeights, TorchDistTransport, Transport
 from async_eplb.device import CudaDevice
 from async_eplb.launch import WorldRank, run_world, take_gpu
-from async_eplb.transport import Exchange, Message, MessageGroup
+from async_eplb.staging import StagingBuffer, StagingPool
+from async_eplb.transport import Exchange, Message, MessageGroup, Pull, Pulls
 from async_eplb.workers import ThreadWorkers
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -103,7 +104,10 @@ class _Bench:
         self._device = CudaDevice(torch_device)
         self._next = (world.rank + 1) % world.num_ranks
         self._live = self._content(world.rank)
-        self._staging = [torch.zeros_like(tensor) for tensor in self._live]
+        slots = range(job.num_experts)
+        self._memory = self._device.allocate(StagingPool.layer_nbytes(len(slots), EXPERT_NBYTES))
+        self._staging = StagingBuffer(0, self._memory, self._device)
+        self._staging.lay_out(slots, EXPERT_NBYTES)
         torch.cuda.synchronize()
 
     async def run(self) -> dict[str, list[float]]:
@@ -122,12 +126,11 @@ class _Bench:
         bare = self._raw_copies() if self._job.kind == "copy_engine" else {"batch": self._bare_batch(exchange)}
         sides = {_TRANSPORT: move, **bare}
         await self._times_ms(_NUM_WARM_UPS, sides)
-        for tensor in self._staging:
-            tensor.zero_()
+        self._memory.zero_()
         torch.cuda.synchronize()
         times = await self._times_ms(self._job.num_runs, sides)
-        for staged, sent in zip(self._staging, self._content(self._next), strict=True):
-            if not torch.equal(staged, sent):
+        for slot, sent in enumerate(zip(*self._content(self._next), strict=True)):
+            if not all(map(torch.equal, self._staging.views(slot), sent)):
                 raise RuntimeError(f"rank {self._world.rank} did not receive what was sent")
         dist.barrier()
         await transport.aclose()
@@ -158,16 +161,17 @@ class _Bench:
         ]
 
     def _exchange(self) -> Exchange:
+        slots = range(self._job.num_experts)
+        if self._job.kind == "copy_engine":
+            return Exchange(0, (), pulls=Pulls(tuple(Pull(self._next, slot, slot) for slot in slots), self._staging))
+
+        def messages(peer: int, parts: Iterable[Tensor]) -> tuple[Message, ...]:
+            return tuple(Message(peer, tag, data) for tag, data in enumerate(parts))
+
         previous = (self._world.rank - 1) % self._world.num_ranks
-
-        def messages(peer: int, tensors: Sequence[Tensor]) -> tuple[Message, ...]:
-            return tuple(
-                Message(peer, slot * len(tensors) + number, tensor[slot], tensor=number, slot=slot)
-                for slot in range(self._job.num_experts)
-                for number, tensor in enumerate(tensors)
-            )
-
-        return Exchange(0, (MessageGroup(messages(previous, self._live), messages(self._next, self._staging)),))
+        sends = messages(previous, [tensor[slot] for slot in slots for tensor in self._live])
+        recvs = messages(self._next, [view for slot in slots for view in self._staging.views(slot)])
+        return Exchange(0, (MessageGroup(sends, recvs),))
 
     def _raw_copies(self) -> dict[str, Side]:
         """Return copies from tensors of the next rank, to targets of their own: as one, and message by message."""

@@ -14,8 +14,9 @@ from async_eplb.device import CudaDevice
 from async_eplb.errors import IpcUnavailable
 from async_eplb.launch import take_gpu
 from async_eplb.sample_model import SampleModel
+from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, LaunchRule, Message, MessageGroup
+from async_eplb.transport import Exchange, LaunchRule, Pull, Pulls
 from async_eplb.transport.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
 
@@ -105,12 +106,9 @@ def traced_exchange(world: WorldRank, folder: Path) -> list[tuple[str, str, int]
         for size in _SIZES
     ]
     peer = (world.rank + 1) % world.num_ranks
-    recvs = tuple(
-        Message(peer, tensor, device.allocate(size), tensor=tensor, slot=slot)
-        for slot in range(_NUM_SLOTS)
-        for tensor, size in enumerate(_SIZES)
-    )
-    exchange = Exchange(0, (MessageGroup((), recvs),))
+    staging = StagingBuffer(0, device.allocate(StagingPool.layer_nbytes(_NUM_SLOTS, _SIZES)), device)
+    staging.lay_out(range(_NUM_SLOTS), _SIZES)
+    exchange = Exchange(0, (), pulls=Pulls(tuple(Pull(peer, slot, slot) for slot in range(_NUM_SLOTS)), staging))
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
 
@@ -136,7 +134,7 @@ def traced_exchange(world: WorldRank, folder: Path) -> list[tuple[str, str, int]
 
 
 def test_a_pull_is_copies_and_no_kernels(tmp_path: Path) -> None:
-    """The profiler sees one copy for each message, of its size, and nothing else on the device."""
+    """The profiler sees one copy for each tensor of a slot, of its size, and nothing else on the device."""
     for seen in run_world(traced_exchange, 2, tmp_path):
         assert {kind for kind, _, _ in seen} == {"gpu_memcpy"}
         assert sorted(nbytes for _, _, nbytes in seen) == sorted(_SIZES * _NUM_SLOTS)
