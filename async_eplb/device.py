@@ -146,16 +146,17 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
 class SideStreams:
     """Streams beside the current one of a CUDA device, for work that may run at once."""
 
-    def __init__(self, torch_device: torch.device, number: int) -> None:
+    def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
-        self._streams = tuple(torch.cuda.Stream(torch_device) for _ in range(number))  # type: ignore[no-untyped-call]
+        self._streams: list[torch.cuda.Stream] = []
 
-    def forked(self) -> Sequence[int]:
-        """Let all of them wait for the current stream; return their handles."""
+    def forked(self, number: int) -> Sequence[int]:
+        """Let so many of them wait for the current stream, at least one; return their handles."""
         behind = _recorded(torch.cuda.current_stream(self._torch_device))
-        for stream in self._streams:
+        streams = self._first(max(1, number))
+        for stream in streams:
             stream.wait_event(behind)
-        return [stream.cuda_stream for stream in self._streams]
+        return [stream.cuda_stream for stream in streams]
 
     def joined(self) -> DeviceEvent:
         """Return the end of what all of them have so far."""
@@ -167,9 +168,15 @@ class SideStreams:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Make the first of them current, behind what the current stream has so far, which does not wait for it."""
-        self._streams[0].wait_stream(torch.cuda.current_stream(self._torch_device))
-        with torch.cuda.stream(self._streams[0]):
+        (first,) = self._first(1)
+        first.wait_stream(torch.cuda.current_stream(self._torch_device))
+        with torch.cuda.stream(first):
             yield
+
+    def _first(self, number: int) -> Sequence[torch.cuda.Stream]:
+        while len(self._streams) < number:
+            self._streams.append(torch.cuda.Stream(self._torch_device))  # type: ignore[no-untyped-call]
+        return self._streams[:number]
 
 
 def until_passed(event: DeviceEvent, deadline: float) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -72,9 +73,9 @@ class SharedMemory(CpuDevice):
             os.close(file)
         self._allocations.clear()
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
         """Copy at once."""
-        for target, source, nbytes in copies:
+        for target, source, nbytes in chain.from_iterable(lanes):
             ctypes.memmove(target, source, nbytes)
 
     def end(self) -> DeviceEvent:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ class LateMemory(SharedMemory):
         self.left = 100
         self.on_stream = ""
         self.waits: list[tuple[str, DeviceEvent]] = []
-        self.copies: list[Copy] = []
+        self.lanes: list[Sequence[Copy]] = []
 
     @contextmanager
     def transferring(self) -> Iterator[None]:
@@ -50,12 +50,12 @@ class LateMemory(SharedMemory):
     def wait(self, event: DeviceEvent) -> None:
         self.waits.append((self.on_stream, event))
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
         assert self.on_stream == "transfer"
-        for copy in copies:
+        self.lanes = [*lanes]
+        for _ in chain.from_iterable(lanes):
             if not self.left:
                 raise RuntimeError("the driver takes no more")
-            self.copies.append(copy)
             self.left -= 1
             self.last = End()
 
@@ -84,24 +84,24 @@ def test_a_pull_ends_with_its_last_copy() -> None:
     assert not link.end.query()
 
 
-def test_ranks_pull_from_each_other_in_turn() -> None:
-    """Each begins with the next one, so that they do not all read one at a time."""
+def test_all_peers_are_read_at_once() -> None:
+    """Each in a lane of its own; all tensors of a slot, from where the peer has them to where they are staged."""
     memory = LateMemory()
-    weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
+    weights = ExpertWeights({0: [memory.allocate(32).view(4, 8), memory.allocate(64)[:60].view(4, 15)]})
     link = _Link(memory, memory, ThreadWorkers())
     mine = link.offer(weights)
-    link.map([mine] * 4, 1, within_host=False)
-    staging = StagingBuffer(0, torch.empty(6 * 256, dtype=torch.uint8), memory)
-    staging.lay_out(range(6), [8])
-    pulls = tuple(Pull(peer, number, slot) for slot, (peer, number) in enumerate(product((0, 2, 3), (3, 1))))
+    link.map([mine] * 3, 1, within_host=False)
+    staging = StagingBuffer(0, torch.empty(4 * 512, dtype=torch.uint8), memory)
+    staging.lay_out([5, 6, 7, 8], [8, 15])
+    pulls = (Pull(0, 3, 5), Pull(2, 2, 6), Pull(0, 1, 8), Pull(2, 0, 7))
     link.pull(Exchange(0, (), pulls=Pulls(pulls, staging)))
-    written = [(copy[0] - staging.addresses([0])[0, 0]) // 256 for copy in memory.copies]
-    assert written == [2, 3, 4, 5, 0, 1]
     bases = [*memory.mapped]
-    assert [source for _, source, _ in memory.copies] == [
-        bases[place] + 8 * slot for place, slot in ((1, 3), (1, 1), (2, 3), (2, 1), (0, 3), (0, 1))
-    ]
-    assert {nbytes for _, _, nbytes in memory.copies} == {8}
+    lanes: dict[int, list[Copy]] = {0: [], 2: []}
+    for peer, src_slot, dst_slot in pulls:
+        first, second = bases[peer : peer + 2]
+        places = staging.addresses([dst_slot])[0].tolist()
+        lanes[peer] += [(places[0], first + 8 * src_slot, 8), (places[1], second + 15 * src_slot, 15)]
+    assert [sorted(lane) for lane in memory.lanes] == [sorted(lane) for lane in lanes.values()]
 
 
 def test_what_was_enqueued_before_an_error_has_an_end() -> None:

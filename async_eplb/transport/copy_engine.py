@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
 from async_eplb.transport.cuda_ipc import Copy, CudaIpc, PeerMemory
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
@@ -248,7 +248,6 @@ class _Link:
         self.end = device.record()
         """Of all copies so far."""
         self._mappings: list[int] = []
-        self._rank = self._num_ranks = 0
         self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
 
@@ -277,7 +276,6 @@ class _Link:
 
         :raises RuntimeError: if that cannot be
         """
-        self._rank, self._num_ranks = rank, len(offers)
         here = offers[rank]
         for peer, offer in enumerate(offers):
             if peer == rank or (within_host and offer.host != here.host):
@@ -293,27 +291,26 @@ class _Link:
         """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
         with self._device.transferring():
             target = self._device.allocate(1)
-            self._copy([(target.data_ptr(), address, 1) for address in self._mappings])
+            self._copy([[(target.data_ptr(), address, 1) for address in self._mappings]])
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
         """Enqueue all that an exchange pulls, behind the transfer stream; return its end.
 
-        Each rank begins with the next one, and so on around: then hardly two read the same one at a time.
+        From all peers at once, each in a lane of its own: then every rank is read as much as it reads, at all times.
         """
-        copies: list[Copy] = []
+        lanes = []
         if exchange.pulls is not None:
             memory = exchange.pulls.memory
-            in_turn = sorted(exchange.pulls.slots, key=self._turn)
-            for peer, same in groupby(in_turn, key=attrgetter("peer")):
+            for peer, same in groupby(sorted(exchange.pulls.slots), key=attrgetter("peer")):
                 pulls = [*same]
                 first, stride = self._places[peer, exchange.row]
                 sources = first + np.array([pull.src_slot for pull in pulls])[:, None] * stride
                 targets = memory.addresses([pull.dst_slot for pull in pulls])
                 nbytes = [*memory.slot_nbytes] * len(pulls)
-                copies += zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)
+                lanes.append([*zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)])
         with self._device.transferring():
-            self._copy(copies)
+            self._copy(lanes)
         return self.end
 
     def hold_up(self) -> None:
@@ -331,9 +328,9 @@ class _Link:
         while self._mappings:
             self._memory.close(self._mappings.pop())
 
-    def _copy(self, copies: Sequence[Copy]) -> None:
+    def _copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
         try:
-            self._memory.copy(copies)
+            self._memory.copy(lanes)
         finally:
             self.end = self._memory.end()
 
@@ -344,6 +341,3 @@ class _Link:
             raise RuntimeError(f"the weights of rank {peer} cannot be mapped: {error}") from error
         self._mappings.append(address)
         return address
-
-    def _turn(self, pull: Pull) -> int:
-        return (pull.peer - self._rank) % self._num_ranks

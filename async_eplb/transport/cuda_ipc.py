@@ -32,8 +32,8 @@ class PeerMemory(Protocol):
         """Undo an :meth:`open`. Nothing may read there any more."""
         ...
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Enqueue copies behind the current stream, which does not wait for them, in any order."""
+    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
+        """Enqueue copies behind the current stream, which does not wait for them; lanes run beside each other."""
         ...
 
     def end(self) -> DeviceEvent:
@@ -63,18 +63,17 @@ _SIGNATURES = {
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 _RANGE_START_ADDR = 11
 _LAZY_ENABLE_PEER_ACCESS = 1
-_MANY_COPIES = 1024
-"""A stream takes about as many before it blocks who enqueues more; two layers can be under way."""
+_MANY_COPIES = 400
+"""In a lane. A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
 
 
 class CudaIpc:
     """:class:`PeerMemory` of one CUDA device.
 
-    :param num_streams: copies that can run at once, so that small ones hide behind large ones
     :raises RuntimeError: if the device is no CUDA device, or there is no driver
     """
 
-    def __init__(self, torch_device: torch.device, *, num_streams: int = 4) -> None:
+    def __init__(self, torch_device: torch.device) -> None:
         if torch_device.type != "cuda":
             raise RuntimeError(f"weights are on {torch_device}, and only CUDA devices share memory between processes")
         try:
@@ -91,7 +90,7 @@ class CudaIpc:
         self._call("cuDeviceGet", ctypes.byref(device), index)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
-        self._streams = SideStreams(torch_device, num_streams)
+        self._streams = SideStreams(torch_device)
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return the first address of an allocation and its handle.
@@ -122,20 +121,18 @@ class CudaIpc:
         with self._entered():
             self._call("cuIpcCloseMemHandle", address)
 
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Enqueue copies on several streams, on each about as many bytes.
+    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
+        """Enqueue copies, each lane on a stream of its own.
 
         To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
         unless there are so many that a full stream could block the call.
         """
-        driver = self._driver if len(copies) > _MANY_COPIES else self._driver_with_lock
+        driver = self._driver if max(map(len, lanes), default=0) > _MANY_COPIES else self._driver_with_lock
         memcpy = driver.cuMemcpyDtoDAsync_v2
-        loads = [[0, handle] for handle in self._streams.forked()]
         with self._entered():
-            for target, source, nbytes in copies:
-                least = min(loads)
-                least[0] += nbytes
-                self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, least[1]))
+            for stream, copies in zip(self._streams.forked(len(lanes)), lanes, strict=False):
+                for target, source, nbytes in copies:
+                    self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, stream))
 
     def end(self) -> DeviceEvent:
         """Return the end of all streams' copies."""

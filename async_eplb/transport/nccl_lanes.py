@@ -46,7 +46,7 @@ class NcclLanes:
         if relay_peers:
             node = sorted({rank, *relay_peers})
             self._links.append(connect(f"second hops from {node[0]}", node))
-            self._side = SideStreams(device.torch_device, 1)
+            self._side = SideStreams(device.torch_device)
 
     def prepare(self, exchange: Exchange) -> None:
         """Allocate what an exchange needs, for the stream that it will be launched on."""

@@ -1,7 +1,7 @@
 """What the GPUs of one host do with expert weights: links, whole updates over each transport, serving beside them.
 
 - ``links``: one tensor from a rank to another, pair by pair and all ranks at once (each sends to the next, then each to
-  all), by a copy through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks (``nccl_few``)
+  all), by the driver's copies through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks (``nccl_few``)
 - ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
   drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
   GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat tensors, all
@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 
 from async_eplb import (
     CopyEngineTransport,
@@ -55,6 +54,7 @@ from async_eplb.plan.update import plan_update
 from async_eplb.policy import hierarchical, incremental
 from async_eplb.simulate.models import MODELS
 from async_eplb.staging import StagingBuffer, StagingPool
+from async_eplb.transport.cuda_ipc import CudaIpc
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -215,15 +215,15 @@ def _speed(copy: _Copy, pairs: Sequence[tuple[int, int]], nbytes: int, runs: int
 
 
 def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
-    shared: list[tuple[Callable[..., Tensor], tuple[object, ...]] | None] = [None] * world.num_ranks
-    dist.all_gather_object(shared, reduce_tensor(source))  # type: ignore[no-untyped-call]
-    peers = {rank: entry[0](*entry[1]) for rank, entry in enumerate(shared) if rank != world.rank and entry is not None}
-    streams = {rank: torch.cuda.Stream() for rank in peers}  # type: ignore[no-untyped-call]
+    memory = CudaIpc(target.device)
+    base, handle = memory.export(source.data_ptr())
+    shared: list[tuple[bytes, int]] = [(b"", 0)] * world.num_ranks
+    dist.all_gather_object(shared, (handle, source.data_ptr() - base))
+    peers = {rank: memory.open(handle) + offset for rank, (handle, offset) in enumerate(shared) if rank != world.rank}
 
     def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
-        for index, src in enumerate(src for src, dst in pairs if dst == world.rank):
-            with torch.cuda.stream(streams[src]):
-                target[index * nbytes : (index + 1) * nbytes].copy_(peers[src][:nbytes])
+        sources = [peers[src] for src, dst in pairs if dst == world.rank]
+        memory.copy([[(target.data_ptr() + i * nbytes, address, nbytes)] for i, address in enumerate(sources)])
 
     return copy
 
