@@ -1,7 +1,8 @@
 """What the GPUs of one host do with expert weights: links, whole updates over each transport, serving beside them.
 
 - ``links``: one tensor from a rank to another, pair by pair and all ranks at once (each sends to the next, then each to
-  all), by the driver's copies through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks (``nccl_few``)
+  all), by the driver's copies through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks
+  (``nccl_few``)
 - ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
   drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
   GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat tensors, all
