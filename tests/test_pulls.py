@@ -85,7 +85,7 @@ def test_a_pull_ends_with_its_last_copy() -> None:
 
 
 def test_all_peers_are_read_at_once() -> None:
-    """Each in a lane of its own; all tensors of a slot, from where the peer has them to where they are staged."""
+    """Each in a lane of its own, the next rank's first: all tensors of a slot, from where the peer has them."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8), memory.allocate(64)[:60].view(4, 15)]})
     link = _Link(memory, memory, ThreadWorkers())
@@ -96,7 +96,7 @@ def test_all_peers_are_read_at_once() -> None:
     pulls = (Pull(0, 3, 5), Pull(2, 2, 6), Pull(0, 1, 8), Pull(2, 0, 7))
     link.pull(Exchange(0, (), pulls=Pulls(pulls, staging)))
     bases = [*memory.mapped]
-    lanes: dict[int, list[Copy]] = {0: [], 2: []}
+    lanes: dict[int, list[Copy]] = {2: [], 0: []}
     for peer, src_slot, dst_slot in pulls:
         first, second = bases[peer : peer + 2]
         places = staging.addresses([dst_slot])[0].tolist()

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull
 from async_eplb.transport.cuda_ipc import Copy, CudaIpc, PeerMemory
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
@@ -248,6 +248,7 @@ class _Link:
         self.end = device.record()
         """Of all copies so far."""
         self._mappings: list[int] = []
+        self._rank = self._num_ranks = 0
         self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
 
@@ -276,6 +277,7 @@ class _Link:
 
         :raises RuntimeError: if that cannot be
         """
+        self._rank, self._num_ranks = rank, len(offers)
         here = offers[rank]
         for peer, offer in enumerate(offers):
             if peer == rank or (within_host and offer.host != here.host):
@@ -297,12 +299,14 @@ class _Link:
     def pull(self, exchange: Exchange) -> DeviceEvent:
         """Enqueue all that an exchange pulls, behind the transfer stream; return its end.
 
-        From all peers at once, each in a lane of its own: then every rank is read as much as it reads, at all times.
+        From all peers at once, each in a lane of its own, the next rank's first: so no two ranks that begin together
+        begin with the same one.
         """
         lanes = []
         if exchange.pulls is not None:
             memory = exchange.pulls.memory
-            for peer, same in groupby(sorted(exchange.pulls.slots), key=attrgetter("peer")):
+            in_turn = sorted(exchange.pulls.slots, key=self._turn)
+            for peer, same in groupby(in_turn, key=attrgetter("peer")):
                 pulls = [*same]
                 first, stride = self._places[peer, exchange.row]
                 sources = first + np.array([pull.src_slot for pull in pulls])[:, None] * stride
@@ -327,6 +331,9 @@ class _Link:
             return
         while self._mappings:
             self._memory.close(self._mappings.pop())
+
+    def _turn(self, pull: Pull) -> int:
+        return (pull.peer - self._rank) % self._num_ranks
 
     def _copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
         try:

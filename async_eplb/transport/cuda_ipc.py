@@ -7,6 +7,7 @@ for, and its copies between devices run on a stream of the peer's device, in a c
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -33,7 +34,10 @@ class PeerMemory(Protocol):
         ...
 
     def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
-        """Enqueue copies behind the current stream, which does not wait for them; lanes run beside each other."""
+        """Enqueue copies behind the current stream, which does not wait for them; lanes run beside each other.
+
+        A device takes what is enqueued first before the rest, so the lanes' heads come first, in their order.
+        """
         ...
 
     def end(self) -> DeviceEvent:
@@ -130,9 +134,11 @@ class CudaIpc:
         driver = self._driver if max(map(len, lanes), default=0) > _MANY_COPIES else self._driver_with_lock
         memcpy = driver.cuMemcpyDtoDAsync_v2
         with self._entered():
-            for stream, copies in zip(self._streams.forked(len(lanes)), lanes, strict=False):
-                for target, source, nbytes in copies:
-                    self._check("cuMemcpyDtoDAsync", memcpy(target, source, nbytes, stream))
+            streams = self._streams.forked(len(lanes))
+            for abreast in zip_longest(*lanes):
+                for stream, copy in zip(streams, abreast, strict=True):
+                    if copy is not None:
+                        self._check("cuMemcpyDtoDAsync", memcpy(*copy, stream))
 
     def end(self) -> DeviceEvent:
         """Return the end of all streams' copies."""

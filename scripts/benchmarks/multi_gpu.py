@@ -223,8 +223,9 @@ def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
     peers = {rank: memory.open(handle) + offset for rank, (handle, offset) in enumerate(shared) if rank != world.rank}
 
     def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
-        sources = [peers[src] for src, dst in pairs if dst == world.rank]
-        memory.copy([[(target.data_ptr() + i * nbytes, address, nbytes)] for i, address in enumerate(sources)])
+        sources = [*enumerate(src for src, dst in pairs if dst == world.rank)]
+        sources.sort(key=lambda source: (source[1] - world.rank) % world.num_ranks)
+        memory.copy([[(target.data_ptr() + i * nbytes, peers[src], nbytes)] for i, src in sources])
 
     return copy
 
