@@ -1,6 +1,7 @@
 """What an NCCL link makes of messages, and of works that NCCL says are done."""
 
 from random import Random
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -54,12 +55,17 @@ def _of(
     )
 
 
-def test_a_prepared_exchange_needs_no_memory() -> None:
-    """What is packed later, group by group, fits what was reserved for the largest; more would be allocated."""
-    device = CpuDevice()
+def unconnected_link() -> NcclLink:
     link = NcclLink.__new__(NcclLink)
-    link._device = device
-    link._scratch = {side: device.allocate(0) for side in ("sends", "recvs")}
+    link._device = CpuDevice()
+    link._scratch = {side: link._device.allocate(0) for side in ("sends", "recvs")}
+    link._prepared = WeakKeyDictionary()
+    return link
+
+
+def test_a_prepared_exchange_needs_no_memory() -> None:
+    """All is packed that is small, in scratch memory; what is never launched is forgotten."""
+    link = unconnected_link()
 
     def group(num_peers: int) -> MessageGroup:
         messages = tuple(Message(peer, tag, torch.zeros(100)) for peer in range(num_peers) for tag in range(3))
@@ -67,15 +73,20 @@ def test_a_prepared_exchange_needs_no_memory() -> None:
 
     exchange = Exchange(0, (group(2), group(5), group(1)))
     link.prepare(exchange)
-    reserved = {side: memory.data_ptr() for side, memory in link._scratch.items()}
-    for each in exchange.groups:
-        for side, messages in (("sends", each.sends), ("recvs", each.recvs)):
-            posted, pairs = link._packed(side, messages)
+    scratch = {side: memory.data_ptr() for side, memory in link._scratch.items()}
+    link.prepare(exchange)
+    assert {side: memory.data_ptr() for side, memory in link._scratch.items()} == scratch
+    for number, each in enumerate(exchange.groups):
+        (launched,) = exchange.parts()[number].groups
+        posts = link._prepared[launched]
+        for messages, posted, pairs in (
+            (each.sends, posts.sends, posts.packing),
+            (each.recvs, posts.recvs, posts.unpacking),
+        ):
             assert len(posted) == len({message.peer for message in messages})
             assert [data for _, data in pairs] == [message.data for message in messages]
-            assert link._scratch[side].data_ptr() == reserved[side]
-    link._packed("sends", group(6).sends)
-    assert link._scratch["sends"].data_ptr() != reserved["sends"]
+    del exchange, each, launched, messages
+    assert len(link._prepared) == 0
 
 
 class _Work:
@@ -123,9 +134,7 @@ class _FailingGroup:
 
 def test_a_failed_launch_leaves_its_thread_in_no_group() -> None:
     """Or the next transport's operations, and the model's, would be taken for more of it, and never begin."""
-    link = NcclLink.__new__(NcclLink)
-    link._device = CpuDevice()
-    link._scratch = {side: link._device.allocate(0) for side in ("sends", "recvs")}
+    link = unconnected_link()
     link._place = {1: 1}
     link._group = group = _FailingGroup()  # type: ignore[assignment]
     message = Message(1, 0, torch.zeros(8, dtype=torch.uint8))

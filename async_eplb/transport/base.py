@@ -41,7 +41,7 @@ class Message(NamedTuple):
     data: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class MessageGroup:
     """Messages that are posted together, in this order; the same group number matches on every rank.
 

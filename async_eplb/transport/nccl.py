@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,15 @@ class NcclOptions:
             raise InvalidOptions(f"max_ctas is {self.max_ctas}; it must be at least 1", option="max_ctas")
 
 
+class _Posts(NamedTuple):
+    """What is posted of a group, and what is copied to and from scratch memory before and after that."""
+
+    sends: list[Message]
+    packing: list[tuple[Tensor, Tensor]]
+    recvs: list[Message]
+    unpacking: list[tuple[Tensor, Tensor]]
+
+
 class NcclLink:
     """A communicator for expert moves. What it launches goes behind the current stream.
 
@@ -66,6 +77,7 @@ class NcclLink:
         self.workers = workers
         self._device = device
         self._scratch = {side: device.allocate(0) for side in ("sends", "recvs")}
+        self._prepared: WeakKeyDictionary[MessageGroup, _Posts] = WeakKeyDictionary()
         settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
         settings._timeout = timeout
         settings.config.max_ctas = options.max_ctas
@@ -96,10 +108,9 @@ class NcclLink:
         until_passed(event, time.monotonic() + timeout.total_seconds())
 
     def prepare(self, exchange: Exchange) -> None:
-        """Make scratch memory large enough, so that no launch allocates; with its stream current."""
+        """Pack small messages and make room for them, so that no launch need; with its stream current."""
         for group in exchange.groups:
-            for side, messages in (("sends", group.sends), ("recvs", group.recvs)):
-                self._reserve(side, _packed_nbytes(pack(messages)[1]))
+            self._prepared[group] = self._posts(group)
 
     def launch(self, exchange: Exchange) -> Callable[[float], None]:
         """Enqueue all groups behind the current stream of this thread."""
@@ -124,8 +135,8 @@ class NcclLink:
     def _post(self, messages: MessageGroup) -> Work | None:
         if not messages.sends and not messages.recvs:
             return None
-        sends, packing = self._packed("sends", messages.sends)
-        recvs, unpacking = self._packed("recvs", messages.recvs)
+        is_prepared = messages in self._prepared
+        sends, packing, recvs, unpacking = self._prepared.pop(messages) if is_prepared else self._posts(messages)
         torch_device = self._device.torch_device
         _copy(packing)
         self._group._start_coalescing(torch_device)
@@ -151,10 +162,13 @@ class NcclLink:
             with suppress(RuntimeError):  # the last one that is left reports the failure again
                 self._group._end_coalescing(self._device.torch_device)
 
+    def _posts(self, messages: MessageGroup) -> "_Posts":
+        return _Posts(*self._packed("sends", messages.sends), *self._packed("recvs", messages.recvs))
+
     def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
         """Return what is posted, and pairs of a place in scratch memory and the data of a message that belongs there.
 
-        The scratch memory of an earlier group is free again: the stream is past that group.
+        All groups use the same scratch memory: when one is launched, the stream is past the one before.
         """
         posted, packs = pack(messages)
         scratch = self._reserve(side, _packed_nbytes(packs))
