@@ -149,6 +149,7 @@ class SideStreams:
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
         self._streams: list[torch.cuda.Stream] = []
+        self._end = torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]
 
     def forked(self, number: int) -> Sequence[int]:
         """Let so many of them wait for the current stream, at least one; return their handles."""
@@ -159,11 +160,10 @@ class SideStreams:
         return [stream.cuda_stream for stream in streams]
 
     def joined(self) -> DeviceEvent:
-        """Return the end of what all of them have so far."""
-        first, *others = self._streams
-        for stream in others:
-            first.wait_stream(stream)
-        return _recorded(first)
+        """Return the end of what all of them have so far. None of them waits for it."""
+        for stream in self._streams:
+            self._end.wait_stream(stream)
+        return _recorded(self._end)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
