@@ -26,7 +26,7 @@ from async_eplb.errors import (
 from async_eplb.recovery import Recovery
 from async_eplb.survivors import homes, on_survivors, without_ranks
 from async_eplb.testing import ScheduledWorkers
-from async_eplb.transport import Fault, FaultKind, MemorySchedule, MemoryTransport
+from async_eplb.transport import Fault, FaultKind, LaunchRule, MemorySchedule, MemoryTransport
 from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.weight_source import INDEX, SafetensorsSource, WeightSource
@@ -163,6 +163,26 @@ async def test_recovering_at_the_wrong_time() -> None:
         assert_same_layer(ranks, old)
     with pytest.raises(ClosedUpdater):
         await ranks[0].updater.recover(MemoryTransport.world(1)[0])
+
+
+@pytest.mark.parametrize("launch_rule", [LaunchRule.AT_ONCE, LaunchRule.GRANTED])
+@in_virtual_time
+async def test_survivors_get_experts_from_each_other(launch_rule: LaunchRule) -> None:
+    """Whether peers send them or are read, and whatever places survivors have in their own transport."""
+    old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
+    first, second = (
+        on_survivors(ExpertPlacement.from_mapping([row] * 3), TOPOLOGY, [0, 2])
+        for row in ([0, 1, 2, 3, 4, 5], [3, 4, 5, 0, 1, 2])
+    )
+    async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
+        left = [ranks[0], ranks[2]]
+        schedule = MemorySchedule(control_s=0.01, launch_rule=launch_rule)
+        await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
+        for placement in (first, second):
+            await together([lambda u=rank.updater, p=placement: u.update(p) for rank in left])  # type: ignore[misc]
+            for rank in left:
+                rank.assert_consistent()
+                assert rank.updater.placement == placement
 
 
 @in_virtual_time

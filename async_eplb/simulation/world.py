@@ -191,6 +191,7 @@ class World:
         return MemorySchedule(
             seed=self.num_recoveries,
             control_s=_CONTROL_S,
+            launch_rule=self._scenario.launch_rule,
             lost_results=frozenset((places[number], count) for number, count in lost if number in places),
         )
 
