@@ -22,8 +22,9 @@ from async_eplb import (
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.staging import StagingBuffer
 from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, LaunchRule
+from async_eplb.transport import Exchange, LaunchRule, MessageGroup, Pull, Pulls
 from async_eplb.workers import ThreadWorkers
 
 MODEL = SampleModel(hidden=32, intermediate=16)
@@ -39,7 +40,7 @@ def conform(world: WorldRank) -> int:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_it_keeps_the_contract(num_ranks: int) -> None:
-    """Every byte arrives from the slot that the message names, and nothing stays mapped."""
+    """Every byte arrives from the slot that the pull names, and nothing stays mapped."""
     assert run_world(conform, num_ranks) == [0] * num_ranks
 
 
@@ -55,6 +56,16 @@ def conform_across_hosts(world: WorldRank) -> tuple[LaunchRule, int]:
 def test_the_hybrid_keeps_the_contract() -> None:
     """Two hosts of two ranks: pulls within, messages between."""
     assert run_world(conform_across_hosts, 4) == [(LaunchRule.GRANTED, 0)] * 4
+
+
+def test_slots_are_pulled_once() -> None:
+    """However many parts an exchange with others is launched in: with the first one."""
+    groups = (MessageGroup((), ()),) * 3
+    pulls = Pulls((Pull(1, 0, 0),), StagingBuffer(0, torch.empty(0, dtype=torch.uint8), CpuDevice()))
+    parts = Exchange(0, groups, pulls=pulls).parts()
+    assert [part.pulls for part in parts] == [pulls, None, None]
+    assert [len(part.groups) for part in parts] == [1, 1, 1]
+    assert [part.pulls for part in Exchange(0, (), pulls=pulls).parts()] == [pulls]
 
 
 def test_it_asks_for_grants() -> None:

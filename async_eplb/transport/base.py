@@ -223,7 +223,7 @@ class Transport(Protocol):
         ...
 
     def prepare(self, exchange: Exchange) -> None:
-        """Allocate what an exchange needs, before its launch: on any thread, with the stream of the launch current."""
+        """Do what a launch need not, such as to allocate: on any thread, with the stream of the launch current."""
         ...
 
     def launch(self, exchange: Exchange) -> PendingExchange:

@@ -119,7 +119,7 @@ class CopyEngineTransport(Member):
         return control
 
     def launch(self, exchange: Exchange) -> PendingExchange:
-        """Prepare to pull what an exchange receives, which :meth:`PendingExchange.start` does; sends need nothing."""
+        """Prepare what an exchange pulls, which :meth:`PendingExchange.start` enqueues. It has no messages."""
         if self._link is None or self._state != "open":
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
         return _Pull(self, self._link, exchange)

@@ -34,7 +34,8 @@ class FaultKind(Enum):
 class Fault:
     """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault.
 
-    :param tag: only the message with this tag; all without it
+    :param tag: only the message with this tag; all without it. Of what is pulled, a tensor of a slot has the tag
+        ``dst_slot * tensors + tensor``
     :param delay_s: how late a delayed or duplicated message comes, in seconds
     """
 

@@ -108,7 +108,7 @@ class NcclLink:
         until_passed(event, time.monotonic() + timeout.total_seconds())
 
     def prepare(self, exchange: Exchange) -> None:
-        """Pack small messages and make room for them, so that no launch need; with its stream current."""
+        """Work out how small messages are packed, and make room for them; with the stream of the launch current."""
         for group in exchange.groups:
             self._prepared[group] = self._posts(group)
 

@@ -49,7 +49,7 @@ class NcclLanes:
             self._side = SideStreams(device.torch_device)
 
     def prepare(self, exchange: Exchange) -> None:
-        """Allocate what an exchange needs, for the stream that it will be launched on."""
+        """Do what an exchange needs before its launch, for the stream that it will be launched on."""
         if exchange.hop == 0 or len(self._links) == 1:
             self._links[0].prepare(exchange)
         else:

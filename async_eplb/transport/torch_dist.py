@@ -57,7 +57,7 @@ class TorchDistTransport(Member):
         return f"<TorchDistTransport rank {self._rank} of {self._num_ranks}, {self._backend}, {self._state}>"
 
     one_sided_peers: frozenset[int] = frozenset()
-    """None: both sides post each message."""
+    """There are none: both sides post each message."""
 
     @property
     def launch_rule(self) -> LaunchRule:
@@ -107,7 +107,7 @@ class TorchDistTransport(Member):
         return self._connect_control(workers, control_timeout_s)
 
     def prepare(self, exchange: Exchange) -> None:
-        """Allocate what small messages are packed into, with NCCL."""
+        """Work out how small messages are packed, and allocate what they are packed into, with NCCL."""
         if isinstance(self._link, NcclLanes):
             self._link.prepare(exchange)
 

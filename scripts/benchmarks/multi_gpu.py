@@ -222,7 +222,7 @@ def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
     dist.all_gather_object(shared, (handle, source.data_ptr() - base))
     peers = {rank: memory.open(handle) + offset for rank, (handle, offset) in enumerate(shared) if rank != world.rank}
 
-    def copy(pairs: Sequence[tuple[int, int]], nbytes: int) -> None:
+    def copy(pairs: Sequence[tuple[int, int]], nbytes: int, _read_by_peers: Tensor = source) -> None:
         sources = [*enumerate(src for src, dst in pairs if dst == world.rank)]
         sources.sort(key=lambda source: (source[1] - world.rank) % world.num_ranks)
         memory.copy([[(target.data_ptr() + i * nbytes, peers[src], nbytes)] for i, src in sources])
