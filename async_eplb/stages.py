@@ -379,7 +379,8 @@ class LayerStages:
         wait_ms = layer.watch.ms() - watch.ms()
         if self._verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():
             await self._workers.run("finish", complete)
-        moved = {source: count for source, count in layer.planned.plan.source_counts.items() if source in _MOVING}
+        counts = layer.planned.plan.source_counts
+        moved = {source: count for source, count in counts.items() if count and source in _MOVING}
         committed = LayerCommitted(
             generation=self._generation,
             rank=self.rank,
@@ -394,8 +395,7 @@ class LayerStages:
         self.tally.commit_ms += committed.duration_ms
         self.tally.wait_ms += wait_ms
         for source, count in moved.items():
-            if count:
-                self.tally.nbytes_by_source[source] += layer.nbytes // committed.num_slots * count
+            self.tally.nbytes_by_source[source] += layer.nbytes // committed.num_slots * count
         emit(self._logger, committed)
         self._since_committed = Stopwatch()
         return committed

@@ -67,7 +67,7 @@ class Verifier:
         if self.mode is Verify.CHECKSUM:
             slots = [*moving_slots]
             if slots:
-                sums = checksums([[view[slot] for view in self.weights.views(row)[:-1]] for slot in slots])
+                sums = checksums([self.weights.slot_views(row, slot)[:-1] for slot in slots])
                 places = torch.from_numpy(np.array(slots, dtype=np.int64))
                 column[:, 1].index_copy_(0, places.to(column.device), sums)
 

@@ -41,6 +41,9 @@ class TorchDistTransport(Member):
     :raises BrokenTransport: if this process is not in the group
     """
 
+    one_sided_peers: frozenset[int] = frozenset()
+    """There are none: both sides post each message."""
+
     def __init__(
         self,
         group: ProcessGroup | None = None,
@@ -55,9 +58,6 @@ class TorchDistTransport(Member):
 
     def __repr__(self) -> str:
         return f"<TorchDistTransport rank {self._rank} of {self._num_ranks}, {self._backend}, {self._state}>"
-
-    one_sided_peers: frozenset[int] = frozenset()
-    """There are none: both sides post each message."""
 
     @property
     def launch_rule(self) -> LaunchRule:
