@@ -5,7 +5,7 @@ which the workers run in threads of their own; nothing is awaited inside them.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -143,40 +143,23 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-class SideStreams:
-    """Streams beside the current one of a CUDA device, for work that may run at once."""
+class SideStream:
+    """A stream beside the current one of a CUDA device."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
-        self._streams: list[torch.cuda.Stream] = []
-        self._end = torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]
-
-    def forked(self, number: int) -> Sequence[int]:
-        """Let so many of them wait for the current stream, at least one; return their handles."""
-        behind = _recorded(torch.cuda.current_stream(self._torch_device))
-        streams = self._first(max(1, number))
-        for stream in streams:
-            stream.wait_event(behind)
-        return [stream.cuda_stream for stream in streams]
-
-    def joined(self) -> DeviceEvent:
-        """Return the end of what all of them have so far. None of them waits for it."""
-        for stream in self._streams:
-            self._end.wait_stream(stream)
-        return _recorded(self._end)
+        self._stream = torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Make the first of them current, behind what the current stream has so far, which does not wait for it."""
-        (first,) = self._first(1)
-        first.wait_stream(torch.cuda.current_stream(self._torch_device))
-        with torch.cuda.stream(first):
-            yield
+    def aside(self) -> Iterator[int]:
+        """Make it current, behind what the current stream has so far, which does not wait for it; give its handle."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._torch_device))
+        with torch.cuda.stream(self._stream):
+            yield self._stream.cuda_stream
 
-    def _first(self, number: int) -> Sequence[torch.cuda.Stream]:
-        while len(self._streams) < number:
-            self._streams.append(torch.cuda.Stream(self._torch_device))  # type: ignore[no-untyped-call]
-        return self._streams[:number]
+    def end(self) -> DeviceEvent:
+        """Return the end of what it has so far."""
+        return _recorded(self._stream)
 
 
 def until_passed(event: DeviceEvent, deadline: float) -> None:

@@ -90,6 +90,7 @@ class LayerStages:
 
     :param old: placement that the live weights have
     :param new: placement that they shall have
+    :param mode: whether the model serves meanwhile
     :param after: work of the caller that comes before live weights are read
     :param step: returns how many boundaries this rank has passed
     """
@@ -101,6 +102,7 @@ class LayerStages:
         rank: int,
         old: ExpertPlacement,
         new: ExpertPlacement,
+        mode: Mode,
         topology: EPTopology,
         verifier: Verifier,
         expert_map: ExpertMap,
@@ -118,6 +120,7 @@ class LayerStages:
         self.rank = rank
         self._old = old
         self._new = new
+        self.mode = mode
         self._topology = topology
         self._verifier = verifier
         self._weights = verifier.weights
@@ -164,7 +167,7 @@ class LayerStages:
         """Break the transport, so that no rank waits for an exchange that cannot finish."""
         self._transport.abort()
 
-    def log_start(self, pool: StagingPool, rows: Sequence[int], mode: Mode) -> None:
+    def log_start(self, pool: StagingPool, rows: Sequence[int]) -> None:
         """Say that the update begins."""
         emit(
             self._logger,
@@ -172,7 +175,7 @@ class LayerStages:
                 generation=self._generation,
                 rank=self.rank,
                 step=self.step(),
-                mode=mode.value,
+                mode=self.mode.value,
                 num_ranks=self._topology.num_ranks,
                 num_nodes=self._topology.num_nodes,
                 num_layers=len(rows),
@@ -448,7 +451,9 @@ class LayerStages:
                 recvs[group] += tagged(recv.logical_expert, recv.src_rank, buffer.views(recv.dst_slot))
         groups = tuple(MessageGroup(tuple(s), tuple(r)) for s, r in zip(sends, recvs, strict=True))
         first, second = groups[: posted.num_first], groups[posted.num_first :]
-        exchange = Exchange(planned.row, first, pulls=Pulls(tuple(pulls), buffer) if pulls else None)
+        in_turn = bool(one_sided) and self.mode is Mode.EXCLUSIVE
+        has_part = in_turn or bool(pulls)
+        exchange = Exchange(planned.row, first, pulls=Pulls(tuple(pulls), buffer, in_turn) if has_part else None)
         return (exchange, Exchange(planned.row, second, hop=1)) if second else (exchange,)
 
     def _mark(self, planned: PlannedLayer) -> None:

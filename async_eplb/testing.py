@@ -58,8 +58,9 @@ async def check_transport(
 
     It moves messages of many sizes from live weights that change between exchanges, between all pairs of ranks, in
     several groups, and compares every byte; holds control rounds; and checks that a transport is opened once and
-    refuses work when it is not open. A layer is granted by a control round to transports that ask for it; others must
-    find out for themselves when a peer has sent, and move the second hop of a row beside the first of the next.
+    refuses work when it is not open. A layer is granted by a control round to transports that ask for it, and every
+    other one is pulled in turn; other transports must find out for themselves when a peer has sent, and move the second
+    hop of a row beside the first of the next.
 
     :param seed: of the messages, equal on all ranks
     :raises AssertionError: if the contract is broken, with what and where
@@ -79,6 +80,8 @@ async def check_transport(
         exchange, expected = _exchange(transport, device, weights, seed + number)
         if transport.launch_rule.needs_grant:
             await control.run(_CountingVoter(transport.rank, 1))
+        if exchange.pulls is not None and number % 2:
+            exchange = replace(exchange, pulls=replace(exchange.pulls, in_turn=True))
         with device.transferring():
             transport.prepare(exchange)
             pending = transport.launch(exchange)

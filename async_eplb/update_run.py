@@ -66,7 +66,6 @@ class UpdateRun:
         stages: LayerStages,
         target: ExpertPlacement,
         rows: tuple[int, ...],
-        mode: Mode,
         digest: int,
         driver: Driver,
         news: News,
@@ -82,7 +81,6 @@ class UpdateRun:
         self.stages = stages
         self.target = target
         self.rows = rows
-        self.mode = mode
         self.generation = driver.generation + 1
         self.committed: list[int] = []
         """Layers that are new here, in update order."""
@@ -224,7 +222,7 @@ class UpdateRun:
         except Exception as error:  # noqa: BLE001 - the other ranks must hear of it
             self.error = error
         self._driver.begin(
-            self.mode,
+            self.stages.mode,
             digest=self._digest,
             total=len(self.rows),
             window=len(self._pool.buffers),
@@ -249,7 +247,7 @@ class UpdateRun:
                 alone=True,
             )
         if self._driver.begun and self.error is None:
-            self.stages.log_start(self._pool, self.rows, self.mode)
+            self.stages.log_start(self._pool, self.rows)
 
     async def _watch(self) -> None:
         """Fail whenever a stage makes no progress, and say what all of them do."""
@@ -382,7 +380,7 @@ class UpdateRun:
     @property
     def _launches_at_steps(self) -> bool:
         """Whether transfers begin at agreed boundaries, on the serving thread."""
-        return self.stages.launch_rule.needs_order and self.mode is Mode.SERVING
+        return self.stages.launch_rule.needs_order and self.stages.mode is Mode.SERVING
 
     async def _is_launched(self, layer: LayerInFlight, index: int) -> bool:
         """Launch a layer, or see it launched; return whether that was, or False if it will not be moved."""
@@ -432,7 +430,7 @@ class UpdateRun:
     async def _copied(self, index: int) -> Stopwatch:
         """Return when an agreed layer is copied, or will never be; with the time since its commit began."""
         watch = Stopwatch()
-        if self.mode is Mode.EXCLUSIVE:
+        if self.stages.mode is Mode.EXCLUSIVE:
             with self._watchdog.doing("commit", index, _COPYING):
                 await self._copy_beside(index + 1)
             return watch

@@ -493,6 +493,7 @@ class ExpertUpdater:
             rank=self.rank,
             old=self._placement,
             new=new_placement,
+            mode=mode,
             topology=self.topology,
             verifier=self._verifier,
             expert_map=self.expert_map,
@@ -518,7 +519,6 @@ class ExpertUpdater:
             stages=stages,
             target=new_placement,
             rows=rows,
-            mode=mode,
             digest=update_digest(
                 self._placement,
                 new_placement,

@@ -3,15 +3,16 @@
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.transport import copy_engine
-from async_eplb.transport.cuda_ipc import Copy
+from async_eplb.transport.cuda_ipc import Step
+from async_eplb.transport.turns import Cell
 
 _ALIGNMENT = 64
 
@@ -23,6 +24,7 @@ class SharedMemory(CpuDevice):
         self._allocations: dict[int, tuple[int, int]] = {}
         self.mapped: dict[int, Tensor] = {}
         """What is mapped of other processes, by address."""
+        self.mapped_host: set[int] = set()
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return memory of a file that has no name."""
@@ -73,10 +75,25 @@ class SharedMemory(CpuDevice):
             os.close(file)
         self._allocations.clear()
 
-    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
-        """Copy at once."""
-        for target, source, nbytes in chain.from_iterable(lanes):
-            ctypes.memmove(target, source, nbytes)
+    def map_host(self, address: int, nbytes: int) -> int:
+        """Return the same address: the device is the host."""
+        assert nbytes > 0
+        self.mapped_host.add(address)
+        return address
+
+    def unmap_host(self, address: int) -> None:
+        """Forget host memory."""
+        self.mapped_host.remove(address)
+
+    def copy(self, steps: Sequence[Step]) -> None:
+        """Copy at once, when its turn has come: a thread is the stream, and waits as a device does."""
+        for copies, after, then in steps:
+            while after is not None and (_cell(after).value - after.number) % (1 << 32) >= 1 << 31:
+                time.sleep(20e-6)
+            for target, source, nbytes in copies:
+                ctypes.memmove(target, source, nbytes)
+            if then is not None:
+                _cell(then).value = then.number
 
     def end(self) -> DeviceEvent:
         """Return an event that has passed."""
@@ -94,6 +111,10 @@ class _BootId:
 def be_on_host(number: int) -> None:
     """Let transports of this process take it for one of a host of its own, with other processes of that number."""
     copy_engine._BOOT_ID = _BootId(number)  # type: ignore[assignment]
+
+
+def _cell(cell: Cell) -> ctypes.c_uint32:
+    return ctypes.c_uint32.from_address(cell.address)
 
 
 def _map(file: int) -> Tensor:

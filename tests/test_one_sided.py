@@ -23,8 +23,8 @@ from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.sample_model import SampleModel, random_placement
 from async_eplb.staging import StagingBuffer
-from async_eplb.testing import WorldRank, check_transport, run_world
-from async_eplb.transport import Exchange, LaunchRule, MessageGroup, Pull, Pulls
+from async_eplb.testing import WorldRank, _CountingVoter, check_transport, run_world
+from async_eplb.transport import Exchange, LaunchRule, Message, MessageGroup, Pull, Pulls
 from async_eplb.workers import ThreadWorkers
 
 MODEL = SampleModel(hidden=32, intermediate=16)
@@ -234,6 +234,63 @@ def stuck_in_world(_: WorldRank) -> None:
 def test_copies_that_do_not_end_in_time_break_the_transport() -> None:
     """The error names the layer, and the transport is not used again."""
     run_world(stuck_in_world, 1)
+
+
+async def wait_for_a_turn(rank: int) -> float:
+    """Pull in turn from a peer that never launches; abort. Return how long the pull then took."""
+    memory = SharedMemory()
+    transport = CopyEngineTransport(memory=lambda _: memory)
+    weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
+    control = await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
+    staging = StagingBuffer(0, memory.allocate(1024), memory)
+    staging.lay_out([0], [4])
+    took_s = 0.0
+    if rank == 0:
+        pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pending.start)
+            await anyio.sleep(0.2)
+            transport.abort()
+            start = anyio.current_time()
+        with pytest.raises(BrokenTransport):
+            await pending.wait(30)
+        took_s = anyio.current_time() - start
+    await control.run(_CountingVoter(rank, 1))
+    await transport.aclose()
+    assert memory.mapped_host == set()
+    return took_s
+
+
+def wait_for_a_turn_in_world(world: WorldRank) -> float:
+    """Be one of three ranks."""
+    return anyio.run(wait_for_a_turn, world.rank)
+
+
+def test_a_rank_that_waits_for_its_turn_can_give_up() -> None:
+    """Rank 1 reads from rank 2 first, and does not; an abort ends rank 0's wait for it."""
+    assert run_world(wait_for_a_turn_in_world, 3)[0] < 10
+
+
+async def send_messages() -> None:
+    """Launch an exchange that has a message."""
+    memory = SharedMemory()
+    transport = CopyEngineTransport(memory=lambda _: memory)
+    weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
+    await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
+    message = Message(0, 0, memory.allocate(4))
+    with pytest.raises(BrokenTransport, match="moves no messages"):
+        transport.launch(Exchange(0, (MessageGroup((message,), ()),)))
+    await transport.aclose()
+
+
+def send_in_world(_: WorldRank) -> None:
+    """Be a world of one."""
+    anyio.run(send_messages)
+
+
+def test_messages_are_refused() -> None:
+    """A one-sided transport would leave them where they are."""
+    run_world(send_in_world, 1)
 
 
 async def abort_before_the_end() -> None:

@@ -111,6 +111,44 @@ def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
         link._finish(works, past, deadline=0.0)  # type: ignore[arg-type]
 
 
+class _NotingGroup:
+    """A group that notes what is posted."""
+
+    def __init__(self) -> None:
+        self.posted: list[int] = []
+
+    def _start_coalescing(self, _device: torch.device) -> None:
+        pass
+
+    def _end_coalescing(self, _device: torch.device) -> "_NotingGroup":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    def recv(self, data: list[torch.Tensor], _peer: int, _tag: int) -> None:
+        self.posted.append(data[0].data_ptr())
+
+    send = recv
+
+
+def test_a_launch_posts_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And packs nothing on the serving thread; what was not prepared is packed there. Once each."""
+    link = unconnected_link()
+    link._place = {1: 1}
+    link._group = group = _NotingGroup()  # type: ignore[assignment]
+    messages = tuple(Message(1, tag, torch.zeros(8, dtype=torch.uint8)) for tag in range(3))
+    exchange = Exchange(0, (MessageGroup(messages, messages),))
+    link.prepare(exchange)
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_posts", None)
+        link.launch(exchange)
+    assert group.posted == [link._scratch[side].data_ptr() for side in ("recvs", "sends")]
+    assert len(link._prepared) == 0
+    link.launch(exchange)
+    assert group.posted[2:] == group.posted[:2]
+
+
 class _FailingGroup:
     """torch's group over NCCL's count of open groups, whose send fails inside a group of its own."""
 

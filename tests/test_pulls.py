@@ -12,8 +12,8 @@ from async_eplb import ExpertWeights
 from async_eplb.device import DeviceEvent
 from async_eplb.staging import StagingBuffer
 from async_eplb.transport import Exchange, Pull, Pulls, copy_engine
-from async_eplb.transport.copy_engine import Offer, _Link
-from async_eplb.transport.cuda_ipc import Copy
+from async_eplb.transport.copy_engine import _Link
+from async_eplb.transport.cuda_ipc import Copy, Step
 from async_eplb.workers import ThreadWorkers
 
 
@@ -39,7 +39,7 @@ class LateMemory(SharedMemory):
         self.left = 100
         self.on_stream = ""
         self.waits: list[tuple[str, DeviceEvent]] = []
-        self.lanes: list[Sequence[Copy]] = []
+        self.steps: list[Step] = []
 
     @contextmanager
     def transferring(self) -> Iterator[None]:
@@ -50,10 +50,10 @@ class LateMemory(SharedMemory):
     def wait(self, event: DeviceEvent) -> None:
         self.waits.append((self.on_stream, event))
 
-    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
+    def copy(self, steps: Sequence[Step]) -> None:
         assert self.on_stream == "transfer"
-        self.lanes = [*lanes]
-        for _ in chain.from_iterable(lanes):
+        self.steps = [*steps]
+        for _ in chain.from_iterable(step.copies for step in steps):
             if not self.left:
                 raise RuntimeError("the driver takes no more")
             self.left -= 1
@@ -67,10 +67,10 @@ def link_of_two() -> tuple[LateMemory, _Link, Exchange]:
     """Return a link that has mapped one peer, and an exchange that pulls three slots from it."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
-    link = _Link(memory, memory, ThreadWorkers())
+    link = _Link(memory, memory, ThreadWorkers(), 0, 2)
     mine = link.offer(weights)
-    peers = Offer(mine.host, mine.host_name, mine.handles, mine.slots)
-    link.map([mine, peers], 0, within_host=False)
+    link.map([mine, mine], within_host=False)
+    link.turns.unlink()
     staging = StagingBuffer(0, torch.empty(3 * 256, dtype=torch.uint8), memory)
     staging.lay_out(range(3), [8])
     return memory, link, Exchange(0, (), pulls=Pulls(tuple(Pull(1, slot, slot) for slot in range(3)), staging))
@@ -84,24 +84,45 @@ def test_a_pull_ends_with_its_last_copy() -> None:
     assert not link.end.query()
 
 
-def test_all_peers_are_read_at_once() -> None:
-    """Each in a lane of its own, the next rank's first: all tensors of a slot, from where the peer has them."""
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_peers_are_read_one_after_another(*, in_turn: bool) -> None:
+    """The next rank first: all tensors of a slot, from where the peer has them; behind cells only if in turn."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8), memory.allocate(64)[:60].view(4, 15)]})
-    link = _Link(memory, memory, ThreadWorkers())
+    link = _Link(memory, memory, ThreadWorkers(), 1, 3)
     mine = link.offer(weights)
-    link.map([mine] * 3, 1, within_host=False)
+    link.map([mine] * 3, within_host=False)
+    link.turns.unlink()
     staging = StagingBuffer(0, torch.empty(4 * 512, dtype=torch.uint8), memory)
     staging.lay_out([5, 6, 7, 8], [8, 15])
     pulls = (Pull(0, 3, 5), Pull(2, 2, 6), Pull(0, 1, 8), Pull(2, 0, 7))
-    link.pull(Exchange(0, (), pulls=Pulls(pulls, staging)))
+    link.pull(Exchange(0, (), pulls=Pulls(pulls, staging, in_turn)))
     bases = [*memory.mapped]
-    lanes: dict[int, list[Copy]] = {2: [], 0: []}
+    copies: dict[int, list[Copy]] = {2: [], 0: []}
     for peer, src_slot, dst_slot in pulls:
         first, second = bases[peer : peer + 2]
         places = staging.addresses([dst_slot])[0].tolist()
-        lanes[peer] += [(places[0], first + 8 * src_slot, 8), (places[1], second + 15 * src_slot, 15)]
-    assert [sorted(lane) for lane in memory.lanes] == [sorted(lane) for lane in lanes.values()]
+        copies[peer] += [(places[0], first + 8 * src_slot, 8), (places[1], second + 15 * src_slot, 15)]
+    assert [sorted(step.copies) for step in memory.steps] == [sorted(each) for each in copies.values()]
+    assert [step.after is not None for step in memory.steps] == [in_turn] * 2
+    assert [step.then is not None for step in memory.steps] == [in_turn] * 2
+
+
+def test_a_rank_that_pulls_nothing_passes_its_turns_on() -> None:
+    """Or those behind it would wait for ever."""
+    memory, link, exchange = link_of_two()
+    assert exchange.pulls is not None
+    link.pull(Exchange(0, (), pulls=Pulls((), exchange.pulls.memory, in_turn=True)))
+    assert [(step.copies, step.then is not None) for step in memory.steps] == [([], True)]
+
+
+def test_slots_of_ranks_that_are_not_mapped_are_refused() -> None:
+    """Instead of left out."""
+    memory, link, exchange = link_of_two()
+    assert exchange.pulls is not None
+    with pytest.raises(RuntimeError, match=r"nothing is mapped of ranks \[2\]"):
+        link.pull(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), exchange.pulls.memory)))
+    assert memory.steps == []
 
 
 def test_what_was_enqueued_before_an_error_has_an_end() -> None:

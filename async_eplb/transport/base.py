@@ -7,6 +7,7 @@ Who may touch what, and when:
 - A receive writes staging in place. Nobody else touches it from launch until :meth:`PendingExchange.wait` returns.
 - One-sided peers (:attr:`Transport.one_sided_peers`) post no messages to each other: a receiver pulls what it needs
   from the other's live weights, which it may only when that one has granted the layer (:attr:`Transport.launch_rule`).
+  It waits for nobody, unless they pull in turn (:attr:`Pulls.in_turn`).
 - Messages match by peer, row, hop and tag, so both sides must describe them alike; sizes must be equal.
 - The second hop of a row and the first of the next may be under way at once, and neither waits for the other. The next
   row's first hop may be launched, and started, while one is under way; it may wait for that.
@@ -87,10 +88,13 @@ class Pulls:
     """All that a rank pulls for one layer, in any order.
 
     :param memory: what is written
+    :param in_turn: whether each source is read by one rank after another, which uses links best. Ranks then wait for
+        each other: only for what all ranks launch, in the same order, even if they pull nothing, and while none serves
     """
 
     slots: tuple[Pull, ...]
     memory: SlotMemory
+    in_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,21 +1,20 @@
 """A transport for GPUs of one host: receivers pull peers' live weights with plain copies. No kernels, no rendezvous.
 
 Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
-then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. It needs nothing of the
-peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot deadlock with anything
-that the model runs.
+then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. While the model serves, it
+needs nothing of the peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot
+deadlock with anything that the model runs. While no rank serves, all take turns at what they read (:mod:`.turns`).
 """
 
 import json
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,10 @@ from torch.distributed import ProcessGroup
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull
-from async_eplb.transport.cuda_ipc import Copy, CudaIpc, PeerMemory
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull, Pulls
+from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory, Step
 from async_eplb.transport.joining import Member
+from async_eplb.transport.turns import Turns, sources_of
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -96,18 +96,20 @@ class CopyEngineTransport(Member):
         control = self._connect_control(workers, control_timeout_s)
         offer, failure = "", ""
         try:
-            self._link = _Link(self._make_memory(device.torch_device), device, workers)
+            self._link = _Link(self._make_memory(device.torch_device), device, workers, self._rank, self._num_ranks)
             offer = self._link.offer(weights).to_json()
         except (RuntimeError, OSError) as error:
             failure = str(error)
         offers = self._gather("offer", offer)
         if self._link is not None and all(offers):
             try:
-                self._link.map([Offer.from_json(each) for each in offers], self._rank, within_host=self._within_host)
+                self._link.map([Offer.from_json(each) for each in offers], within_host=self._within_host)
                 self._link.warm_up()
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 failure = str(error)
         failures = self._gather("failure", failure)
+        if self._link is not None:
+            self._link.turns.unlink()
         ranks = tuple(rank for rank, each in enumerate(failures) if each)
         if ranks:
             self._state = "broken"
@@ -119,13 +121,18 @@ class CopyEngineTransport(Member):
         return control
 
     def launch(self, exchange: Exchange) -> PendingExchange:
-        """Prepare what an exchange pulls, which :meth:`PendingExchange.start` enqueues. It has no messages."""
+        """Prepare what an exchange pulls, which :meth:`PendingExchange.start` enqueues.
+
+        :raises BrokenTransport: also if it has messages, which nobody would move
+        """
         if self._link is None or self._state != "open":
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
+        if any(group.sends or group.recvs for group in exchange.groups):
+            raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self._rank)
         return _Pull(self, self._link, exchange)
 
     def abort(self) -> None:
-        """Break the transport. Copies under way end by themselves; peers are not disturbed."""
+        """Break the transport. Copies under way end by themselves, and wait for no turn; peers are not disturbed."""
         self._state = "broken"
         if self._link is not None:
             self._link.hold_up()
@@ -207,12 +214,14 @@ class Offer:
     :param handles: of allocations
     :param slots: row → for each tensor: number of the allocation, offset of the first slot there and from one slot to
         the next, in bytes
+    :param turns: path of the cells by which peers tell this rank that its turn has come
     """
 
     host: str
     host_name: str
     handles: list[str]
     slots: dict[int, list[tuple[int, int, int]]]
+    turns: str
 
     def to_json(self) -> str:
         """Return the offer as text."""
@@ -233,7 +242,7 @@ class Offer:
             handles = [bytes.fromhex(handle).hex() for handle in fields["handles"]]
             if not {number for places in slots.values() for number, _, _ in places} <= set(range(len(handles))):
                 raise ValueError("a slot is in an allocation that is not offered")  # noqa: TRY301 - one answer to all
-            return cls(str(fields["host"]), str(fields["host_name"]), handles, slots)
+            return cls(str(fields["host"]), str(fields["host_name"]), handles, slots, str(fields["turns"]))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RuntimeError(f"a rank's offer makes no sense; does it run this version? ({error!r})") from error
 
@@ -241,14 +250,15 @@ class Offer:
 class _Link:
     """What this rank has mapped of the others."""
 
-    def __init__(self, memory: PeerMemory, device: Device, workers: Workers) -> None:
+    def __init__(self, memory: PeerMemory, device: Device, workers: Workers, rank: int, num_ranks: int) -> None:
         self.workers = workers
+        self.turns = Turns(rank, num_ranks)
         self._memory = memory
         self._device = device
         self.end = device.record()
         """Of all copies so far."""
         self._mappings: list[int] = []
-        self._rank = self._num_ranks = 0
+        self._rank = rank
         self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
 
@@ -265,22 +275,22 @@ class _Link:
                 if number == len(handles):
                     handles.append(handle.hex())
                 slots[row].append((number, view.data_ptr() - base, view.stride(0)))
-        return Offer(_BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots)
+        return Offer(_BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots, self.turns.path)
 
     @property
     def peers(self) -> frozenset[int]:
         """Ranks that something is mapped of."""
         return frozenset(peer for peer, _ in self._places)
 
-    def map(self, offers: list[Offer], rank: int, *, within_host: bool) -> None:
+    def map(self, offers: list[Offer], *, within_host: bool) -> None:
         """Map what all other ranks offer, or those of this host.
 
         :raises RuntimeError: if that cannot be
+        :raises OSError: if there is no memory for turns
         """
-        self._rank, self._num_ranks = rank, len(offers)
-        here = offers[rank]
+        here = offers[self._rank]
         for peer, offer in enumerate(offers):
-            if peer == rank or (within_host and offer.host != here.host):
+            if peer == self._rank or (within_host and offer.host != here.host):
                 continue
             if offer.host != here.host:
                 raise RuntimeError(f"rank {peer} is on another host, {offer.host_name}; this is {here.host_name}")
@@ -288,42 +298,34 @@ class _Link:
             for row, places in offer.slots.items():
                 mapped = [(bases[number] + offset, stride) for number, offset, stride in places]
                 self._places[peer, row] = np.array(mapped, dtype=np.int64).T
+        self.turns.map({peer: offers[peer].turns for peer in self.peers}, self._memory.map_host)
 
     def warm_up(self) -> None:
         """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
         with self._device.transferring():
             target = self._device.allocate(1)
-            self._copy([[(target.data_ptr(), address, 1) for address in self._mappings]])
+            self._copy([Step([(target.data_ptr(), address, 1) for address in self._mappings])])
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
         """Enqueue all that an exchange pulls, behind the transfer stream; return its end.
 
-        From all peers at once, each in a lane of its own, the next rank's first: so no two ranks that begin together
-        begin with the same one.
+        From one peer after another, the next rank first: so ranks that begin together begin with different ones.
         """
-        lanes = []
-        if exchange.pulls is not None:
-            memory = exchange.pulls.memory
-            in_turn = sorted(exchange.pulls.slots, key=self._turn)
-            for peer, same in groupby(in_turn, key=attrgetter("peer")):
-                pulls = [*same]
-                first, stride = self._places[peer, exchange.row]
-                sources = first + np.array([pull.src_slot for pull in pulls])[:, None] * stride
-                targets = memory.addresses([pull.dst_slot for pull in pulls])
-                nbytes = [*memory.slot_nbytes] * len(pulls)
-                lanes.append([*zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)])
+        steps = [] if exchange.pulls is None else self._steps(exchange.row, exchange.pulls)
         with self._device.transferring():
-            self._copy(lanes)
+            self._copy(steps)
         return self.end
 
     def hold_up(self) -> None:
         """Let the transfer stream, and so who fills staging next, wait for copies that nobody waits for any more."""
+        self.turns.release()
         with self._device.transferring():
             self._device.wait(self.end)
 
     def close(self) -> None:
         """Unmap everything, unless copies are still under way after a while: these must not lose their source."""
+        self.turns.unlink()
         self._places.clear()
         try:
             until_passed(self.end, time.monotonic() + _CLOSE_TIMEOUT_S)
@@ -331,13 +333,30 @@ class _Link:
             return
         while self._mappings:
             self._memory.close(self._mappings.pop())
+        self.turns.unmap(self._memory.unmap_host)
 
-    def _turn(self, pull: Pull) -> int:
-        return (pull.peer - self._rank) % self._num_ranks
+    def _steps(self, row: int, pulls: Pulls) -> list[Step]:
+        by_peer: dict[int, list[Pull]] = defaultdict(list)
+        for pull in pulls.slots:
+            by_peer[pull.peer].append(pull)
+        steps = []
+        for peer in sources_of(self._rank, self.turns.members):
+            slots = by_peer.pop(peer, [])
+            first, stride = self._places[peer, row]
+            sources = first + np.array([pull.src_slot for pull in slots], dtype=np.int64)[:, None] * stride
+            targets = pulls.memory.addresses([pull.dst_slot for pull in slots])
+            nbytes = [*pulls.memory.slot_nbytes] * len(slots)
+            copies = [*zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)]
+            steps.append(Step(copies, *(self.turns.around(peer) if pulls.in_turn else ())))
+        if by_peer:
+            raise RuntimeError(f"nothing is mapped of ranks {sorted(by_peer)}")
+        if pulls.in_turn:
+            self.turns.advance()
+        return steps
 
-    def _copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
+    def _copy(self, steps: Sequence[Step]) -> None:
         try:
-            self._memory.copy(lanes)
+            self._memory.copy(steps)
         finally:
             self.end = self._memory.end()
 

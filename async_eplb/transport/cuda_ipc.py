@@ -7,15 +7,27 @@ for, and its copies between devices run on a stream of the peer's device, in a c
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from async_eplb.device import DeviceEvent, SideStreams
+from async_eplb.device import DeviceEvent, SideStream
+from async_eplb.transport.turns import Cell
 
 Copy = tuple[int, int, int]
 """Address to write, address to read, bytes."""
+
+
+class Step(NamedTuple):
+    """Copies from one peer.
+
+    :param after: what a cell must have reached before them
+    :param then: what is written to a cell after them
+    """
+
+    copies: Sequence[Copy]
+    after: Cell | None = None
+    then: Cell | None = None
 
 
 class PeerMemory(Protocol):
@@ -33,11 +45,16 @@ class PeerMemory(Protocol):
         """Undo an :meth:`open`. Nothing may read there any more."""
         ...
 
-    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
-        """Enqueue copies behind the current stream, which does not wait for them; lanes run beside each other.
+    def map_host(self, address: int, nbytes: int) -> int:
+        """Let the device wait for and write to host memory; return its first address there."""
+        ...
 
-        A device takes what is enqueued first before the rest, so the lanes' heads come first, in their order.
-        """
+    def unmap_host(self, address: int) -> None:
+        """Undo a :meth:`map_host` of a host address."""
+        ...
+
+    def copy(self, steps: Sequence[Step]) -> None:
+        """Enqueue steps behind the current stream, which does not wait for them, one after another."""
         ...
 
     def end(self) -> DeviceEvent:
@@ -61,14 +78,22 @@ _SIGNATURES = {
     "cuIpcGetMemHandle": (_POINTER, _ADDRESS),
     "cuIpcOpenMemHandle_v2": (_POINTER, _Handle, ctypes.c_uint),
     "cuIpcCloseMemHandle": (_ADDRESS,),
+    "cuMemHostRegister_v2": (_POINTER, ctypes.c_size_t, ctypes.c_uint),
+    "cuMemHostGetDevicePointer_v2": (_POINTER, _POINTER, ctypes.c_uint),
+    "cuMemHostUnregister": (_POINTER,),
     "cuMemcpyDtoDAsync_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t, _POINTER),
+    "cuStreamWaitValue32_v2": (_POINTER, _ADDRESS, ctypes.c_uint32, ctypes.c_uint),
+    "cuStreamWriteValue32_v2": (_POINTER, _ADDRESS, ctypes.c_uint32, ctypes.c_uint),
     "cuGetErrorName": (ctypes.c_int, _POINTER),
 }
 _IS_LEGACY_CUDA_IPC_CAPABLE = 10
 _RANGE_START_ADDR = 11
 _LAZY_ENABLE_PEER_ACCESS = 1
+_MAPPED_FOR_DEVICES = 2
+_UNTIL_REACHED = 0
+"""Cyclically: as long as a cell is less than half of all numbers behind."""
 _MANY_COPIES = 400
-"""In a lane. A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
+"""A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
 
 
 class CudaIpc:
@@ -94,7 +119,7 @@ class CudaIpc:
         self._call("cuDeviceGet", ctypes.byref(device), index)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
-        self._streams = SideStreams(torch_device)
+        self._side = SideStream(torch_device)
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return the first address of an allocation and its handle.
@@ -125,24 +150,39 @@ class CudaIpc:
         with self._entered():
             self._call("cuIpcCloseMemHandle", address)
 
-    def copy(self, lanes: Sequence[Sequence[Copy]]) -> None:
-        """Enqueue copies, each lane on a stream of its own.
+    def map_host(self, address: int, nbytes: int) -> int:
+        """Register host memory with the driver; return its address for the device."""
+        mapped = ctypes.c_uint64()
+        with self._entered():
+            self._call("cuMemHostRegister_v2", address, nbytes, _MAPPED_FOR_DEVICES)
+            self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(mapped), address, 0)
+        return mapped.value
+
+    def unmap_host(self, address: int) -> None:
+        """Take host memory back from the driver."""
+        with self._entered():
+            self._call("cuMemHostUnregister", address)
+
+    def copy(self, steps: Sequence[Step]) -> None:
+        """Enqueue steps on one stream: a device has one engine for copies between devices, and takes one at a time.
 
         To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
         unless there are so many that a full stream could block the call.
         """
-        driver = self._driver if max(map(len, lanes), default=0) > _MANY_COPIES else self._driver_with_lock
+        driver = self._driver if sum(len(step.copies) for step in steps) > _MANY_COPIES else self._driver_with_lock
         memcpy = driver.cuMemcpyDtoDAsync_v2
-        with self._entered():
-            streams = self._streams.forked(len(lanes))
-            for abreast in zip_longest(*lanes):
-                for stream, copy in zip(streams, abreast, strict=True):
-                    if copy is not None:
-                        self._check("cuMemcpyDtoDAsync", memcpy(*copy, stream))
+        with self._entered(), self._side.aside() as stream:
+            for step in steps:
+                if step.after is not None:
+                    self._call("cuStreamWaitValue32_v2", stream, *step.after, _UNTIL_REACHED)
+                for copy in step.copies:
+                    self._check("cuMemcpyDtoDAsync_v2", memcpy(*copy, stream))
+                if step.then is not None:
+                    self._call("cuStreamWriteValue32_v2", stream, *step.then, 0)
 
     def end(self) -> DeviceEvent:
-        """Return the end of all streams' copies."""
-        return self._streams.joined()
+        """Return the end of all copies."""
+        return self._side.end()
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

@@ -96,6 +96,8 @@ class HybridTransport:
     def launch(self, exchange: Exchange) -> PendingExchange:
         """Post what goes between hosts, and prepare to pull the rest."""
         far = self._far.launch(replace(exchange, pulls=None))
+        if exchange.pulls is None:
+            return far
         return _Both(self, self._near.launch(replace(exchange, groups=())), far)
 
     def abort(self) -> None:

@@ -4,8 +4,9 @@ import random
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import anyio
 from anyio import CancelScope, Event, fail_after
@@ -14,10 +15,23 @@ from torch import Tensor
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, PendingExchange, Voter
+from async_eplb.transport.base import (
+    ControlGroup,
+    Exchange,
+    Message,
+    MessageGroup,
+    PendingExchange,
+    Pull,
+    Pulls,
+    SlotMemory,
+    Voter,
+)
 from async_eplb.transport.one_round import require_recent
+from async_eplb.transport.turns import next_reader, sources_of
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
+
+T = TypeVar("T")
 
 
 class FaultKind(Enum):
@@ -106,6 +120,9 @@ class _World:
         self.gone: set[int] = set()
         self.dead: set[int] = set()
         self.groups: dict[int, _MemoryControlGroup] = {}
+        self.num_turns = [0] * num_ranks
+        """Exchanges that each rank has launched whose pulls are in turn."""
+        self.turns: dict[tuple[int, int, int], Event] = {}
 
     @contextmanager
     def interruptible(self, ranks: frozenset[int]) -> Iterator[None]:
@@ -135,6 +152,10 @@ class _World:
         for number, rows in list(self.rounds.items()):
             if rank not in rows:
                 self.complete[number].set()
+
+    def turn(self, source: int, reader: int, number: int) -> Event:
+        """Return what happens when the reader's turn of this number has come."""
+        return self.turns.setdefault((source, reader, number), Event())
 
     def mail_for(self, key: _MessageKey) -> _Mail:
         if key not in self.mail:
@@ -266,12 +287,7 @@ class _MemoryExchange:
         try:
             with self._world.interruptible(self._peers), fail_after(timeout_s):
                 await anyio.sleep(self._least_s)
-                for group in self._groups:
-                    self._post(group)
-                    for message in self._in_order_of_arrival(group.recvs):
-                        await self._receive(message)
-                    for message in group.sends:
-                        await self._world.mail_for(self._send_key(message)).delivered.wait()
+                await self._exchange()
         except TimeoutError as error:
             self._world.leave(self._rank)
             raise TransferTimeout(
@@ -283,9 +299,17 @@ class _MemoryExchange:
         for message in self._sends:
             del self._world.mail[self._send_key(message)]
 
-    def _in_order_of_arrival(self, messages: Sequence[Message]) -> Sequence[Message]:
+    async def _exchange(self) -> None:
+        for group in self._groups:
+            self._post(group)
+            for message in self._in_order_of_arrival(group.recvs):
+                await self._receive(message)
+            for message in group.sends:
+                await self._world.mail_for(self._send_key(message)).delivered.wait()
+
+    def _in_order_of_arrival(self, entries: Sequence[T]) -> Sequence[T]:
         world = self._world
-        return world.random.sample(messages, len(messages)) if world.schedule.reorder else messages
+        return world.random.sample(entries, len(entries)) if world.schedule.reorder else entries
 
     async def _receive(self, message: Message) -> None:
         mail = self._world.mail_for(self._recv_key(message))
@@ -317,21 +341,35 @@ class _OneSidedExchange(_MemoryExchange):
     """
 
     def __init__(self, world: _World, rank: int, exchange: Exchange) -> None:
-        self._sources: dict[tuple[int, int], tuple[int, int]] = {}
-        recvs: list[Message] = []
-        if exchange.pulls is not None:
-            for peer, src_slot, dst_slot in exchange.pulls.slots:
-                parts = exchange.pulls.memory.views(dst_slot)
-                for tensor, data in enumerate(parts):
-                    tag = dst_slot * len(parts) + tensor
-                    self._sources[peer, tag] = tensor, src_slot
-                    recvs.append(Message(peer, tag, data))
-        super().__init__(world, rank, replace(exchange, groups=(MessageGroup((), tuple(recvs)),)))
-        self._peers = frozenset({rank})
+        if any(group.sends or group.recvs for group in exchange.groups):
+            raise BrokenTransport(f"rank {rank}: one-sided transports move no messages", rank=rank)
+        super().__init__(world, rank, exchange)
+        self._pulls = exchange.pulls
+        self._turn = world.num_turns[rank]
+        if self._pulls is not None and self._pulls.in_turn:
+            world.num_turns[rank] += 1
 
-    async def _receive(self, message: Message) -> None:
-        tensor, slot = self._sources[message.peer, message.tag]
-        await self._deliver(message, self._world.weights[message.peer].views(self._row)[tensor][slot])
+    async def _exchange(self) -> None:
+        pulls = self._pulls
+        if pulls is not None and pulls.in_turn:
+            await self._read_in_turn(pulls)
+        elif pulls is not None:
+            await self._read(self._in_order_of_arrival(pulls.slots), pulls.memory)
+
+    async def _read_in_turn(self, pulls: Pulls) -> None:
+        world, members = self._world, range(self._world.num_ranks)
+        for place, source in enumerate(sources_of(self._rank, members)):
+            if self._turn or place:
+                await world.turn(source, self._rank, self._turn).wait()
+            await self._read([pull for pull in pulls.slots if pull.peer == source], pulls.memory)
+            reader, later = next_reader(self._rank, source, members)
+            world.turn(source, reader, self._turn + later).set()
+
+    async def _read(self, slots: Sequence[Pull], memory: SlotMemory) -> None:
+        for peer, src_slot, dst_slot in slots:
+            live = self._world.weights[peer].slot_views(self._row, src_slot)
+            for tensor, data in enumerate(memory.views(dst_slot)):
+                await self._deliver(Message(peer, dst_slot * len(live) + tensor, data), live[tensor])
 
 
 class _MemoryControlGroup:

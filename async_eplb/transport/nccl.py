@@ -76,7 +76,7 @@ class NcclLink:
     ) -> None:
         self.workers = workers
         self._device = device
-        self._scratch = {side: device.allocate(0) for side in ("sends", "recvs")}
+        self._scratch = self._no_scratch()
         self._prepared: WeakKeyDictionary[MessageGroup, _Posts] = WeakKeyDictionary()
         settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
         settings._timeout = timeout
@@ -106,6 +106,7 @@ class NcclLink:
             self._post(MessageGroup(sends, recvs))
             event = self._device.record()
         until_passed(event, time.monotonic() + timeout.total_seconds())
+        self._scratch = self._no_scratch()  # what launches use must not be from this stream, which may be another
 
     def prepare(self, exchange: Exchange) -> None:
         """Work out how small messages are packed, and make room for them; with the stream of the launch current."""
@@ -181,6 +182,9 @@ class NcclLink:
                 end += _padded(message.data.nbytes)
             posted.append(Message(small[0].peer, small[0].tag, scratch[start:end]))
         return posted, pairs
+
+    def _no_scratch(self) -> dict[str, Tensor]:
+        return {side: self._device.allocate(0) for side in ("sends", "recvs")}
 
     def _reserve(self, side: str, nbytes: int) -> Tensor:
         """Return scratch memory of at least so many bytes. What is too small is in use until the stream is past it."""

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from async_eplb.device import Device, SideStreams
+from async_eplb.device import Device, SideStream
 from async_eplb.transport.base import Exchange
 from async_eplb.transport.nccl import NcclLink, NcclOptions
 from async_eplb.workers import Workers
@@ -46,7 +46,7 @@ class NcclLanes:
         if relay_peers:
             node = sorted({rank, *relay_peers})
             self._links.append(connect(f"second hops from {node[0]}", node))
-            self._side = SideStreams(device.torch_device)
+            self._side = SideStream(device.torch_device)
 
     def prepare(self, exchange: Exchange) -> None:
         """Do what an exchange needs before its launch, for the stream that it will be launched on."""

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device
@@ -38,6 +39,8 @@ class RenumberedTransport:
         self._members = tuple(members)
         self._place = {rank: place for place, rank in enumerate(members)}
         self._num_ranks = num_ranks
+        self._translated: WeakKeyDictionary[MessageGroup, MessageGroup] = WeakKeyDictionary()
+        """What transports remember of a group between its preparation and its launch is by the group."""
 
     def __repr__(self) -> str:
         return f"<RenumberedTransport of ranks {list(self._members)}: {self._transport!r}>"
@@ -106,9 +109,14 @@ class RenumberedTransport:
         await self._transport.aclose()
 
     def _between_places(self, exchange: Exchange) -> Exchange:
-        groups = (MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups)
+        groups = tuple(self._group_between_places(group) for group in exchange.groups)
         pulls = exchange.pulls and replace(exchange.pulls, slots=self._to_places(exchange.pulls.slots))
-        return replace(exchange, groups=tuple(groups), pulls=pulls)
+        return replace(exchange, groups=groups, pulls=pulls)
+
+    def _group_between_places(self, group: MessageGroup) -> MessageGroup:
+        if group not in self._translated:
+            self._translated[group] = MessageGroup(self._to_places(group.sends), self._to_places(group.recvs))
+        return self._translated[group]
 
     def _to_places(self, entries: Sequence[M]) -> tuple[M, ...]:
         return tuple(entry._replace(peer=self._place[entry.peer]) for entry in entries)
