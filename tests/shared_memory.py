@@ -90,7 +90,7 @@ class SharedMemory(CpuDevice):
         for copies, after, then in steps:
             while after is not None and (_cell(after).value - after.number) % (1 << 32) >= 1 << 31:
                 time.sleep(20e-6)
-            for target, source, nbytes in copies:
+            for target, source, nbytes in copies.rows():
                 ctypes.memmove(target, source, nbytes)
             if then is not None:
                 _cell(then).value = then.number

@@ -13,7 +13,7 @@ from async_eplb.device import DeviceEvent
 from async_eplb.staging import StagingBuffer
 from async_eplb.transport import Exchange, Pull, Pulls, copy_engine
 from async_eplb.transport.copy_engine import _Link
-from async_eplb.transport.cuda_ipc import Copy, Step
+from async_eplb.transport.cuda_ipc import Step
 from async_eplb.workers import ThreadWorkers
 
 
@@ -53,7 +53,7 @@ class LateMemory(SharedMemory):
     def copy(self, steps: Sequence[Step]) -> None:
         assert self.on_stream == "transfer"
         self.steps = [*steps]
-        for _ in chain.from_iterable(step.copies for step in steps):
+        for _ in chain.from_iterable(step.copies.rows() for step in steps):
             if not self.left:
                 raise RuntimeError("the driver takes no more")
             self.left -= 1
@@ -98,12 +98,12 @@ def test_peers_are_read_one_after_another(*, in_turn: bool) -> None:
     pulls = (Pull(0, 3, 5), Pull(2, 2, 6), Pull(0, 1, 8), Pull(2, 0, 7))
     link.pull(Exchange(0, (), pulls=Pulls(pulls, staging, in_turn)))
     bases = [*memory.mapped]
-    copies: dict[int, list[Copy]] = {2: [], 0: []}
+    copies: dict[int, list[tuple[int, int, int]]] = {2: [], 0: []}
     for peer, src_slot, dst_slot in pulls:
         first, second = bases[peer : peer + 2]
         places = staging.addresses([dst_slot])[0].tolist()
         copies[peer] += [(places[0], first + 8 * src_slot, 8), (places[1], second + 15 * src_slot, 15)]
-    assert [sorted(step.copies) for step in memory.steps] == [sorted(each) for each in copies.values()]
+    assert [sorted(step.copies.rows()) for step in memory.steps] == [sorted(each) for each in copies.values()]
     assert [step.after is not None for step in memory.steps] == [in_turn] * 2
     assert [step.then is not None for step in memory.steps] == [in_turn] * 2
 
@@ -113,7 +113,7 @@ def test_a_rank_that_pulls_nothing_passes_its_turns_on() -> None:
     memory, link, exchange = link_of_two()
     assert exchange.pulls is not None
     link.pull(Exchange(0, (), pulls=Pulls((), exchange.pulls.memory, in_turn=True)))
-    assert [(step.copies, step.then is not None) for step in memory.steps] == [([], True)]
+    assert [(step.copies.number, step.then is not None) for step in memory.steps] == [(0, True)]
 
 
 def test_slots_of_ranks_that_are_not_mapped_are_refused() -> None:

@@ -26,7 +26,7 @@ from async_eplb.agreement import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
 from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange, Pull, Pulls
-from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory, Step
+from async_eplb.transport.cuda_ipc import Copies, CudaIpc, PeerMemory, Step
 from async_eplb.transport.joining import Member
 from async_eplb.transport.turns import Turns, sources_of
 from async_eplb.weights import ExpertWeights
@@ -304,7 +304,7 @@ class _Link:
         """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
         with self._device.transferring():
             target = self._device.allocate(1)
-            self._copy([Step([(target.data_ptr(), address, 1) for address in self._mappings])])
+            self._copy([Step(Copies.of([(target.data_ptr(), address, 1) for address in self._mappings]))])
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
@@ -345,8 +345,8 @@ class _Link:
             first, stride = self._places[peer, row]
             sources = first + np.array([pull.src_slot for pull in slots], dtype=np.int64)[:, None] * stride
             targets = pulls.memory.addresses([pull.dst_slot for pull in slots])
-            nbytes = [*pulls.memory.slot_nbytes] * len(slots)
-            copies = [*zip(targets.ravel().tolist(), sources.ravel().tolist(), nbytes, strict=True)]
+            nbytes = np.broadcast_to(np.array(pulls.memory.slot_nbytes, dtype=np.int64), targets.shape)
+            copies = Copies(targets.ravel(), sources.ravel(), nbytes.ravel())
             steps.append(Step(copies, *(self.turns.around(peer) if pulls.in_turn else ())))
         if by_peer:
             raise RuntimeError(f"nothing is mapped of ranks {sorted(by_peer)}")

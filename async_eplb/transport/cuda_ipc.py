@@ -9,13 +9,40 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from async_eplb.device import DeviceEvent, SideStream
 from async_eplb.transport.turns import Cell
 
-Copy = tuple[int, int, int]
-"""Address to write, address to read, bytes."""
+Numbers = npt.NDArray[np.int64]
+
+
+class Copies(NamedTuple):
+    """Copies in any order: int64 ``[copies]`` each.
+
+    :param targets: addresses to write
+    :param sources: addresses to read
+    """
+
+    targets: Numbers
+    sources: Numbers
+    nbytes: Numbers
+
+    @classmethod
+    def of(cls, copies: Sequence[tuple[int, int, int]]) -> "Copies":
+        """Make columns of target, source and bytes of each copy."""
+        return cls(*np.array(copies, dtype=np.int64).reshape(-1, 3).T.copy())
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Return target, source and bytes of each copy."""
+        return zip(*(column.tolist() for column in self), strict=True)
+
+    @property
+    def number(self) -> int:
+        """How many copies these are."""
+        return len(self.nbytes)
 
 
 class Step(NamedTuple):
@@ -25,7 +52,7 @@ class Step(NamedTuple):
     :param then: what is written to a cell after them
     """
 
-    copies: Sequence[Copy]
+    copies: Copies
     after: Cell | None = None
     then: Cell | None = None
 
@@ -66,8 +93,15 @@ class _Handle(ctypes.Structure):
     _fields_ = (("data", ctypes.c_ubyte * 64),)
 
 
+class _BatchAttributes(ctypes.Structure):
+    """Of all copies of a batch; zeros are hints that there are not."""
+
+    _fields_ = (("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint))
+
+
 _ADDRESS = ctypes.c_uint64
 _POINTER = ctypes.c_void_p
+_BATCH = "cuMemcpyBatchAsync_v2"
 _SIGNATURES = {
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGet": (_POINTER, ctypes.c_int),
@@ -82,6 +116,7 @@ _SIGNATURES = {
     "cuMemHostGetDevicePointer_v2": (_POINTER, _POINTER, ctypes.c_uint),
     "cuMemHostUnregister": (_POINTER,),
     "cuMemcpyDtoDAsync_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t, _POINTER),
+    _BATCH: (_POINTER, _POINTER, _POINTER, ctypes.c_size_t, _POINTER, _POINTER, ctypes.c_size_t, _POINTER),
     "cuStreamWaitValue32_v2": (_POINTER, _ADDRESS, ctypes.c_uint32, ctypes.c_uint),
     "cuStreamWriteValue32_v2": (_POINTER, _ADDRESS, ctypes.c_uint32, ctypes.c_uint),
     "cuGetErrorName": (ctypes.c_int, _POINTER),
@@ -92,6 +127,9 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 _MAPPED_FOR_DEVICES = 2
 _UNTIL_REACHED = 0
 """Cyclically: as long as a cell is less than half of all numbers behind."""
+_IN_STREAM_ORDER = 1
+_NO_KERNELS = 1
+"""The driver's flag says that copies should go on beside kernels."""
 _MANY_COPIES = 400
 """A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
 
@@ -110,9 +148,11 @@ class CudaIpc:
         except OSError as error:
             raise RuntimeError(f"there is no CUDA driver ({error})") from error
         self._driver_with_lock = ctypes.PyDLL("libcuda.so.1")
+        self._has_batches = hasattr(self._driver, _BATCH)  # since CUDA 13
         for driver in (self._driver, self._driver_with_lock):
             for function, arguments in _SIGNATURES.items():
-                getattr(driver, function).argtypes = arguments
+                if function != _BATCH or self._has_batches:
+                    getattr(driver, function).argtypes = arguments
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self._call("cuInit", 0)
@@ -164,25 +204,39 @@ class CudaIpc:
             self._call("cuMemHostUnregister", address)
 
     def copy(self, steps: Sequence[Step]) -> None:
-        """Enqueue steps on one stream: a device has one engine for copies between devices, and takes one at a time.
-
-        To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
-        unless there are so many that a full stream could block the call.
-        """
-        driver = self._driver if sum(len(step.copies) for step in steps) > _MANY_COPIES else self._driver_with_lock
-        memcpy = driver.cuMemcpyDtoDAsync_v2
+        """Enqueue steps on one stream: a device has one engine for copies between devices, and takes one at a time."""
+        is_many = sum(step.copies.number for step in steps) > _MANY_COPIES
         with self._entered(), self._side.aside() as stream:
-            for step in steps:
-                if step.after is not None:
-                    self._call("cuStreamWaitValue32_v2", stream, *step.after, _UNTIL_REACHED)
-                for copy in step.copies:
-                    self._check("cuMemcpyDtoDAsync_v2", memcpy(*copy, stream))
-                if step.then is not None:
-                    self._call("cuStreamWriteValue32_v2", stream, *step.then, 0)
+            for copies, after, then in steps:
+                if after is not None:
+                    self._call("cuStreamWaitValue32_v2", stream, *after, _UNTIL_REACHED)
+                if self._has_batches:
+                    self._enqueue_batch(copies, stream)
+                else:
+                    self._enqueue_each(copies, stream, is_many=is_many)
+                if then is not None:
+                    self._call("cuStreamWriteValue32_v2", stream, *then, 0)
 
     def end(self) -> DeviceEvent:
         """Return the end of all copies."""
         return self._side.end()
+
+    def _enqueue_batch(self, copies: Copies, stream: int) -> None:
+        """Enqueue all by one call, which costs least, and small ones follow each other sooner on the device."""
+        if copies.number:
+            attributes = ctypes.byref(_BatchAttributes(order=_IN_STREAM_ORDER, flags=_NO_KERNELS))
+            addresses = (column.ctypes.data for column in copies)
+            self._call(_BATCH, *addresses, copies.number, attributes, ctypes.byref(ctypes.c_size_t(0)), 1, stream)
+
+    def _enqueue_each(self, copies: Copies, stream: int, *, is_many: bool) -> None:
+        """Enqueue one by one.
+
+        To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
+        unless there are so many that a full stream could block the call.
+        """
+        memcpy = (self._driver if is_many else self._driver_with_lock).cuMemcpyDtoDAsync_v2
+        for copy in copies.rows():
+            self._check("cuMemcpyDtoDAsync_v2", memcpy(*copy, stream))
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

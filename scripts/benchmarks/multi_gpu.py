@@ -55,7 +55,7 @@ from async_eplb.plan.update import plan_update
 from async_eplb.policy import hierarchical, incremental
 from async_eplb.simulate.models import MODELS
 from async_eplb.staging import StagingBuffer, StagingPool
-from async_eplb.transport.cuda_ipc import CudaIpc, Step
+from async_eplb.transport.cuda_ipc import Copies, CudaIpc, Step
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -225,7 +225,8 @@ def _ipc(world: WorldRank, source: Tensor, target: Tensor) -> _Copy:
     def copy(pairs: Sequence[tuple[int, int]], nbytes: int, _read_by_peers: Tensor = source) -> None:
         sources = [*enumerate(src for src, dst in pairs if dst == world.rank)]
         sources.sort(key=lambda source: (source[1] - world.rank) % world.num_ranks)
-        memory.copy([Step([(target.data_ptr() + i * nbytes, peers[src], nbytes)]) for i, src in sources])
+        copies = (Copies.of([(target.data_ptr() + i * nbytes, peers[src], nbytes)]) for i, src in sources)
+        memory.copy([Step(each) for each in copies])
 
     return copy
 

@@ -97,7 +97,7 @@ def test_the_hybrid_keeps_layers_whole() -> None:
         assert len(result.commits) == soak.num_updates * soak.num_layers
 
 
-def traced_exchange(world: WorldRank, folder: Path) -> list[tuple[str, str, int]]:
+def traced_exchange(world: WorldRank, folder: Path, in_turn: bool, in_batches: bool) -> list[tuple[str, str, int]]:  # noqa: FBT001 - of a process
     """Trace one exchange with the next rank; return kind, name and bytes of all that the device did meanwhile."""
     device, file = device_of(world), folder / f"{world.rank}.json"
     generator = torch.Generator(device.torch_device).manual_seed(world.rank)
@@ -108,12 +108,19 @@ def traced_exchange(world: WorldRank, folder: Path) -> list[tuple[str, str, int]
     peer = (world.rank + 1) % world.num_ranks
     staging = StagingBuffer(0, device.allocate(StagingPool.layer_nbytes(_NUM_SLOTS, _SIZES)), device)
     staging.lay_out(range(_NUM_SLOTS), _SIZES)
-    exchange = Exchange(0, (), pulls=Pulls(tuple(Pull(peer, slot, slot) for slot in range(_NUM_SLOTS)), staging))
+    pulls = Pulls(tuple(Pull(peer, slot, slot) for slot in range(_NUM_SLOTS)), staging, in_turn)
+    exchange = Exchange(0, (), pulls=pulls)
+
+    def memory(torch_device: torch.device) -> CudaIpc:
+        ipc = CudaIpc(torch_device)
+        ipc._has_batches &= in_batches
+        return ipc
+
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
 
     async def main() -> None:
-        transport = CopyEngineTransport()
+        transport = CopyEngineTransport(memory=memory)
         weights = ExpertWeights({0: live})
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         torch.distributed.barrier()
@@ -133,11 +140,13 @@ def traced_exchange(world: WorldRank, folder: Path) -> list[tuple[str, str, int]
     ]
 
 
-def test_a_pull_is_copies_and_no_kernels(tmp_path: Path) -> None:
-    """The profiler sees one copy for each tensor of a slot, of its size, and nothing else on the device."""
-    for seen in run_world(traced_exchange, 2, tmp_path):
+@pytest.mark.parametrize(("in_turn", "in_batches"), [(False, True), (True, True), (True, False)])
+def test_a_pull_is_copies_and_no_kernels(tmp_path: Path, *, in_turn: bool, in_batches: bool) -> None:
+    """The profiler sees copies, one for each tensor of a slot or for each batch, and nothing else on the device."""
+    for seen in run_world(traced_exchange, 3, tmp_path, in_turn, in_batches):
         assert {kind for kind, _, _ in seen} == {"gpu_memcpy"}
-        assert sorted(nbytes for _, _, nbytes in seen) == sorted(_SIZES * _NUM_SLOTS)
+        sizes = sorted(nbytes for _, _, nbytes in seen)
+        assert sizes == sorted(_SIZES * _NUM_SLOTS) or (in_batches and sizes == [sum(_SIZES) * _NUM_SLOTS])
 
 
 async def refused(transport: CopyEngineTransport, device: CudaDevice) -> tuple[tuple[int, ...], str]:
