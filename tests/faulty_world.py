@@ -62,8 +62,10 @@ class Accident:
     """What happens to a rank.
 
     :param kind: a signal's name, "cut" (all its connections are closed), or one of :data:`DIFFERENCES`
-    :param phase: at which point of the update; "launch" is the beginning of a transfer, before others get a byte
+    :param phase: at which point of the update; "launch" is the beginning of a transfer, before others get a byte, and
+        "turn" that of reading others, before any is told that it may
     :param transport: of the weights; ``"dist"`` is torch.distributed with the device's backend
+    :param serves: whether the update is beside serving
     """
 
     kind: str
@@ -72,6 +74,7 @@ class Accident:
     num_ranks: int = 3
     transport: Literal["dist", "copy"] = "dist"
     device: Literal["cpu", "cuda"] = "cpu"
+    serves: bool = True
     transfer_timeout_s: float = TRANSFER_TIMEOUT_S
     control_timeout_s: float = CONTROL_TIMEOUT_S
 
@@ -177,7 +180,7 @@ class _Workers(ThreadWorkers):
     def __init__(self, reach: Callable[[str], None]) -> None:
         super().__init__()
         self._reach = reach
-        self._phases = {"plan": "planning", "exchange": "transfer"}
+        self._phases = {"plan": "planning", "pull": "turn", "exchange": "transfer"}
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
         def reached() -> T:
@@ -271,7 +274,7 @@ class _Rank:
         return transport
 
     async def run(self) -> Report:
-        """Update beside serving, meet with the accident, serve on, recover, update again."""
+        """Update, meet with the accident, serve on, recover, update again beside serving."""
         self.topology = EPTopology(self.accident.num_ranks, 1, 3)
         self.num_experts = 2 * self.accident.num_ranks
         async with self._updater() as updater:
@@ -313,14 +316,17 @@ class _Rank:
     async def _update_until_error(self, updater: ExpertUpdater) -> tuple[EplbError, float]:
         if self._differs(LATE):
             await anyio.sleep(2 * CONTROL_TIMEOUT_S + 0.5)  # longer than the others wait for it to begin
-        handle = updater.begin(self.new)
         start = time.monotonic()
-        with suppress(RankInDoubt):
-            while not handle.done:
-                await updater.step()
-                await anyio.sleep(0.001)
         try:
-            await handle.wait()
+            if self.accident.serves:
+                handle = updater.begin(self.new)
+                with suppress(RankInDoubt):
+                    while not handle.done:
+                        await updater.step()
+                        await anyio.sleep(0.001)
+                await handle.wait()
+            else:
+                await updater.update(self.new)
         except EplbError as error:
             return error, time.monotonic() - start
         raise AssertionError("the update ended as if nothing had happened")

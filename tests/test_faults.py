@@ -17,6 +17,7 @@ pytestmark = pytest.mark.alone
 ACCIDENTS = [Accident(kind, phase) for kind in ("SIGKILL", "SIGSTOP") for phase in PHASES]
 ACCIDENTS += [Accident("cut", "transfer"), Accident("SIGKILL", "transfer", victim=0), Accident("SIGKILL", "launch")]
 ACCIDENTS += [Accident("SIGKILL", "transfer", transport="copy")]
+ACCIDENTS += [Accident(kind, "turn", transport="copy", serves=False) for kind in ("SIGKILL", "SIGSTOP")]
 
 
 @pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda a: f"{a.transport}: {a.kind} of rank {a.victim}, {a.phase}")

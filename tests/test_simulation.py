@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from async_eplb.commit import commit_layer
 from async_eplb.driver import Driver
 from async_eplb.recovery import RankState
 from async_eplb.simulation import Invariant, Mishap, Scenario, Trouble, scenario_for, simulate
+from async_eplb.stages import LayerStages
 from async_eplb.staging import BufferState, StagingPool
+from async_eplb.transport import Exchange
 
 FOUND = {
     "staging had no buffers after an allocation failed": Scenario(
@@ -124,6 +127,13 @@ async def failing_untyped(*_: object) -> None:
     raise ZeroDivisionError
 
 
+def only_what_is_pulled(stages: LayerStages, *layer: Any) -> tuple[Exchange, ...]:
+    """Take part in no turns of a layer of which one needs nothing from others."""
+    hops = _HOPS(stages, *layer)
+    return tuple(replace(hop, pulls=hop.pulls if hop.pulls and hop.pulls.slots else None) for hop in hops)
+
+
+_HOPS = LayerStages._hops
 MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     "a commit forgets a tensor": (Invariant.WHOLE_LAYERS, "async_eplb.commit.commit_layer", without_the_last_copy),
     "a fence holds nobody": (Invariant.SAME_MAPS, "async_eplb.agreement.Agreement.may_pass", lambda _self: True),
@@ -136,6 +146,11 @@ MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     ),
     "a lost rank goes unnoticed": (Invariant.ENDS_IN_TIME, "async_eplb.driver.Driver.lose", deaf_when_lost),
     "an error of no type": (Invariant.TYPED_ERRORS, "async_eplb.recovery._roll_forward", failing_untyped),
+    "who pulls nothing passes no turn on": (
+        Invariant.RECOVERED,
+        "async_eplb.stages.LayerStages._hops",
+        only_what_is_pulled,
+    ),
     "the layer in doubt stays": (Invariant.RECOVERED, "async_eplb.recovery._roll_forward", nobody_rolls_forward),
 }
 

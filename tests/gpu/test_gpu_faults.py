@@ -16,6 +16,7 @@ ACCIDENTS = [on_gpu("SIGKILL", phase) for phase in ("planning", "launch", "trans
 ACCIDENTS += [on_gpu("SIGSTOP", phase) for phase in ("launch", "fence")]
 ACCIDENTS += [on_gpu("SIGKILL", phase, transport="copy") for phase in ("transfer", "staged", "commit")]
 ACCIDENTS += [on_gpu("SIGSTOP", "transfer", transport="copy")]
+ACCIDENTS += [on_gpu(kind, "turn", transport="copy", serves=False) for kind in ("SIGKILL", "SIGSTOP")]
 
 
 def _id(accident: Accident) -> str:
