@@ -274,7 +274,7 @@ class _Rank:
         return transport
 
     async def run(self) -> Report:
-        """Update, meet with the accident, serve on, recover, update again beside serving."""
+        """Update, meet with the accident, serve on, recover, update again."""
         self.topology = EPTopology(self.accident.num_ranks, 1, 3)
         self.num_experts = 2 * self.accident.num_ranks
         async with self._updater() as updater:
@@ -343,7 +343,11 @@ class _Rank:
     async def _update_again(self, updater: ExpertUpdater, members: list[int]) -> None:
         rng = np.random.default_rng(6)
         drawn = random_placement(rng, NUM_LAYERS, len(members) * 3, self.num_experts)
-        handle = updater.begin(on_survivors(drawn, self.topology, members))
+        placement = on_survivors(drawn, self.topology, members)
+        if not self.accident.serves:
+            await updater.update(placement)
+            return
+        handle = updater.begin(placement)
         while not handle.done:
             await updater.step()
             await anyio.sleep(0.001)

@@ -121,9 +121,9 @@ def test_many_updates_between_processes(num_ranks: int) -> None:
 
 
 def test_many_updates_between_hosts() -> None:
-    """Only what ranks of this host have is mapped; every byte is right all the same."""
+    """Only what ranks of this host have is mapped, and takes turns; every byte is right all the same."""
     num_rows = 3
-    assert run_world(update_many_times, 4, 100, 2) == [num_rows] * 4
+    assert run_world(update_many_times, 6, 30, 3) == [2 * num_rows] * 6
 
 
 @pytest.mark.parametrize(("transport", "num_nodes"), [("copy", 1), ("hybrid", 2)])
@@ -167,7 +167,7 @@ def refuse_in_world(
         memory.open = refuse_to_map  # type: ignore[method-assign]
     device = CpuDevice() if what == "no handle" and world.rank == 1 else memory
     outcome: tuple[tuple[int, ...], str] = anyio.run(refuse, world.rank, lambda _: memory, device)
-    assert memory.mapped == {}
+    assert (memory.mapped, memory.mapped_host) == ({}, set())
     return outcome
 
 
@@ -247,9 +247,17 @@ async def wait_for_a_turn(rank: int) -> float:
     took_s = 0.0
     if rank == 0:
         pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        started = anyio.Event()
+
+        async def start_it() -> None:
+            await pending.start()
+            started.set()
+
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(pending.start)
-            await anyio.sleep(0.2)
+            tasks.start_soon(start_it)
+            with anyio.move_on_after(0.2):
+                await started.wait()
+            assert not started.is_set()
             transport.abort()
             start = anyio.current_time()
         with pytest.raises(BrokenTransport):

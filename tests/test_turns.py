@@ -65,7 +65,7 @@ class Ranks:
 def test_a_source_has_one_reader_at_a_time_and_nobody_waits_for_ever(
     members: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """Whichever rank's device goes on next, for more layers than there are cells, and however numbers wrap around."""
+    """Whichever rank's device goes on next, and for more layers than there are cells."""
     ranks = Ranks(members)
     num_layers = data.draw(st.sampled_from([1, 5, 70]))
     steps: dict[int, list[tuple[int, int, Cell, Cell]]] = {rank: [] for rank in members}
@@ -89,8 +89,7 @@ def test_a_source_has_one_reader_at_a_time_and_nobody_waits_for_ever(
 def test_what_a_peer_writes_late_takes_no_release_back() -> None:
     """A rank that gives up waits for nothing that it has enqueued, or will."""
     ranks = Ranks((0, 1, 2))
-    first, second, late = (ranks.turns[rank] for rank in (0, 1, 2))
-    del late
+    first, second = ranks.turns[0], ranks.turns[1]
     waits, passes = [], []
     for _ in range(3):
         waits += [first.around(source)[0] for source in (1, 2)]
@@ -103,6 +102,31 @@ def test_what_a_peer_writes_late_takes_no_release_back() -> None:
         ranks.write(cell)
         assert all(ranks.has_come(wait) for wait in waits)
     assert ranks.has_come(first.around(2)[0])
+
+
+def test_memory_that_is_not_shared_is_named() -> None:
+    """As it is between containers."""
+    turns = Turns(0, 2)
+    turns.unlink()
+    with pytest.raises(
+        RuntimeError, match=r"the turns of rank 1 cannot be mapped: ranks of a host must share /dev/shm"
+    ):
+        turns.map({1: turns.path}, lambda address, _: address)
+
+
+def test_no_file_is_left_if_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, and not a signal at the first write."""
+    paths: list[Path] = []
+
+    def full(file: int, _offset: int, _nbytes: int) -> None:
+        paths.append(Path(f"/proc/self/fd/{file}").resolve())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Turns(0, 2)
+    assert [path.name[:11] for path in paths] == ["async_eplb-"]
+    assert not paths[0].exists()
 
 
 def test_nothing_is_left_behind() -> None:

@@ -89,7 +89,8 @@ class Pulls:
 
     :param memory: what is written
     :param in_turn: whether each source is read by one rank after another, which uses links best. Ranks then wait for
-        each other: only for what all ranks launch, in the same order, even if they pull nothing, and while none serves
+        each other, as in a collective: only for what all ranks launch, in the same order, even if they pull nothing,
+        while none serves and none's event loop waits for its device
     """
 
     slots: tuple[Pull, ...]

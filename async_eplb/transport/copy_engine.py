@@ -105,7 +105,7 @@ class CopyEngineTransport(Member):
             try:
                 self._link.map([Offer.from_json(each) for each in offers], within_host=self._within_host)
                 self._link.warm_up()
-            except (RuntimeError, OSError) as error:
+            except RuntimeError as error:
                 failure = str(error)
         failures = self._gather("failure", failure)
         if self._link is not None:
@@ -132,7 +132,10 @@ class CopyEngineTransport(Member):
         return _Pull(self, self._link, exchange)
 
     def abort(self) -> None:
-        """Break the transport. Copies under way end by themselves, and wait for no turn; peers are not disturbed."""
+        """Break the transport. Copies under way end by themselves, and wait for no turn.
+
+        Peers that wait for a turn of this rank's that it had not enqueued do so until they break theirs.
+        """
         self._state = "broken"
         if self._link is not None:
             self._link.hold_up()
@@ -200,7 +203,11 @@ class _Pull:
         self._end = self._link.pull(self._exchange)
 
     def _finish(self, deadline: float) -> None:
-        until_passed(self._end or self._link.end, deadline)
+        try:
+            until_passed(self._end or self._link.end, deadline)
+        except TimeoutError:
+            self._link.turns.release()  # from this thread: the event loop may be waiting for the device
+            raise
         if self._end is None or self._transport._state != "open":
             raise RuntimeError(f"{self._transport!r} did not move everything")
 
@@ -247,12 +254,15 @@ class Offer:
             raise RuntimeError(f"a rank's offer makes no sense; does it run this version? ({error!r})") from error
 
 
+_HUNG: "list[_Link]" = []
+"""Links that were closed while copies were under way, whose memory must stay for good."""
+
+
 class _Link:
     """What this rank has mapped of the others."""
 
     def __init__(self, memory: PeerMemory, device: Device, workers: Workers, rank: int, num_ranks: int) -> None:
         self.workers = workers
-        self.turns = Turns(rank, num_ranks)
         self._memory = memory
         self._device = device
         self.end = device.record()
@@ -261,6 +271,7 @@ class _Link:
         self._rank = rank
         self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
+        self.turns = Turns(rank, num_ranks)
 
     def offer(self, weights: ExpertWeights) -> Offer:
         """Export live weights."""
@@ -286,7 +297,6 @@ class _Link:
         """Map what all other ranks offer, or those of this host.
 
         :raises RuntimeError: if that cannot be
-        :raises OSError: if there is no memory for turns
         """
         here = offers[self._rank]
         for peer, offer in enumerate(offers):
@@ -301,10 +311,14 @@ class _Link:
         self.turns.map({peer: offers[peer].turns for peer in self.peers}, self._memory.map_host)
 
     def warm_up(self) -> None:
-        """Read a byte of everything that is mapped: a device's first copy from another takes a tenth of a second."""
+        """Read a byte of everything that is mapped, and take a turn, which not every system's driver can.
+
+        A device's first copy from another takes a tenth of a second.
+        """
         with self._device.transferring():
             target = self._device.allocate(1)
-            self._copy([Step(Copies.of([(target.data_ptr(), address, 1) for address in self._mappings]))])
+            read = Copies.of([(target.data_ptr(), address, 1) for address in self._mappings])
+            self._copy([Step(read, *self.turns.trial())])
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
@@ -326,10 +340,12 @@ class _Link:
     def close(self) -> None:
         """Unmap everything, unless copies are still under way after a while: these must not lose their source."""
         self.turns.unlink()
+        self.turns.release()
         self._places.clear()
         try:
             until_passed(self.end, time.monotonic() + _CLOSE_TIMEOUT_S)
         except TimeoutError:
+            _HUNG.append(self)
             return
         while self._mappings:
             self._memory.close(self._mappings.pop())

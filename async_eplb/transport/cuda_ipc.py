@@ -128,8 +128,7 @@ _MAPPED_FOR_DEVICES = 2
 _UNTIL_REACHED = 0
 """Cyclically: as long as a cell is less than half of all numbers behind."""
 _IN_STREAM_ORDER = 1
-_NO_KERNELS = 1
-"""The driver's flag says that copies should go on beside kernels."""
+_BESIDE_KERNELS = 1
 _MANY_COPIES = 400
 """A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
 
@@ -205,7 +204,7 @@ class CudaIpc:
 
     def copy(self, steps: Sequence[Step]) -> None:
         """Enqueue steps on one stream: a device has one engine for copies between devices, and takes one at a time."""
-        is_many = sum(step.copies.number for step in steps) > _MANY_COPIES
+        may_block = sum(step.copies.number for step in steps) > _MANY_COPIES or any(step.after for step in steps)
         with self._entered(), self._side.aside() as stream:
             for copies, after, then in steps:
                 if after is not None:
@@ -213,7 +212,7 @@ class CudaIpc:
                 if self._has_batches:
                     self._enqueue_batch(copies, stream)
                 else:
-                    self._enqueue_each(copies, stream, is_many=is_many)
+                    self._enqueue_each(copies, stream, may_block=may_block)
                 if then is not None:
                     self._call("cuStreamWriteValue32_v2", stream, *then, 0)
 
@@ -224,17 +223,17 @@ class CudaIpc:
     def _enqueue_batch(self, copies: Copies, stream: int) -> None:
         """Enqueue all by one call, which costs least, and small ones follow each other sooner on the device."""
         if copies.number:
-            attributes = ctypes.byref(_BatchAttributes(order=_IN_STREAM_ORDER, flags=_NO_KERNELS))
+            attributes = ctypes.byref(_BatchAttributes(order=_IN_STREAM_ORDER, flags=_BESIDE_KERNELS))
             addresses = (column.ctypes.data for column in copies)
             self._call(_BATCH, *addresses, copies.number, attributes, ctypes.byref(ctypes.c_size_t(0)), 1, stream)
 
-    def _enqueue_each(self, copies: Copies, stream: int, *, is_many: bool) -> None:
+    def _enqueue_each(self, copies: Copies, stream: int, *, may_block: bool) -> None:
         """Enqueue one by one.
 
         To take the interpreter's lock back after each of hundreds of calls takes longer than they do, so it is kept,
-        unless there are so many that a full stream could block the call.
+        unless a full stream could block the call: there are many, or the stream waits for a turn.
         """
-        memcpy = (self._driver if is_many else self._driver_with_lock).cuMemcpyDtoDAsync_v2
+        memcpy = (self._driver if may_block else self._driver_with_lock).cuMemcpyDtoDAsync_v2
         for copy in copies.rows():
             self._check("cuMemcpyDtoDAsync_v2", memcpy(*copy, stream))
 

@@ -68,8 +68,12 @@ class Turns:
         self._shape = (_NUM_LATEST, num_ranks)
         file, self.path = mkstemp(prefix="async_eplb-", dir=_SHARED_MEMORY)
         """Of this rank's cells, for the others to map."""
-        os.ftruncate(file, 4 * num_ranks * _NUM_LATEST)
-        self._cells = self._map(file)
+        try:
+            os.posix_fallocate(file, 0, 4 * num_ranks * _NUM_LATEST)  # else the first write is a signal if it is full
+            self._cells = self._map(file)
+        except OSError:
+            self.unlink()
+            raise
         self._peers: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.uint32]]] = {}
         self._addresses: dict[int, int] = {}
         self._members: tuple[int, ...] = (rank,)
@@ -85,11 +89,16 @@ class Turns:
 
         :param paths: by peer
         :param to_device: from address and bytes of host memory to where the device sees it
-        :raises OSError: if there is no such memory
+        :raises RuntimeError: if there is no such memory
         """
         self._members = tuple(sorted({self._rank, *paths}))
         for peer, path in paths.items():
-            self._peers[peer] = self._map(os.open(path, os.O_RDWR))
+            try:
+                self._peers[peer] = self._map(os.open(path, os.O_RDWR))
+            except (OSError, ValueError) as error:
+                raise RuntimeError(
+                    f"the turns of rank {peer} cannot be mapped: ranks of a host must share {_SHARED_MEMORY} ({error})"
+                ) from error
         for rank, cells in ((self._rank, self._cells), *self._peers.items()):
             self._addresses[rank] = to_device(cells.ctypes.data, cells.nbytes)
         for source in sources_of(self._rank, self._members):
@@ -100,6 +109,10 @@ class Turns:
         """Take the name away, when all peers have mapped the cells or none will."""
         with suppress(FileNotFoundError):
             Path(self.path).unlink()
+
+    def trial(self) -> tuple[Cell, Cell]:
+        """Return what has come already, and what nobody waits for: no rank reads from itself."""
+        return Cell(self._addresses[self._rank] + 4 * self._rank, 0), self._cell(self._rank, self._rank, 0)
 
     def around(self, source: int) -> tuple[Cell, Cell]:
         """Return what a read from ``source`` is behind, and what it passes on to the next reader."""

@@ -1,6 +1,7 @@
 """The copy engine between processes that share GPUs: IPC mappings and plain copies."""
 
 import json
+import time
 from pathlib import Path
 
 import anyio
@@ -10,8 +11,8 @@ from shared_memory import be_on_host
 from soak import Soak, soak_rank
 
 from async_eplb import CopyEngineTransport, ExpertWeights, HybridTransport
-from async_eplb.device import CudaDevice
-from async_eplb.errors import IpcUnavailable
+from async_eplb.device import CudaDevice, until_passed
+from async_eplb.errors import IpcUnavailable, TransferTimeout
 from async_eplb.launch import take_gpu
 from async_eplb.sample_model import SampleModel
 from async_eplb.staging import StagingBuffer, StagingPool
@@ -147,6 +148,41 @@ def test_a_pull_is_copies_and_no_kernels(tmp_path: Path, *, in_turn: bool, in_ba
         assert {kind for kind, _, _ in seen} == {"gpu_memcpy"}
         sizes = sorted(nbytes for _, _, nbytes in seen)
         assert sizes == sorted(_SIZES * _NUM_SLOTS) or (in_batches and sizes == [sum(_SIZES) * _NUM_SLOTS])
+
+
+def wait_alone(world: WorldRank) -> tuple[float, bool]:
+    """Pull in turn as the only one of three ranks; return how long that waits, and whether the device ends then."""
+    device = device_of(world)
+    weights = ExpertWeights({0: [device.allocate(4 << 20).view(4, -1)]})
+    staging = StagingBuffer(0, device.allocate(StagingPool.layer_nbytes(1, [1 << 20])), device)
+    staging.lay_out([0], [1 << 20])
+
+    async def main() -> tuple[float, bool]:
+        transport = CopyEngineTransport()
+        await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
+        waited_s, ended = 0.0, False
+        if world.rank == 0:
+            link = transport._link
+            assert link is not None
+            pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+            start = anyio.current_time()
+            with pytest.raises(TransferTimeout):
+                await pending.wait(0.5)
+            waited_s = anyio.current_time() - start
+            await anyio.to_thread.run_sync(until_passed, link.end, time.monotonic() + 5)
+            ended = link.end.query()
+        torch.distributed.barrier()
+        await transport.aclose()
+        return waited_s, ended
+
+    return anyio.run(main)
+
+
+def test_a_device_waits_for_its_turn_and_can_give_up() -> None:
+    """Rank 1 reads from rank 2 first, and does not."""
+    waited_s, ended = run_world(wait_alone, 3)[0]
+    assert waited_s >= 0.5
+    assert ended
 
 
 async def refused(transport: CopyEngineTransport, device: CudaDevice) -> tuple[tuple[int, ...], str]:
