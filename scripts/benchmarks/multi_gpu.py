@@ -8,8 +8,8 @@
   GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat tensors, all
   at once, to the link's limit, and for NCCL to bare batches of the same messages (``over_batch``), posted one after
   another with nothing else to do. ``nccl`` has as many thread blocks as beside serving, ``nccl_wide`` 32
-- ``trace``: what the device did in one update over the copy engine: copies and kernels, and GB/s in the time in which
-  any copy from a peer is under way
+- ``trace``: what the device did in one update over the copy engine: copies (a batch of the driver's counts once) and
+  kernels, and GB/s in the time in which any copy from a peer is under way
 - ``serving``: ``scripts/bench gpu-serving`` with these ranks, and as many layers as DeepSeek-V3 has
 - ``soak``: passes with updates beside them, as the tests make them, over each transport
 
