@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.device import CpuDevice, DeviceEvent
-from async_eplb.transport import copy_engine
+from async_eplb.transport import peer_weights
 from async_eplb.transport.cuda_ipc import Step
 from async_eplb.transport.turns import Cell
 
@@ -110,7 +110,7 @@ class _BootId:
 
 def be_on_host(number: int) -> None:
     """Let transports of this process take it for one of a host of its own, with other processes of that number."""
-    copy_engine._BOOT_ID = _BootId(number)  # type: ignore[assignment]
+    peer_weights._BOOT_ID = _BootId(number)  # type: ignore[assignment]
 
 
 def _cell(cell: Cell) -> ctypes.c_uint32:

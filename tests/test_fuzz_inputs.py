@@ -18,7 +18,7 @@ from async_eplb.events import LayerPlanned, UpdateFailed, UpdateStarted
 from async_eplb.placement import ExpertPlacement
 from async_eplb.report import read_events, reading
 from async_eplb.report.live import LiveState
-from async_eplb.transport.copy_engine import Offer
+from async_eplb.transport.peer_weights import Offer
 from async_eplb.weight_source import INDEX, SafetensorsSource
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,9 @@ from shared_memory import SharedMemory
 from async_eplb import ExpertWeights
 from async_eplb.device import DeviceEvent
 from async_eplb.staging import StagingBuffer
-from async_eplb.transport import Exchange, Pull, Pulls, copy_engine
-from async_eplb.transport.copy_engine import _Link
+from async_eplb.transport import Exchange, Pull, Pulls, peer_weights
 from async_eplb.transport.cuda_ipc import Step
+from async_eplb.transport.peer_weights import PeerWeights
 from async_eplb.workers import ThreadWorkers
 
 
@@ -63,25 +63,25 @@ class LateMemory(SharedMemory):
         return self.last
 
 
-def link_of_two() -> tuple[LateMemory, _Link, Exchange]:
-    """Return a link that has mapped one peer, and an exchange that pulls three slots from it."""
+def weights_of_two() -> tuple[LateMemory, PeerWeights, Exchange]:
+    """Return what has mapped one peer, and an exchange that pulls three slots from it."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
-    link = _Link(memory, memory, ThreadWorkers(), 0, 2)
-    mine = link.offer(weights)
-    link.map([mine, mine], within_host=False)
-    link.turns.unlink()
+    peers = PeerWeights(memory, memory, ThreadWorkers(), 0, 2)
+    mine = peers.offer(weights)
+    peers.map([mine, mine], within_host=False)
+    peers.turns.unlink()
     staging = StagingBuffer(0, torch.empty(3 * 256, dtype=torch.uint8), memory)
     staging.lay_out(range(3), [8])
-    return memory, link, Exchange(0, (), pulls=Pulls(tuple(Pull(1, slot, slot) for slot in range(3)), staging))
+    return memory, peers, Exchange(0, (), pulls=Pulls(tuple(Pull(1, slot, slot) for slot in range(3)), staging))
 
 
 def test_a_pull_ends_with_its_last_copy() -> None:
     """And nothing has to wait for what ended before."""
-    memory, link, exchange = link_of_two()
-    assert link.end.query()
-    assert link.pull(exchange) is link.end is memory.last
-    assert not link.end.query()
+    memory, peers, exchange = weights_of_two()
+    assert peers.end.query()
+    assert peers.pull(exchange) is peers.end is memory.last
+    assert not peers.end.query()
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
@@ -89,14 +89,14 @@ def test_peers_are_read_one_after_another(*, in_turn: bool) -> None:
     """The next rank first: all tensors of a slot, from where the peer has them; behind cells only if in turn."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8), memory.allocate(64)[:60].view(4, 15)]})
-    link = _Link(memory, memory, ThreadWorkers(), 1, 3)
-    mine = link.offer(weights)
-    link.map([mine] * 3, within_host=False)
-    link.turns.unlink()
+    peers = PeerWeights(memory, memory, ThreadWorkers(), 1, 3)
+    mine = peers.offer(weights)
+    peers.map([mine] * 3, within_host=False)
+    peers.turns.unlink()
     staging = StagingBuffer(0, torch.empty(4 * 512, dtype=torch.uint8), memory)
     staging.lay_out([5, 6, 7, 8], [8, 15])
     pulls = (Pull(0, 3, 5), Pull(2, 2, 6), Pull(0, 1, 8), Pull(2, 0, 7))
-    link.pull(Exchange(0, (), pulls=Pulls(pulls, staging, in_turn)))
+    peers.pull(Exchange(0, (), pulls=Pulls(pulls, staging, in_turn)))
     bases = [*memory.mapped]
     copies: dict[int, list[tuple[int, int, int]]] = {2: [], 0: []}
     for peer, src_slot, dst_slot in pulls:
@@ -110,45 +110,45 @@ def test_peers_are_read_one_after_another(*, in_turn: bool) -> None:
 
 def test_a_rank_that_pulls_nothing_passes_its_turns_on() -> None:
     """Or those behind it would wait for ever."""
-    memory, link, exchange = link_of_two()
+    memory, peers, exchange = weights_of_two()
     assert exchange.pulls is not None
-    link.pull(Exchange(0, (), pulls=Pulls((), exchange.pulls.memory, in_turn=True)))
+    peers.pull(Exchange(0, (), pulls=Pulls((), exchange.pulls.memory, in_turn=True)))
     assert [(step.copies.number, step.then is not None) for step in memory.steps] == [(0, True)]
 
 
 def test_slots_of_ranks_that_are_not_mapped_are_refused() -> None:
     """Instead of left out."""
-    memory, link, exchange = link_of_two()
+    memory, peers, exchange = weights_of_two()
     assert exchange.pulls is not None
     with pytest.raises(RuntimeError, match=r"nothing is mapped of ranks \[2\]"):
-        link.pull(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), exchange.pulls.memory)))
+        peers.pull(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), exchange.pulls.memory)))
     assert memory.steps == []
 
 
 def test_what_was_enqueued_before_an_error_has_an_end() -> None:
     """It writes to staging all the same."""
-    memory, link, exchange = link_of_two()
+    memory, peers, exchange = weights_of_two()
     memory.left = 2
     with pytest.raises(RuntimeError, match="the driver takes no more"):
-        link.pull(exchange)
-    assert link.end is memory.last
-    assert not link.end.query()
+        peers.pull(exchange)
+    assert peers.end is memory.last
+    assert not peers.end.query()
 
 
 def test_whoever_fills_staging_next_waits_for_pulls_that_nobody_waits_for() -> None:
     """On the device: the host may have given up on it."""
-    memory, link, exchange = link_of_two()
-    end = link.pull(exchange)
-    link.hold_up()
+    memory, peers, exchange = weights_of_two()
+    end = peers.pull(exchange)
+    peers.hold_up()
     assert memory.waits == [("transfer", end)]
 
 
 @pytest.mark.parametrize("passes", [True, False])
 def test_what_copies_read_from_stays_mapped(monkeypatch: pytest.MonkeyPatch, *, passes: bool) -> None:
     """Even if that is for good, because the device hangs."""
-    monkeypatch.setattr(copy_engine, "_CLOSE_TIMEOUT_S", 0.05)
-    memory, link, exchange = link_of_two()
-    link.pull(exchange)
+    monkeypatch.setattr(peer_weights, "CLOSE_TIMEOUT_S", 0.05)
+    memory, peers, exchange = weights_of_two()
+    peers.pull(exchange)
     memory.last.passed = passes
-    link.close()
+    peers.close()
     assert len(memory.mapped) == (0 if passes else 1)

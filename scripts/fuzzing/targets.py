@@ -25,7 +25,7 @@ from async_eplb.report.conditions import parse_condition
 from async_eplb.report.live import LiveState
 from async_eplb.report.text import report_lines
 from async_eplb.simulation import Scenario, scenario_for
-from async_eplb.transport.copy_engine import Offer
+from async_eplb.transport.peer_weights import Offer
 from async_eplb.weight_source import INDEX, SafetensorsSource
 from fuzzing import command_line
 

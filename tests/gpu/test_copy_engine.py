@@ -162,15 +162,15 @@ def wait_alone(world: WorldRank) -> tuple[float, bool]:
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         waited_s, ended = 0.0, False
         if world.rank == 0:
-            link = transport._link
-            assert link is not None
+            peers = transport._peers
+            assert peers is not None
             pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
             start = anyio.current_time()
             with pytest.raises(TransferTimeout):
                 await pending.wait(0.5)
             waited_s = anyio.current_time() - start
-            await anyio.to_thread.run_sync(until_passed, link.end, time.monotonic() + 5)
-            ended = link.end.query()
+            await anyio.to_thread.run_sync(until_passed, peers.end, time.monotonic() + 5)
+            ended = peers.end.query()
         torch.distributed.barrier()
         await transport.aclose()
         return waited_s, ended
