@@ -1,5 +1,6 @@
 """The live view: what is appended is shown, by whole lines, and memory does not grow with time."""
 
+import errno
 import io
 import json
 import os
@@ -103,6 +104,7 @@ def test_a_terminal_shows_a_log_as_it_is_written(lines: list[bytes], tmp_path: P
         seen = _read_until(terminal, b"after the last rebalance")
         assert b"finished" in seen
         process.send_signal(signal.SIGINT)
+        _read_to_the_end(terminal)
         assert process.wait(10) == 0
     finally:
         process.kill()
@@ -117,3 +119,9 @@ def _read_until(terminal: int, wanted: bytes) -> bytes:
         if select.select([terminal], [], [], 0.2)[0]:
             seen += os.read(terminal, 65536)
     return seen
+
+
+def _read_to_the_end(terminal: int) -> None:
+    """Take what a process writes until it ends: one whose terminal nobody reads waits for that in its last write."""
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        _read_until(terminal, b"never written")
