@@ -1,5 +1,6 @@
 """A live view of a running server's updates, in the terminal."""
 
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -33,16 +34,19 @@ def follow(names: Sequence[str]) -> int:
         raise MissingExtra("--follow needs rich; pip install 'async-eplb[cli]'", extra="cli") from error
     find_logs(names)
     state, tail = LiveState(), Tail()
+    interrupts: list[int] = []  # an exception could come in the middle of a frame, or where Python ignores it
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         with Live(view(state), auto_refresh=False) as live:
-            while True:
+            while not interrupts:
                 lines = tail.new_lines(_logs_now(names))
                 if lines:
                     state.take(lines)
                     live.update(view(state), refresh=True)
                 time.sleep(INTERVAL_S)
-    except KeyboardInterrupt:
-        return 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 0
 
 
 def view(state: LiveState) -> "RenderableType":
