@@ -66,10 +66,11 @@ class Turns:
     def __init__(self, rank: int, num_ranks: int) -> None:
         self._rank = rank
         self._shape = (_NUM_LATEST, num_ranks)
+        self._nbytes = 4 * _NUM_LATEST * num_ranks
         file, self.path = mkstemp(prefix="async_eplb-", dir=_SHARED_MEMORY)
         """Of this rank's cells, for the others to map."""
         try:
-            os.posix_fallocate(file, 0, 4 * num_ranks * _NUM_LATEST)  # else the first write is a signal if it is full
+            os.posix_fallocate(file, 0, self._nbytes)  # else the first write is a signal if it is full
             self._cells = self._map(file)
         except OSError:
             self.unlink()
@@ -138,6 +139,8 @@ class Turns:
         return Cell(self._addresses[rank] + 4 * index, (number + 1) % (1 << 32))
 
     def _map(self, file: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
-        memory = mmap.mmap(file, 4 * self._shape[0] * self._shape[1])
-        os.close(file)
+        try:
+            memory = mmap.mmap(file, self._nbytes)
+        finally:
+            os.close(file)
         return np.frombuffer(memory, dtype=np.uint32).reshape(self._shape)
