@@ -1,61 +1,98 @@
-"""Move the expert weights of a Mixture-of-Experts model between GPUs while it serves."""
+"""Move the expert weights of a Mixture-of-Experts model between GPUs while it serves.
 
-from async_eplb.errors import EplbError
-from async_eplb.event_logger import EventLogger
-from async_eplb.events import LayerCommitted
-from async_eplb.expert_map import ExpertMap
-from async_eplb.json_log import configure_json_logging
-from async_eplb.load import ExpertLoad, LoadWindow
-from async_eplb.options import UpdateOptions
-from async_eplb.placement import ExpertPlacement
-from async_eplb.plan import LayerPlan, Planner, SlotSource, plan_layer, plan_update, relabel
-from async_eplb.recovery import Recovery
-from async_eplb.sync import SyncUpdater
-from async_eplb.topology import EPTopology
-from async_eplb.transport import (
-    CopyEngineTransport,
-    HybridTransport,
-    MemoryTransport,
-    NcclOptions,
-    TorchDistTransport,
-    Transport,
-)
-from async_eplb.updater import ExpertUpdater, UpdateHandle, UpdaterStatistics, UpdateSummary
-from async_eplb.weight_source import SafetensorsSource, WeightSource
-from async_eplb.weights import ExpertWeights
+Names are looked up when they are first used: whoever only plans or chooses placements does not wait for torch.
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CopyEngineTransport",
-    "EPTopology",
-    "EplbError",
-    "EventLogger",
-    "ExpertLoad",
-    "ExpertMap",
-    "ExpertPlacement",
-    "ExpertUpdater",
-    "ExpertWeights",
-    "HybridTransport",
-    "LayerCommitted",
-    "LayerPlan",
-    "LoadWindow",
-    "MemoryTransport",
-    "NcclOptions",
-    "Planner",
-    "Recovery",
-    "SafetensorsSource",
-    "SlotSource",
-    "SyncUpdater",
-    "TorchDistTransport",
-    "Transport",
-    "UpdateHandle",
-    "UpdateOptions",
-    "UpdateSummary",
-    "UpdaterStatistics",
-    "WeightSource",
-    "configure_json_logging",
-    "plan_layer",
-    "plan_update",
-    "relabel",
-]
+if TYPE_CHECKING:
+    from async_eplb.errors import EplbError as EplbError
+    from async_eplb.events.event_logger import EventLogger as EventLogger
+    from async_eplb.events.json_log import configure_json_logging as configure_json_logging
+    from async_eplb.events.metrics import Metrics as Metrics
+    from async_eplb.events.schema import LayerCommitted as LayerCommitted
+    from async_eplb.events.tracing import Spans as Spans
+    from async_eplb.expert_map import ExpertMap as ExpertMap
+    from async_eplb.load.group import GlooLoadGroup as GlooLoadGroup
+    from async_eplb.load.value import ExpertLoad as ExpertLoad
+    from async_eplb.load.window import LoadWindow as LoadWindow
+    from async_eplb.options import UpdateOptions as UpdateOptions
+    from async_eplb.placement import ExpertPlacement as ExpertPlacement
+    from async_eplb.plan import LayerPlan as LayerPlan
+    from async_eplb.plan import Planner as Planner
+    from async_eplb.plan import SlotSource as SlotSource
+    from async_eplb.plan import plan_layer as plan_layer
+    from async_eplb.plan import plan_update as plan_update
+    from async_eplb.plan import relabel as relabel
+    from async_eplb.policy import Global as Global
+    from async_eplb.policy import Hierarchical as Hierarchical
+    from async_eplb.policy import Incremental as Incremental
+    from async_eplb.policy import RebalanceTerms as RebalanceTerms
+    from async_eplb.rebalancer import RebalanceOptions as RebalanceOptions
+    from async_eplb.rebalancer import Rebalancer as Rebalancer
+    from async_eplb.recovery.recover import Recovery as Recovery
+    from async_eplb.recovery.survivors import on_survivors as on_survivors
+    from async_eplb.recovery.weight_source import SafetensorsSource as SafetensorsSource
+    from async_eplb.recovery.weight_source import WeightSource as WeightSource
+    from async_eplb.sync import SyncUpdater as SyncUpdater
+    from async_eplb.topology import EPTopology as EPTopology
+    from async_eplb.transport import CopyEngineTransport as CopyEngineTransport
+    from async_eplb.transport import HybridTransport as HybridTransport
+    from async_eplb.transport import MemoryTransport as MemoryTransport
+    from async_eplb.transport import NcclOptions as NcclOptions
+    from async_eplb.transport import TorchDistTransport as TorchDistTransport
+    from async_eplb.transport import Transport as Transport
+    from async_eplb.update.handle import UpdateHandle as UpdateHandle
+    from async_eplb.update.summary import UpdaterStatistics as UpdaterStatistics
+    from async_eplb.update.summary import UpdateSummary as UpdateSummary
+    from async_eplb.updater import ExpertUpdater as ExpertUpdater
+    from async_eplb.weights import ExpertWeights as ExpertWeights
+
+__version__ = "0.2.0.dev0"
+
+_HOMES = {
+    "errors": ("EplbError",),
+    "events.event_logger": ("EventLogger",),
+    "events.json_log": ("configure_json_logging",),
+    "events.metrics": ("Metrics",),
+    "events.schema": ("LayerCommitted",),
+    "events.tracing": ("Spans",),
+    "expert_map": ("ExpertMap",),
+    "load.group": ("GlooLoadGroup",),
+    "load.value": ("ExpertLoad",),
+    "load.window": ("LoadWindow",),
+    "options": ("UpdateOptions",),
+    "placement": ("ExpertPlacement",),
+    "plan": ("LayerPlan", "Planner", "SlotSource", "plan_layer", "plan_update", "relabel"),
+    "policy": ("Global", "Hierarchical", "Incremental", "RebalanceTerms"),
+    "rebalancer": ("RebalanceOptions", "Rebalancer"),
+    "recovery.recover": ("Recovery",),
+    "recovery.survivors": ("on_survivors",),
+    "recovery.weight_source": ("SafetensorsSource", "WeightSource"),
+    "sync": ("SyncUpdater",),
+    "topology": ("EPTopology",),
+    "transport": (
+        "CopyEngineTransport",
+        "HybridTransport",
+        "MemoryTransport",
+        "NcclOptions",
+        "TorchDistTransport",
+        "Transport",
+    ),
+    "update.handle": ("UpdateHandle",),
+    "update.summary": ("UpdaterStatistics", "UpdateSummary"),
+    "updater": ("ExpertUpdater",),
+    "weights": ("ExpertWeights",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

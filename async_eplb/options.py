@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from async_eplb.agreement import MAX_LEAD
+from async_eplb.agreement.protocol import MAX_LEAD
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan import Planner
-from async_eplb.verify import Verify
+from async_eplb.verify.column import Verify
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from async_eplb.documents import describe, read_document
-from async_eplb.errors import ExpertOutOfRange, InvalidPlacement
+from async_eplb.errors import EplbError, ExpertOutOfRange, InvalidPlacement
 from async_eplb.topology import EPTopology
 
 EMPTY_SLOT = -1
@@ -66,7 +65,7 @@ class ExpertPlacement:
         :raises InvalidPlacement: if ``maps`` is not such a table
         """
         try:
-            table = np.asarray(maps.cpu() if isinstance(maps, torch.Tensor) else maps)
+            table = on_host(maps)
         except (ValueError, TypeError, RuntimeError) as error:
             raise InvalidPlacement(f"{MAP_KEY} is not a table: {error}") from error
         if table.size and not np.issubdtype(table.dtype, np.integer):
@@ -119,6 +118,8 @@ class ExpertPlacement:
             }
             path.write_text(json.dumps(document))
         elif path.suffix == ".pt":
+            import torch  # noqa: PLC0415 - whoever plans without tensors does not wait for it
+
             table = torch.tensor(self.physical_to_logical_map, dtype=torch.int64)
             torch.save({"num_logical_experts": self.num_logical_experts, MAP_KEY: table}, path)
         else:
@@ -185,3 +186,44 @@ class ExpertPlacement:
 
     def __hash__(self) -> int:
         return hash(self.digest())
+
+
+def on_host(table: Any) -> npt.NDArray[np.generic]:  # noqa: ANN401 - whatever a caller has
+    """Return nested sequences, an array or a tensor, on whichever device and of whichever type, as an array.
+
+    :raises ValueError: if it is none
+    """
+    if hasattr(table, "is_floating_point"):  # a tensor; numpy does not know bfloat16
+        table = (table.double() if table.is_floating_point() else table).cpu()
+    return np.asarray(table)
+
+
+def read_document(source: str | Path, what: str, error: type[EplbError]) -> object:
+    """Read a document. Tensors are read without unpickling code.
+
+    :param source: a file name, or an inline JSON object
+    :param what: what the document should be, for the message
+    :param error: raised if it cannot be read
+    """
+    try:
+        if _is_inline(source):
+            return json.loads(str(source))
+        path = Path(source)
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        if path.suffix == ".pt":
+            import torch  # noqa: PLC0415 - likewise
+
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as cause:
+        raise error(f"{describe(source)} cannot be read: {cause}") from cause
+    raise error(f"{source}: {what} is a .json file, a .pt file or an inline JSON object")
+
+
+def describe(source: str | Path) -> str:
+    """Return what to call a source in a message."""
+    return "the inline JSON" if _is_inline(source) else str(source)
+
+
+def _is_inline(source: str | Path) -> bool:
+    return isinstance(source, str) and source.lstrip().startswith("{")

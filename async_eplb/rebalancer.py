@@ -11,8 +11,7 @@ import torch
 from anyio import TASK_STATUS_IGNORED, Event, to_process
 from anyio.abc import TaskStatus
 
-from async_eplb.accounting import Stopwatch, UpdateSummary
-from async_eplb.agreement import differing_ranks
+from async_eplb.agreement.ballot import differing_ranks
 from async_eplb.errors import (
     BusyRebalancer,
     ClosedRebalancer,
@@ -20,11 +19,15 @@ from async_eplb.errors import (
     PlacementDisagreement,
     RebalanceFailed,
 )
-from async_eplb.events import Logger, RebalanceFinished, default_logger, emit
-from async_eplb.load import ExpertLoad, LoadGroup, LoadWindow
+from async_eplb.events.emit import Logger, default_logger, emit
+from async_eplb.events.schema import RebalanceFinished
+from async_eplb.events.stopwatch import Stopwatch
+from async_eplb.load.value import ExpertLoad
+from async_eplb.load.window import LoadGroup, LoadWindow
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy import PlacementPolicy, RebalanceDecision, RebalanceTerms, choose, require_policy_output
 from async_eplb.topology import EPTopology
+from async_eplb.update.summary import UpdateSummary
 from async_eplb.updater import ExpertUpdater
 from async_eplb.workers import ThreadWorkers, Workers
 

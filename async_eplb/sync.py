@@ -7,13 +7,13 @@ from typing import Any, Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from async_eplb.accounting import UpdaterStatistics, UpdateSummary
-from async_eplb.audit import AuditReport
 from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery import Recovery
+from async_eplb.recovery.recover import Recovery
+from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.transport.base import Transport
+from async_eplb.update.summary import UpdaterStatistics, UpdateSummary
 from async_eplb.updater import ExpertUpdater, UpdateHandle
-from async_eplb.weight_source import WeightSource
+from async_eplb.verify.audit import AuditReport
 
 T = TypeVar("T")
 

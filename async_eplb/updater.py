@@ -17,8 +17,27 @@ from anyio import (
 from anyio import Event as LoopEvent
 from anyio.lowlevel import checkpoint
 
-from async_eplb.accounting import UpdaterStatistics, UpdateSummary
-from async_eplb.admission import (
+from async_eplb.agreement.ballot import Decision
+from async_eplb.agreement.protocol import Agreement
+from async_eplb.agreement.rules import Mode
+from async_eplb.agreement.shared import Driver, until_step
+from async_eplb.agreement.steps import Stepper
+from async_eplb.commit.committer import committer_for
+from async_eplb.device import Device, DeviceEvent, device_for
+from async_eplb.errors import BusyTransport, BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
+from async_eplb.events.emit import Logger, default_logger, emit
+from async_eplb.events.schema import LayerCommitted
+from async_eplb.expert_map import ExpertMap
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.recovery.recover import Attempt, RankState, Recovery, recover
+from async_eplb.recovery.survivors import require_on
+from async_eplb.recovery.weight_source import WeightSource
+from async_eplb.staging import StagingPool
+from async_eplb.topology import EPTopology
+from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
+from async_eplb.update.admission import (
     changed_rows,
     require_groups,
     require_ranks,
@@ -26,34 +45,13 @@ from async_eplb.admission import (
     require_slots,
     update_digest,
 )
-from async_eplb.agreement import Agreement, Decision, Mode
-from async_eplb.audit import AuditReport, audit_replicas
-from async_eplb.commit import committer_for
-from async_eplb.device import Device, DeviceEvent, device_for
-from async_eplb.driver import Driver, until_step
-from async_eplb.errors import BusyTransport, BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
-from async_eplb.events import (
-    LayerCommitted,
-    Logger,
-    default_logger,
-    emit,
-)
-from async_eplb.expert_map import ExpertMap
-from async_eplb.handle import UpdateHandle
-from async_eplb.options import UpdateOptions
-from async_eplb.pipeline import LayerPipeline
-from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery import Attempt, RankState, Recovery, recover
-from async_eplb.stages import LayerStages
-from async_eplb.staging import StagingPool
-from async_eplb.stepping import Stepper
-from async_eplb.survivors import require_on
-from async_eplb.topology import EPTopology
-from async_eplb.transport.base import ControlGroup, Transport
-from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
-from async_eplb.update_run import UpdateRun
-from async_eplb.verify import Verifier, Verify
-from async_eplb.weight_source import WeightSource
+from async_eplb.update.handle import UpdateHandle
+from async_eplb.update.run import UpdateRun
+from async_eplb.update.session import LayerPipeline
+from async_eplb.update.stages import LayerStages
+from async_eplb.update.summary import UpdaterStatistics, UpdateSummary
+from async_eplb.verify.audit import AuditReport, audit_replicas
+from async_eplb.verify.column import Verifier, Verify
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, News, OtherWorkers, ThreadWorkers, Workers
 

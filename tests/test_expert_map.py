@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from async_eplb import EPTopology, ExpertMap, ExpertPlacement
 from async_eplb.errors import TooManyReplicas
 from async_eplb.expert_map import dispatch_map, logical_to_all_physical
-from async_eplb.sample_model import random_placement
+from async_eplb.testing.sample_model import random_placement
 
 TOPOLOGY = EPTopology(num_ranks=4, num_nodes=2, num_local_physical_experts=2)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import ExpertOutOfRange, InvalidPlacement, InvalidTopology
-from async_eplb.sample_model import random_placement
+from async_eplb.testing.sample_model import random_placement
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 1), (4, 3, 1), (2, 1, 0), (2, -1, 1)])

@@ -12,8 +12,8 @@ import pytest
 import structlog
 import torch
 from anyio import create_task_group
-from helpers import MemoryRank, memory_world, together
 from structlog.testing import LogCapture
+from support.helpers import MemoryRank, memory_world, together
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import (
@@ -24,8 +24,9 @@ from async_eplb.errors import (
     PlacementDisagreement,
     RebalanceFailed,
 )
-from async_eplb.load import ExpertLoad, LoadWindow
-from async_eplb.load_group import MemoryLoadGroup
+from async_eplb.load.group import MemoryLoadGroup
+from async_eplb.load.value import ExpertLoad
+from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms
 from async_eplb.rebalancer import RebalanceOptions, Rebalancer
 

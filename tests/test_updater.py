@@ -8,7 +8,7 @@ import anyio
 import pytest
 import structlog
 from blockbuster import BlockingError
-from helpers import TINY, MemoryRank, float_weights, memory_world, together, two_placements
+from support.helpers import TINY, MemoryRank, float_weights, memory_world, together, two_placements
 
 from async_eplb import (
     EPTopology,
@@ -38,7 +38,7 @@ from async_eplb.errors import (
     UpdateAborted,
     UpdateCancelled,
 )
-from async_eplb.testing import ScheduledWorkers
+from async_eplb.testing.workers import ScheduledWorkers
 from async_eplb.transport import Fault, FaultKind, MemorySchedule
 from async_eplb.workers import ThreadWorkers
 
@@ -325,7 +325,7 @@ async def test_a_lost_message_ends_in_a_timeout() -> None:
 async def test_a_commit_that_goes_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The canary is compared once more in the live weights."""
     old, new = two_placements(SMALL, num_layers=1, num_experts=4)
-    monkeypatch.setattr("async_eplb.commit.commit_layer", lambda *_: 0)
+    monkeypatch.setattr("async_eplb.commit.committer.commit_layer", lambda *_: 0)
     async with memory_world(old, SMALL, options=UpdateOptions(verify="canary")) as ranks:
         outcomes = await update_all(ranks, new)
         assert any("live slots" in str(outcome) for outcome in outcomes)

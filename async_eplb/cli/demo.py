@@ -17,17 +17,18 @@ import torch
 from async_eplb.cli.numbers import natural, positive
 from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
-from async_eplb.event_logger import EventLogger
-from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred, Logger
-from async_eplb.json_log import JsonLog
-from async_eplb.launch import World, WorldRank, take_gpu
+from async_eplb.events.emit import Logger
+from async_eplb.events.event_logger import EventLogger
+from async_eplb.events.json_log import JsonLog
+from async_eplb.events.schema import LayerCommitted, LayerPlanned, LayerTransferred
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
 from async_eplb.report.text import in_bytes
-from async_eplb.sample_model import SampleModel, random_placement
+from async_eplb.testing.processes import World, WorldRank, take_gpu
+from async_eplb.testing.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
-from async_eplb.transport.torch_dist import Backend, TorchDistTransport
+from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
 from async_eplb.updater import ExpertUpdater, UpdateSummary
 from async_eplb.weights import ExpertWeights
 

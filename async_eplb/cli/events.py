@@ -2,7 +2,7 @@
 
 import argparse
 
-from async_eplb.event_reference import event_reference
+from async_eplb.events.reference import event_reference
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -14,7 +14,7 @@ import torch
 
 from async_eplb.cli.render import print_table, progress
 from async_eplb.errors import InvalidOptions
-from async_eplb.simulation import Outcome, Scenario, scenario_for, shrink, simulate
+from async_eplb.fuzz import Outcome, Scenario, scenario_for, shrink, simulate
 
 _BATCH = 25
 """Seeds that a process runs before it reports."""

@@ -8,7 +8,7 @@ from async_eplb.errors import (
     TooFewSlots,
     UnplacedExpert,
 )
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.topology import EPTopology
 

@@ -7,8 +7,8 @@ from enum import Enum
 import numpy as np
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.events import RebalanceEvaluated
-from async_eplb.load import ExpertLoad
+from async_eplb.events.schema import RebalanceEvaluated
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy.check import require_complete, require_same_kind
 from async_eplb.policy.measure import balancedness, rank_costs, receives

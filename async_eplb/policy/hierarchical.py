@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_eplb.errors import InvalidGroups
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy.check import require_room
 from async_eplb.policy.objective import IntArray

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.policy.check import require_complete
 from async_eplb.policy.hierarchical import global_, hierarchical, place_groups, require_groups

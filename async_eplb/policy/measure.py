@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.policy.check import require_same_model
 from async_eplb.policy.objective import FloatArray, IntArray, Objective, tokens

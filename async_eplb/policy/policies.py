@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy.check import require_same_model
 from async_eplb.policy.hierarchical import global_, hierarchical

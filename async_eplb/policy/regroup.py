@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.load import ExpertLoad, Tokens
+from async_eplb.load.value import ExpertLoad, Tokens
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.policy.hierarchical import replicate
 from async_eplb.policy.measure import receives, slot_costs

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from async_eplb.events import UpdateFailed, UpdateFinished, UpdateStarted
+from async_eplb.events.schema import UpdateFailed, UpdateFinished, UpdateStarted
 from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog
 

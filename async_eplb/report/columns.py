@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from async_eplb.events import (
+from async_eplb.events.schema import (
     FenceWaited,
     LayerCommitted,
     LayerPlanned,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from async_eplb.events import (
+from async_eplb.events.schema import (
     SCHEMA_VERSION,
     FenceWaited,
     LayerCommitted,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from async_eplb.events import LayerCommitted, LayerPlanned, LayerTransferred
+from async_eplb.events.schema import LayerCommitted, LayerPlanned, LayerTransferred
 from async_eplb.report.columns import Table
 from async_eplb.report.runs import Run
 from async_eplb.report.values import LayerReport, LinkReport, RankReport

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from async_eplb.events import UpdateStarted
+from async_eplb.events.schema import UpdateStarted
 from async_eplb.report.clocks import Clocks, set_clocks
 from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog

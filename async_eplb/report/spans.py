@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.events import FenceWaited, LayerCommitted, LayerPlanned, LayerTransferred
+from async_eplb.events.schema import FenceWaited, LayerCommitted, LayerPlanned, LayerTransferred
 from async_eplb.report.columns import Table
 from async_eplb.report.runs import Run
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from async_eplb.events import (
+from async_eplb.events.schema import (
     FenceWaited,
     LayerCommitted,
     LayerPlanned,

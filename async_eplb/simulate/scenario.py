@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from async_eplb.errors import InvalidOptions, TooFewSlots
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy import hierarchical, incremental
 from async_eplb.simulate.clusters import Cluster

@@ -1,6 +1,6 @@
 """Move bytes between ranks: the contract, and one module for each way to do it."""
 
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement.rules import LaunchRule
 from async_eplb.transport.base import (
     ControlGroup,
     Exchange,
@@ -13,11 +13,12 @@ from async_eplb.transport.base import (
     Transport,
     Voter,
 )
-from async_eplb.transport.copy_engine import CopyEngineTransport
+from async_eplb.transport.copy_engine.transport import CopyEngineTransport
 from async_eplb.transport.hybrid import HybridTransport
-from async_eplb.transport.memory import Fault, FaultKind, MemorySchedule, MemoryTransport
-from async_eplb.transport.nccl import NcclOptions
-from async_eplb.transport.torch_dist import TorchDistTransport
+from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
+from async_eplb.transport.memory.transport import MemoryTransport
+from async_eplb.transport.torch_dist.nccl import NcclOptions
+from async_eplb.transport.torch_dist.transport import TorchDistTransport
 
 __all__ = [
     "ControlGroup",

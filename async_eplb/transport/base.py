@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.weights import ExpertWeights

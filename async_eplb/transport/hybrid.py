@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch.distributed import ProcessGroup
 
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
-from async_eplb.transport.copy_engine import CopyEngineTransport
-from async_eplb.transport.cuda_ipc import CudaIpc, PeerMemory
-from async_eplb.transport.nccl import NcclOptions
-from async_eplb.transport.torch_dist import Backend, TorchDistTransport
+from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.copy_engine.transport import CopyEngineTransport
+from async_eplb.transport.torch_dist.nccl import NcclOptions
+from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 

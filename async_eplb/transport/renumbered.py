@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from async_eplb.agreement import LaunchRule
+from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport
 from async_eplb.transport.base import (

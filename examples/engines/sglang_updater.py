@@ -18,8 +18,8 @@ from torch import Tensor
 
 from async_eplb import EPTopology, ExpertMap, ExpertPlacement, ExpertWeights, SyncUpdater, TorchDistTransport
 from async_eplb.errors import RankMismatch
-from async_eplb.sample_model import random_placement
 from async_eplb.testing import WorldRank, run_world
+from async_eplb.testing.sample_model import random_placement
 
 NUM_RANKS, NUM_NODES, NUM_SLOTS = 4, 2, 3
 NUM_LAYERS, NUM_DENSE_LAYERS, NUM_EXPERTS = 6, 2, 8

@@ -21,9 +21,9 @@ from torch.distributed import ProcessGroup
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertWeights, SyncUpdater, TorchDistTransport
 from async_eplb.errors import InvalidPlacement, RankMismatch
-from async_eplb.sample_model import random_placement
 from async_eplb.sync import SyncUpdateHandle
 from async_eplb.testing import WorldRank, run_world
+from async_eplb.testing.sample_model import random_placement
 
 EP_RANKS, NUM_SLOTS, NUM_LAYERS, NUM_EXPERTS = [0, 1, 3], 4, 3, 9
 

@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 
 from async_eplb import EPTopology, EventLogger, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
 from async_eplb.device import device_for
-from async_eplb.json_log import JsonLog
-from async_eplb.load import LoadWindow
-from async_eplb.load_group import GlooLoadGroup
+from async_eplb.events.json_log import JsonLog
+from async_eplb.load.group import GlooLoadGroup
+from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, Hierarchical, Incremental, PlacementPolicy, RebalanceTerms
 from async_eplb.rebalancer import RebalanceOptions, Rebalancer
 from async_eplb.workers import ThreadWorkers

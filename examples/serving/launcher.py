@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 
-from async_eplb.launch import World
+from async_eplb.testing.processes import World
 from serving.config import RebalancingConfig, ServingConfig
 from serving.rank import Listening, ServeOptions, serve_rank
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from async_eplb import ExpertMap
-from async_eplb.load import LoadWindow
+from async_eplb.load.window import LoadWindow
 from serving.blocks import BLOCK_ROWS, by_block, in_blocks, rms_norm, swiglu
 from serving.checkpoint import dense_weights
 from serving.config import ServingConfig

@@ -13,8 +13,8 @@ import numpy as np
 import torch.distributed as dist
 
 from async_eplb import ExpertMap
-from async_eplb.launch import WorldRank
-from async_eplb.load import LoadWindow
+from async_eplb.load.window import LoadWindow
+from async_eplb.testing.processes import WorldRank
 from serving.agent import RankAgent
 from serving.background import Background, background
 from serving.boundary import NoUpdates

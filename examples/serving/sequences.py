@@ -105,7 +105,7 @@ class Batch:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Kinds of rows that there are, as :class:`async_eplb.load.LoadWindow` names them."""
+        """Kinds of rows that there are, as :class:`async_eplb.LoadWindow` names them."""
         num_prefill_rows = len(self.tokens) - self.num_decode_rows
         return tuple(phase for phase, rows in (("decode", self.num_decode_rows), ("prefill", num_prefill_rows)) if rows)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertWeights
-from async_eplb.commit import Committer, CopyCommitter, committer_for
+from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
 from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer

@@ -14,23 +14,14 @@ from statistics import median
 import structlog
 from prometheus_client import CollectorRegistry
 
-from async_eplb.accounting import transfer_event
-from async_eplb.event_logger import EventLogger
-from async_eplb.events import (
-    Event,
-    FenceWaited,
-    LayerCommitted,
-    LayerPlanned,
-    Logger,
-    UpdateFinished,
-    UpdateStarted,
-    default_logger,
-    emit,
-)
-from async_eplb.json_log import JsonLog
-from async_eplb.metrics import Metrics
+from async_eplb.events.emit import Logger, default_logger, emit
+from async_eplb.events.event_logger import EventLogger
+from async_eplb.events.json_log import JsonLog
+from async_eplb.events.metrics import Metrics
+from async_eplb.events.schema import Event, FenceWaited, LayerCommitted, LayerPlanned, UpdateFinished, UpdateStarted
 from async_eplb.plan import LayerPlan, Recv, Send, SlotSource
 from async_eplb.topology import EPTopology
+from async_eplb.update.journal import transfer_event
 
 _TOPOLOGY = EPTopology(num_ranks=320, num_nodes=40, num_local_physical_experts=2)
 _PLAN = LayerPlan(

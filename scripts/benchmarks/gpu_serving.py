@@ -52,8 +52,8 @@ from async_eplb import (
     TorchDistTransport,
     Transport,
 )
-from async_eplb.launch import World, WorldRank, take_gpu
-from async_eplb.sample_model import random_placement
+from async_eplb.testing.processes import World, WorldRank, take_gpu
+from async_eplb.testing.sample_model import random_placement
 from benchmarks._expert import EXPERT_NBYTES
 from benchmarks._serving_modes import Blocking, Experts
 

@@ -49,13 +49,13 @@ from async_eplb import (
     UpdateOptions,
 )
 from async_eplb.device import CudaDevice
-from async_eplb.launch import World, WorldRank, take_gpu
 from async_eplb.plan.posting import PostedUpdate
 from async_eplb.plan.update import plan_update
 from async_eplb.policy import hierarchical, incremental
 from async_eplb.simulate.models import MODELS
 from async_eplb.staging import StagingBuffer, StagingPool
-from async_eplb.transport.cuda_ipc import Copies, CudaIpc, Step
+from async_eplb.testing.processes import World, WorldRank, take_gpu
+from async_eplb.transport.copy_engine.cuda_ipc import Copies, CudaIpc, Step
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -463,7 +463,7 @@ def _serving(options: argparse.Namespace) -> Figures:
 
 def _soak(options: argparse.Namespace) -> Figures:
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    from soak import Soak, soak_rank  # noqa: PLC0415 - the tests' own
+    from support.soak import Soak, soak_rank  # noqa: PLC0415 - it lies with the tests
 
     figures: Figures = {}
     for name in ("dist", "copy"):

@@ -18,8 +18,8 @@ import anyio
 import numpy as np
 
 from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
-from async_eplb.sample_model import SampleModel, random_placement
-from async_eplb.testing import ScheduledWorkers
+from async_eplb.testing.sample_model import SampleModel, random_placement
+from async_eplb.testing.workers import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
 
 _STAGES = ("plan", "transfer", "commit")

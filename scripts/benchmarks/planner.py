@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from async_eplb import EPTopology, ExpertPlacement, Planner, plan_layer, plan_update, relabel
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.plan import PostedUpdate, Transfers
 from async_eplb.policy import hierarchical, incremental
 from benchmarks._slot_by_slot import plan_slot_by_slot

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from async_eplb import EPTopology, ExpertPlacement
-from async_eplb.load import ExpertLoad
+from async_eplb.load.value import ExpertLoad
 from async_eplb.policy import global_, hierarchical, incremental, rank_costs, receives
 from async_eplb.policy.objective import FloatArray
 

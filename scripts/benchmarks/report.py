@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from async_eplb.events import (
+from async_eplb.events.emit import stamped
+from async_eplb.events.schema import (
     Event,
     LayerCommitted,
     LayerPlanned,
     LayerTransferred,
     UpdateFinished,
     UpdateStarted,
-    stamped,
 )
 
 _EXPERT_NBYTES = 44_040_192

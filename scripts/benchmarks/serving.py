@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 
 from async_eplb import ExpertMap
-from async_eplb.launch import World, WorldRank
-from async_eplb.load import LoadWindow
-from async_eplb.sample_model import random_placement
+from async_eplb.load.window import LoadWindow
+from async_eplb.testing.processes import World, WorldRank
+from async_eplb.testing.sample_model import random_placement
 from benchmarks._serving_modes import Background, Blocking, Experts, IntoScratch, Mode, Pace
 from serving.checkpoint import local_experts
 from serving.config import EngineConfig, ModelConfig, ServingConfig

@@ -36,8 +36,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from async_eplb import CopyEngineTransport, ExpertWeights, TorchDistTransport, Transport
 from async_eplb.device import CudaDevice
-from async_eplb.launch import WorldRank, run_world, take_gpu
 from async_eplb.staging import StagingBuffer, StagingPool
+from async_eplb.testing.processes import WorldRank, run_world, take_gpu
 from async_eplb.transport import Exchange, Message, MessageGroup, Pull, Pulls
 from async_eplb.workers import ThreadWorkers
 from benchmarks._expert import EXPERT_NBYTES

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from async_eplb import ExpertWeights
-from async_eplb.checksum import plain_checksums
 from async_eplb.device import Device, device_for
 from async_eplb.staging import StagingPool
-from async_eplb.verify import Verifier, Verify, checksums
+from async_eplb.verify.checksum import plain_checksums
+from async_eplb.verify.column import Verifier, Verify, checksums
 from benchmarks._device_time import device_time_ms
 
 _NUM_ROWS = 2

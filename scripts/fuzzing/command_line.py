@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from async_eplb.cli import demo, fuzz, main, report, simulate
-from async_eplb.sample_model import random_placement
+from async_eplb.testing.sample_model import random_placement
 
 _MOST_EXPERTS = 1 << 20
 

@@ -13,20 +13,22 @@ import torch
 from rich.console import Console
 from safetensors.torch import save as save_safetensors
 
-from async_eplb.agreement import Agreement, Ballot, Mode, Status
+from async_eplb.agreement.ballot import Ballot, Status
+from async_eplb.agreement.protocol import Agreement
+from async_eplb.agreement.rules import Mode
+from async_eplb.agreement.shared import Driver
 from async_eplb.cli.follow import view
-from async_eplb.driver import Driver
 from async_eplb.errors import BrokenControlGroup, EplbError
-from async_eplb.events import EVENTS
-from async_eplb.load import ExpertLoad
+from async_eplb.events.schema import EVENTS
+from async_eplb.fuzz import Scenario, scenario_for
+from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
+from async_eplb.recovery.weight_source import INDEX, SafetensorsSource
 from async_eplb.report import read_events, summarize
 from async_eplb.report.conditions import parse_condition
 from async_eplb.report.live import LiveState
 from async_eplb.report.text import report_lines
-from async_eplb.simulation import Scenario, scenario_for
-from async_eplb.transport.peer_weights import Offer
-from async_eplb.weight_source import INDEX, SafetensorsSource
+from async_eplb.transport.copy_engine.peer_weights import Offer
 from fuzzing import command_line
 
 _JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[", b"]]", b'{"', b'":', b"\\ud800")

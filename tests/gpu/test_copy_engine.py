@@ -7,18 +7,18 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from shared_memory import be_on_host
-from soak import Soak, soak_rank
+from support.shared_memory import be_on_host
+from support.soak import Soak, soak_rank
 
 from async_eplb import CopyEngineTransport, ExpertWeights, HybridTransport
 from async_eplb.device import CudaDevice, until_passed
 from async_eplb.errors import IpcUnavailable, TransferTimeout
-from async_eplb.launch import take_gpu
-from async_eplb.sample_model import SampleModel
 from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.testing import WorldRank, check_transport, run_world
+from async_eplb.testing.processes import take_gpu
+from async_eplb.testing.sample_model import SampleModel
 from async_eplb.transport import Exchange, LaunchRule, Pull, Pulls
-from async_eplb.transport.cuda_ipc import CudaIpc
+from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
 
 _SIZES = (1, 512, 100_003, 8 << 20)

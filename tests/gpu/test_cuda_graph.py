@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertWeights
-from async_eplb.commit import Committer, CopyCommitter, committer_for
+from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
 from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
-from async_eplb.sample_model import random_placement
 from async_eplb.staging import BufferState, StagingPool
+from async_eplb.testing.sample_model import random_placement
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, WIDTH, NUM_TOKENS = 3, 12, 16, 64, 40
 TOPOLOGY = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=NUM_SLOTS)

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from async_eplb.checksum import plain_checksums
-from async_eplb.verify import checksums
+from async_eplb.verify.checksum import plain_checksums
+from async_eplb.verify.column import checksums
 
 SIZES = (1, 7, 8, 15, 16, 4096, 32768, 70_001, 1_000_003, 9 << 20)
 

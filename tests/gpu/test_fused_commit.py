@@ -6,9 +6,9 @@ from statistics import median
 
 import pytest
 import torch
-from layouts import ROW, random_layer
+from support.layouts import ROW, random_layer
 
-from async_eplb.commit import Committer, CopyCommitter, committer_for
+from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
 from async_eplb.expert_map import ExpertMap
 from async_eplb.staging import BufferState
 from async_eplb.weights import ExpertWeights

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 import pytest
-from faulty_world import Accident, survivors_of
+from support.faulty_world import Accident, survivors_of
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 on_gpu = partial(Accident, device="cuda", transfer_timeout_s=3.0, control_timeout_s=4.0)

@@ -7,10 +7,10 @@ the other's memory mapped, the device would have less free memory after each cyc
 import sys
 
 import pytest
-from cycles import Cycles, left_after_cycles
+from support.cycles import Cycles, left_after_cycles
 
-from async_eplb.sample_model import SampleModel
 from async_eplb.testing import World
+from async_eplb.testing.sample_model import SampleModel
 
 MODEL = SampleModel(hidden=512, intermediate=256)
 """0.7 MB an expert, 16 MB a rank: several allocations of the driver's."""

@@ -10,7 +10,7 @@ import anyio
 import pytest
 import torch
 import torch.distributed as dist
-from soak import Soak, soak_rank
+from support.soak import Soak, soak_rank
 
 from async_eplb import (
     EPTopology,
@@ -23,9 +23,9 @@ from async_eplb import (
 )
 from async_eplb.device import CudaDevice
 from async_eplb.errors import BrokenTransport, TransferTimeout
-from async_eplb.launch import World, take_gpu
 from async_eplb.plan import Planner
 from async_eplb.testing import WorldRank, check_transport, run_world
+from async_eplb.testing.processes import World, take_gpu
 from async_eplb.transport import Exchange, Message, MessageGroup, PendingExchange
 from async_eplb.workers import ThreadWorkers
 

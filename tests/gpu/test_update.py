@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
-from async_eplb.sample_model import SampleModel
+from async_eplb.testing.sample_model import SampleModel
 
 TOPOLOGY = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=6)
 MODEL = SampleModel(hidden=256, intermediate=96)

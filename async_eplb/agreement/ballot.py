@@ -1,0 +1,127 @@
+"""What ranks tell each other in a round, and what a round decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+from async_eplb.errors import InvalidBallot
+
+
+class Status(IntEnum):
+    """How a rank is."""
+
+    OK = 0
+    CANCEL = 1
+    FAILED = 2
+    LEAVING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What one rank says in one round.
+
+    :param generation: number of the update, counted from 1
+    :param digest: of everything that must be equal on all ranks
+    :param staged: layers whose staging is full on this rank
+    :param launchable: layers that have a plan and buffers
+    :param committed: layers whose commit copies have finished on the device
+    :param fence: boundary that this rank promises not to pass before the round's result, 0 without one
+    :param status: OK, CANCEL, FAILED or LEAVING
+    :param step: boundaries that this rank has passed
+    :param standing: 1 if it makes no steps at present
+    :param demanded: rebalances that this rank has demanded or knows that another has
+    """
+
+    generation: int
+    digest: int
+    staged: int
+    launchable: int
+    committed: int
+    fence: int
+    status: Status
+    step: int = 0
+    standing: int = 0
+    demanded: int = 0
+
+    def describe(self) -> str:
+        """Return what a log shows of a ballot."""
+        return (
+            f"staged {self.staged}, launchable {self.launchable}, committed {self.committed}, fence {self.fence}, "
+            f"step {self.step}, {self.status.name}"
+        )
+
+    @classmethod
+    def size(cls) -> int:
+        """Return how many integers a ballot is on the wire."""
+        return len(_NAMES)
+
+    def to_row(self) -> tuple[int, ...]:
+        """Return the ballot as 64-bit integers."""
+        return tuple([int(getattr(self, name)) for name in _NAMES])
+
+    @classmethod
+    def from_row(cls, row: Sequence[int]) -> "Ballot":
+        """Read what :meth:`to_row` wrote.
+
+        :raises InvalidBallot: if it is no ballot
+        """
+        if len(row) != len(_NAMES) or row[_STATUS_PLACE] not in _STATUSES or min(row) < 0:
+            raise InvalidBallot(
+                f"a rank's ballot is {list(row)}: it does not run this version, or something else talks to the control "
+                "group",
+                row=tuple(row),
+            )
+        numbers = [int(number) for number in row]
+        numbers[_STATUS_PLACE] = _STATUSES[numbers[_STATUS_PLACE]]
+        return cls(*numbers)  # type: ignore[arg-type]
+
+
+_NAMES = tuple(field.name for field in fields(Ballot))
+
+
+_STATUS_PLACE = _NAMES.index("status")
+
+
+_STATUSES = {int(status): status for status in Status}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one round decided, the same on every rank that the round counts for.
+
+    :param boundary: the step boundary of what was decided; 0 if nothing was, or if it holds at once
+    :param agreed: layers that may be committed, in all rounds so far
+    :param launched: layers that may be launched, in all rounds so far
+    :param over: nothing is left to agree on
+    :param cancelled: ranks that cancelled in this round
+    :param failed: ranks that failed in this round
+    :param left: ranks that leave; no round follows
+    :param waiting_for: ranks that have not begun this update
+    """
+
+    boundary: int = 0
+    agreed: int = 0
+    launched: int = 0
+    over: bool = False
+    cancelled: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    waiting_for: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """At ``boundary``, first commit all layers up to ``committed``, then launch all parts up to ``launched``.
+
+    Parts are counted over all layers of the update.
+    """
+
+    boundary: int
+    committed: int
+    launched: int
+
+
+def differing_ranks(digests: Sequence[int]) -> tuple[int, ...]:
+    """Return the ranks whose digest is not the most common one; of equally common ones, the first counts."""
+    common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
+    return tuple(rank for rank, digest in enumerate(digests) if digest != common)

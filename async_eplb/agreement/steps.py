@@ -1,0 +1,111 @@
+"""Passing step boundaries on the serving thread, and standing before one."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from async_eplb.agreement.ballot import Decision
+from async_eplb.agreement.shared import Driver
+from async_eplb.errors import BusyUpdater
+from async_eplb.events.emit import Logger, emit
+from async_eplb.events.schema import FenceWaited
+from async_eplb.workers import News
+
+
+class Stepper:
+    """One rank's way from boundary to boundary. Used by one task or thread at a time.
+
+    :param news: notified in the event loop after each control round
+    :param execute: does what is due at a boundary and returns what went wrong
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        news: News,
+        logger: Logger,
+        rank: int,
+        execute: Callable[[Decision], Exception | None],
+    ) -> None:
+        self._driver = driver
+        self._news = news
+        self._logger = logger
+        self._rank = rank
+        self._execute = execute
+        self._stepping = False
+        self.standing_for = ""
+        """Why this rank makes no steps at present; empty if it does."""
+        self.num_waits = 0
+        self.wait_ms = 0.0
+        self.longest_ms = 0.0
+
+    async def step(self, number: int | None) -> None:
+        """Pass the next boundary; at a fence, wait as a task does."""
+        with self._one_at_a_time() as start:
+            waited = False
+            while not self._try(number):
+                await self._news.until(self._driver.may_pass)
+                waited = True
+            if waited:
+                self._count_wait(start)
+
+    def step_sync(self, number: int | None) -> None:
+        """Pass the next boundary; at a fence, block the calling thread."""
+        with self._one_at_a_time() as start:
+            waited = False
+            while not self._try(number):
+                self._driver.wait_for_result()
+                waited = True
+            if waited:
+                self._count_wait(start)
+
+    @contextmanager
+    def standing(self, reason: str) -> Iterator[None]:
+        """Make no steps inside.
+
+        :raises BusyUpdater: if this rank stands already, or is inside a step
+        """
+        self._require_free(reason)
+        self.standing_for = reason
+        try:
+            yield
+        finally:
+            self.standing_for = ""
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[float]:
+        self._require_free("stepping")
+        self._stepping = True
+        start = time.perf_counter()
+        try:
+            yield start
+        finally:
+            self._stepping = False
+            self.longest_ms = max(self.longest_ms, (time.perf_counter() - start) * 1e3)
+
+    def _require_free(self, wanted: str) -> None:
+        current = self.standing_for or ("stepping" if self._stepping else "")
+        if current:
+            raise BusyUpdater(f"rank {self._rank} is {current}: {wanted} at the same time is refused")
+
+    def _try(self, number: int | None) -> bool:
+        """Pass the next boundary and do what is due there, unless a fence stands before it."""
+        passed, decision = self._driver.try_pass(number)
+        error = None if decision is None else self._execute(decision)
+        if error is not None:
+            raise error
+        return passed
+
+    def _count_wait(self, start: float) -> None:
+        wait_ms = (time.perf_counter() - start) * 1e3
+        self._driver.waited()
+        self.num_waits += 1
+        self.wait_ms += wait_ms
+        event = FenceWaited(
+            generation=self._driver.generation,
+            rank=self._rank,
+            step=self._driver.step,
+            duration_ms=wait_ms,
+            lead=self._driver.lead,
+        )
+        emit(self._logger, event)

@@ -1,0 +1,1 @@
+"""Staging buffers to live weights: the only code that writes what the model reads while it serves."""

@@ -1,0 +1,1 @@
+"""What happened, as structured events: their schema, how they are emitted, and what listens to them."""

@@ -1,0 +1,127 @@
+"""A simulated rank's machine: worker threads that are tasks, a device that runs out of memory, copies that fail."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import anyio
+import torch
+from torch import Tensor
+
+from async_eplb.commit.committer import Committer
+from async_eplb.device import CpuDevice, DeviceEvent
+from async_eplb.expert_map import LayerMaps
+from async_eplb.fuzz.scenario import Mishap, Trouble
+from async_eplb.plan import LayerPlan
+from async_eplb.staging import StagingBuffer
+from async_eplb.workers import Doorbell, LoopDoorbell
+
+T = TypeVar("T")
+
+
+class SimulatedWorkers:
+    """Workers without threads: work begins after a random time and its result is known after another.
+
+    :param troubles: of this rank
+    """
+
+    def __init__(self, rng: random.Random, troubles: tuple[Trouble, ...]) -> None:
+        self._random = rng
+        self._turns: dict[str, anyio.Lock] = {}
+        self._counts: dict[str, int] = {}
+        self._failing = {(t.work, t.count) for t in troubles if t.mishap is Mishap.FAIL_WORK}
+        self._slow: Mapping[str, float] = {t.work: t.seconds for t in troubles if t.mishap is Mishap.SLOW_WORK}
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        """Run ``function`` after and before a random time, one of a kind at a time."""
+        async with self._turns.setdefault(kind, anyio.Lock()):
+            with anyio.CancelScope(shield=True):
+                await self._pass_time(kind)
+                count = self._counts.get(kind, 0)
+                self._counts[kind] = count + 1
+                if (kind, count) in self._failing:
+                    raise OSError(f"simulated: work {kind} {count} failed")
+                result = function()
+                await self._pass_time(kind)
+            return result
+
+    async def _pass_time(self, kind: str) -> None:
+        if kind in self._slow:
+            await anyio.sleep(min(self._slow[kind], 0.2))
+        elif self._random.random() < 0.5:  # noqa: PLR2004 - a share
+            await anyio.sleep(self._random.uniform(0, 0.02))
+
+    def doorbell(self) -> Doorbell:
+        """Return a doorbell inside the event loop."""
+        return LoopDoorbell()
+
+
+class _NotKnownToHavePassed:
+    """An event of a device that has passed, and nobody can know without waiting."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        return
+
+
+class SimulatedDevice(CpuDevice):
+    """A CPU whose memory is known to be garbage before it is written, and which may have none left.
+
+    Every other event is one that a GPU would have to be waited for.
+    """
+
+    def __init__(self, troubles: tuple[Trouble, ...]) -> None:
+        self._num_events = 0
+        self._count = 0
+        self._failing = {t.count for t in troubles if t.mishap is Mishap.FAIL_ALLOCATION}
+
+    def record(self) -> DeviceEvent:
+        """Return an event that has passed, or one that must be waited for."""
+        self._num_events += 1
+        return _NotKnownToHavePassed() if self._num_events % 2 else super().record()
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return memory full of ones.
+
+        :raises MemoryError: if it is time for it
+        """
+        count = self._count
+        self._count += nbytes > 0
+        if nbytes and count in self._failing:
+            raise MemoryError("simulated: out of memory")
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+
+class FailingCommitter:
+    """Commits, unless it is time to fail half way.
+
+    :param live: row → byte views of its tensors
+    """
+
+    def __init__(
+        self, committer: Committer, live: Callable[[int], tuple[Tensor, ...]], troubles: tuple[Trouble, ...]
+    ) -> None:
+        self._committer = committer
+        self._live = live
+        self._failing = {t.layer for t in troubles if t.mishap is Mishap.TEAR}
+
+    def spare_nbytes(self, row: int) -> int:
+        """Return what the committer needs."""
+        return self._committer.spare_nbytes(row)
+
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
+        """Return copies that write into one slot and fail, once, or the committer's."""
+        copies = self._committer.prepare(row, plan, buffer, maps)
+
+        def commit() -> int:
+            if row in self._failing and plan.staged_slots:
+                self._failing.discard(row)
+                slot = plan.staged_slots[0]
+                for live, staged in zip(self._live(row), buffer.views(slot), strict=True):
+                    live[slot].copy_(staged)
+                raise OSError("simulated: a copy failed")
+            return copies()
+
+        return commit

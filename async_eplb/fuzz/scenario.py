@@ -1,0 +1,182 @@
+"""What a simulated world is and what goes wrong in it: values, drawn from a seed."""
+
+import json
+import random
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any
+
+from async_eplb.agreement.rules import LaunchRule
+
+
+class Mishap(Enum):
+    """What can go wrong."""
+
+    DELAY = "delay"
+    """Messages to a rank come late."""
+    DROP = "drop"
+    """Messages to a rank are lost."""
+    DUPLICATE = "duplicate"
+    """Messages to a rank come twice."""
+    CORRUPT = "corrupt"
+    """A byte of messages to a rank is another."""
+    KILL = "kill"
+    """A rank stops for good, and its connections are closed."""
+    FREEZE = "freeze"
+    """A rank stands still for a time, and its connections stay."""
+    CANCEL = "cancel"
+    """The caller of an update goes away."""
+    CANCEL_NATIVELY = "cancel natively"
+    """The task that waits for an update or a step is cancelled by asyncio itself."""
+    LEAVE = "leave"
+    """A rank leaves its updater, whatever it is doing."""
+    FAIL_ALLOCATION = "fail allocation"
+    """The device has no memory for staging."""
+    FAIL_WORK = "fail work"
+    """A function in a worker thread fails."""
+    TEAR = "tear"
+    """The copies of a commit fail half way."""
+    LOSE_ROUND = "lose round"
+    """A rank does not hear the result of a control round, and gives up."""
+    SLOW_WORK = "slow work"
+    """A kind of work takes a rank long, so that staging is full."""
+
+
+WORK = ("plan", "transfer", "commit", "finish")
+"""Kinds of work that can fail or be slow."""
+_LATEST_EVENT = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One thing that goes wrong.
+
+    :param rank: whom it happens to
+    :param event: number of the event after which it strikes, for what strikes once
+    :param layer: for messages and copies
+    :param peer: source of the messages
+    :param count: which time it is, for allocations, work and rounds
+    :param work: kind of work
+    :param seconds: how long it takes
+    """
+
+    mishap: Mishap
+    rank: int
+    event: int = 0
+    layer: int = 0
+    peer: int = 0
+    count: int = 0
+    work: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One world and what happens in it; equal scenarios give equal runs.
+
+    :param seed: of every choice of the scheduler and every duration
+    :param serving: ranks serve while weights move; otherwise they wait for the end of the update
+    :param idle_every: passes between two times of standing still, 0 for never
+    :param by_policy: placements are a policy's for a random load; otherwise they are random themselves
+    :param sources: of the planner
+    """
+
+    seed: int
+    num_ranks: int = 2
+    num_nodes: int = 1
+    num_layers: int = 2
+    num_slots: int = 2
+    num_experts: int = 3
+    num_updates: int = 1
+    serving: bool = False
+    idle_every: int = 0
+    numbered: bool = False
+    by_policy: bool = False
+    staging_depth: int = 2
+    lead: int = 2
+    operations_per_group: int = 256
+    verify: str = "checksum"
+    launch_rule: LaunchRule = LaunchRule.AT_ONCE
+    reorder: bool = False
+    sources: str = "chunked"
+    troubles: tuple[Trouble, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the scenario on one line."""
+        return json.dumps(asdict(self), default=lambda value: value.value)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Scenario":
+        """Read what :meth:`to_json` wrote.
+
+        :raises ValueError: if it is something else
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            values["launch_rule"] = LaunchRule(values["launch_rule"])
+            values["troubles"] = tuple(
+                Trouble(**{**trouble, "mishap": Mishap(trouble["mishap"])}) for trouble in values["troubles"]
+            )
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no scenario: {error!r}") from error
+
+
+def scenario_for(seed: int) -> Scenario:
+    """Draw the scenario of a seed."""
+    rng = random.Random(seed)  # noqa: S311 - repeatable worlds, not secrets
+    num_ranks = rng.choice((2, 2, 3, 3, 4))
+    num_layers = rng.choice((2, 2, 3, 3, 4))
+    num_slots = rng.choice((2, 2, 3))
+    serving = rng.random() < 0.6  # noqa: PLR2004 - a share
+    physical = num_ranks * num_slots
+    num_troubles = rng.choice((0, 1, 1, 1, 2, 2, 3))
+    troubles = tuple(_trouble(rng, num_ranks, num_layers) for _ in range(num_troubles))
+    corrupt = any(trouble.mishap is Mishap.CORRUPT for trouble in troubles)
+    scenario = Scenario(
+        seed=seed,
+        num_ranks=num_ranks,
+        num_nodes=2 if num_ranks % 2 == 0 and rng.random() < 0.5 else 1,  # noqa: PLR2004 - a share
+        num_layers=num_layers,
+        num_slots=num_slots,
+        num_experts=rng.randint(max(2, physical // 2), physical - rng.choice((0, 1))),
+        num_updates=rng.choice((1, 1, 2)),
+        serving=serving,
+        idle_every=rng.choice((0, 0, 3, 8)),
+        numbered=rng.random() < 0.5,  # noqa: PLR2004 - a share
+        by_policy=rng.random() < 0.3,  # noqa: PLR2004 - a share
+        staging_depth=rng.choice((1, 2, 2, 3)),
+        lead=rng.choice((1, 1, 2, 4)),
+        operations_per_group=rng.choice((4, 8, 256)),
+        verify="checksum" if corrupt else rng.choice(("off", "canary", "checksum")),
+        launch_rule=rng.choice(tuple(LaunchRule)),
+        reorder=rng.random() < 0.3,  # noqa: PLR2004 - a share
+        troubles=troubles,
+    )
+    return _relaying(scenario, rng) if rng.random() < 0.2 else scenario  # noqa: PLR2004 - a share
+
+
+def _relaying(scenario: Scenario, rng: random.Random) -> Scenario:
+    """Return the scenario on two nodes, with replicas and a transport that sends: ranks pass experts on."""
+    return replace(
+        scenario,
+        num_ranks=4,
+        num_nodes=2,
+        num_experts=rng.randint(2 * scenario.num_slots, 3 * scenario.num_slots),
+        launch_rule=rng.choice((LaunchRule.AT_ONCE, LaunchRule.ORDERED)),
+        sources="relayed",
+    )
+
+
+def _trouble(rng: random.Random, num_ranks: int, num_layers: int) -> Trouble:
+    rank = rng.randrange(num_ranks)
+    return Trouble(
+        mishap=rng.choice((*Mishap, Mishap.KILL, Mishap.FREEZE, Mishap.LOSE_ROUND)),
+        rank=rank,
+        event=rng.randrange(_LATEST_EVENT),
+        layer=rng.randrange(num_layers),
+        peer=(rank + rng.randrange(1, num_ranks)) % num_ranks,
+        count=rng.choice((0, 0, 1, 2, 3, 5, 8, 13, 21)),
+        work=rng.choice(WORK),
+        seconds=rng.choice((0.05, 0.3, 1.5, 3.0, 6.0, 20.0)),
+    )

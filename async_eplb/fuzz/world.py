@@ -1,0 +1,293 @@
+"""A simulated world: its ranks, what strikes them, and who sees to it that survivors recover together."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import anyio
+import numpy as np
+from anyio import Event, create_task_group
+
+from async_eplb.events.emit import Logger
+from async_eplb.fuzz.invariants import Checker, Invariant, Violation, Watched
+from async_eplb.fuzz.life import Collectives, Life, Rank
+from async_eplb.fuzz.loop import RANK, SimulatedLoop
+from async_eplb.fuzz.machine import FailingCommitter, SimulatedDevice, SimulatedWorkers
+from async_eplb.fuzz.model import TinyModel, tensors_of
+from async_eplb.fuzz.scenario import Mishap, Scenario, Trouble
+from async_eplb.load.value import ExpertLoad
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.plan import Planner
+from async_eplb.policy import Global
+from async_eplb.recovery.survivors import on_survivors
+from async_eplb.testing.sample_model import random_placement
+from async_eplb.topology import EPTopology
+from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
+from async_eplb.transport.memory.transport import MemoryTransport
+from async_eplb.updater import ExpertUpdater
+from async_eplb.weights import ExpertWeights
+
+_MESSAGE_FAULTS = {
+    Mishap.DELAY: FaultKind.DELAY,
+    Mishap.DROP: FaultKind.DROP,
+    Mishap.DUPLICATE: FaultKind.DUPLICATE,
+    Mishap.CORRUPT: FaultKind.CORRUPT,
+}
+_CONTROL_S = 0.01
+"""What a control round takes at least; without it, rounds would go on for ever at one instant."""
+TRANSFER_TIMEOUT_S = 2.0
+CONTROL_TIMEOUT_S = 4.0
+PROGRESS_TIMEOUT_S = 40.0
+DEADLINE_S = 150.0
+"""By which every rank has ended its updates, one way or another: several times all timeouts together."""
+_MAX_RECOVERIES = 8
+_MAX_INTERRUPTED = 2
+"""Recoveries in which rounds may be lost."""
+
+
+class World:
+    """Ranks, and the one who sees to it that survivors recover together.
+
+    :param loop: that it runs in
+    :param logger: of a rank
+    """
+
+    def __init__(self, scenario: Scenario, loop: SimulatedLoop, logger: Callable[[int], Logger]) -> None:
+        self._scenario = scenario
+        self._loop = loop
+        self._topology = EPTopology(scenario.num_ranks, scenario.num_nodes, scenario.num_slots)
+        self._model = TinyModel(scenario.seed, scenario.num_layers, scenario.num_experts)
+        self._old, *self._targets = _placements(scenario, self._topology)
+        self._collectives = Collectives(scenario.num_ranks)
+        self._to_strike = sorted((t for t in scenario.troubles if t.mishap in _STRIKES), key=lambda t: t.event)
+        self._news = Event()
+        self.num_recoveries = 0
+        self.failures: list[str] = []
+        transports = MemoryTransport.world(scenario.num_ranks, _schedule(scenario))
+        self.ranks = [self._make_rank(number, transport, logger(number)) for number, transport in enumerate(transports)]
+        self.checker = Checker(self._model, self._topology, [rank.watched for rank in self.ranks])
+
+    def _make_rank(self, number: int, transport: MemoryTransport, logger: Logger) -> Rank:
+        scenario = self._scenario
+        troubles = tuple(trouble for trouble in scenario.troubles if trouble.rank == number)
+        memory = self._model.memory(self._old, self._topology, number)
+        updater = ExpertUpdater(
+            ExpertWeights(tensors_of(memory)),
+            self._old,
+            self._topology,
+            rank=number,
+            transport=transport,
+            options=UpdateOptions(
+                verify=scenario.verify,
+                planner=Planner(scenario.sources),
+                staging_depth=scenario.staging_depth,
+                operations_per_group=scenario.operations_per_group,
+                lead=scenario.lead,
+                transfer_timeout_s=TRANSFER_TIMEOUT_S,
+                control_timeout_s=CONTROL_TIMEOUT_S,
+                progress_timeout_s=PROGRESS_TIMEOUT_S,
+            ),
+            workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
+            device=SimulatedDevice(troubles),
+            logger=logger,
+        )
+        live = updater._verifier.weights
+        updater._committer = FailingCommitter(updater._committer, live.views, troubles)
+        return Rank(Watched(number, updater, memory), updater, transport)
+
+    async def run(self) -> None:
+        """Run the world to its end.
+
+        :raises Violation: if an invariant does not hold
+        """
+        async with create_task_group() as tasks:
+            for rank in self.ranks:
+                life = Life(
+                    self._scenario,
+                    rank,
+                    self._targets,
+                    checker=self.checker,
+                    collectives=self._collectives,
+                    source=self._model,
+                    tell=self._tell,
+                )
+                tasks.start_soon(self._or_break, partial(_as_rank, rank.number, life))
+            await self._or_break(self._direct)
+            for rank in self.ranks:
+                rank.excluded = True
+                self._loop.go_on(rank.number)
+                rank.go_on.set()
+
+    async def _or_break(self, function: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await function()
+        except Exception as error:
+            self._loop.broken_by = error
+            raise
+
+    def after_event(self, number: int | None) -> None:
+        """Check the invariants, and let happen what is due."""
+        self.checker.after_event(number)
+        while self._to_strike and self._to_strike[0].event <= self._loop.num_events:
+            self._strike(self._to_strike.pop(0))
+
+    def _strike(self, trouble: Trouble) -> None:
+        rank = self.ranks[trouble.rank]
+        if rank.excluded or rank.watched.gone:
+            return
+        if trouble.mishap is Mishap.CANCEL and rank.cancel is not None:
+            rank.cancel()
+        elif trouble.mishap is Mishap.CANCEL_NATIVELY and rank.cancel_natively is not None:
+            rank.cancel_natively()
+        elif trouble.mishap is Mishap.FREEZE:
+            self._loop.still.add(rank.number)
+            self._loop.call_later(trouble.seconds, self._thaw, rank)
+        elif trouble.mishap is Mishap.LEAVE and self._is_one_of_many():
+            rank.life.cancel()
+        elif trouble.mishap is Mishap.KILL and self._is_one_of_many():
+            rank.watched.gone = True
+            self._loop.still.add(rank.number)
+            rank.transport.die()
+            self._collectives.break_off()
+            self._tell()
+
+    def _is_one_of_many(self) -> bool:
+        return sum(not rank.watched.gone and not rank.life.cancel_called for rank in self.ranks) > 1
+
+    def _thaw(self, rank: Rank) -> None:
+        if not rank.watched.gone:
+            self._loop.go_on(rank.number)
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = Event()
+
+    async def _direct(self) -> None:
+        """Let survivors recover until all is well."""
+        while True:
+            survivors = await self._settled()
+            if not survivors:
+                return  # the last ones were struck at once
+            failures = [repr(rank.failure) for rank in survivors if rank.failure is not None]
+            self.failures += [type(rank.failure).__name__ for rank in survivors if rank.failure is not None]
+            lost = [rank for rank in self.ranks if rank not in survivors and not rank.excluded]
+            if not failures and not lost:
+                self._check_end(survivors)
+                return
+            for rank in lost:
+                rank.excluded = rank.watched.gone = True
+            self.num_recoveries += 1
+            if self.num_recoveries > _MAX_RECOVERIES:
+                raise Violation(Invariant.RECOVERED, f"recovered {self.num_recoveries} times in vain: {failures}")
+            schedule = self._recovery_schedule([rank.number for rank in survivors])
+            placement = self._placement_for([rank.number for rank in survivors])
+            for rank, transport in zip(survivors, MemoryTransport.world(len(survivors), schedule), strict=True):
+                rank.tell(transport, placement)
+
+    def _recovery_schedule(self, members: Sequence[int]) -> MemorySchedule:
+        """Return the schedule of a recovery and what follows; rounds are lost in the first ones too."""
+        lost = _lost_rounds(self._scenario) if self.num_recoveries <= _MAX_INTERRUPTED else frozenset()
+        places = {number: place for place, number in enumerate(members)}
+        return MemorySchedule(
+            seed=self.num_recoveries,
+            control_s=_CONTROL_S,
+            launch_rule=self._scenario.launch_rule,
+            lost_results=frozenset((places[number], count) for number, count in lost if number in places),
+        )
+
+    async def _settled(self) -> list[Rank]:
+        """Wait until every rank that runs has settled; return them without those that are lost."""
+        with anyio.move_on_after(DEADLINE_S):
+            while not self._have_settled():
+                with anyio.move_on_after(1.0):
+                    await self._news.wait()
+        late = [rank.number for rank in self.ranks if not (rank.settled or rank.excluded or self._is_still(rank))]
+        if late:
+            raise Violation(Invariant.ENDS_IN_TIME, f"ranks {late} have not ended within {DEADLINE_S} s")
+        return [rank for rank in self.ranks if rank.settled and not (rank.watched.gone or rank.excluded or rank.left)]
+
+    def _have_settled(self) -> bool:
+        """Whether all ranks have, those that stand still excepted, unless nobody has missed them yet."""
+        live = [rank for rank in self.ranks if not rank.excluded]
+        missed = any(rank.failure is not None for rank in live)
+        return all(rank.settled or (self._is_still(rank) and (missed or rank.watched.gone)) for rank in live)
+
+    def _is_still(self, rank: Rank) -> bool:
+        return rank.number in self._loop.still
+
+    def _placement_for(self, members: Sequence[int]) -> ExpertPlacement | None:
+        """Return a placement for survivors, if they have a slot for each expert."""
+        physical = len(members) * self._scenario.num_slots
+        if physical < self._scenario.num_experts:
+            return None
+        rng = np.random.default_rng([self._scenario.seed, self.num_recoveries])
+        drawn = random_placement(rng, self._scenario.num_layers, physical, self._scenario.num_experts)
+        return on_survivors(drawn, self._topology, members)
+
+    def _check_end(self, survivors: Sequence[Rank]) -> None:
+        """Check that survivors have the same placement, and nothing is left of any update.
+
+        :raises Violation: if not
+        """
+        placements = {rank.updater.placement for rank in survivors}
+        if len(placements) > 1:
+            raise Violation(Invariant.RECOVERED, f"ranks {[rank.number for rank in survivors]} differ in the end")
+        placement = placements.pop()
+        enough = len(survivors) * self._scenario.num_slots >= self._scenario.num_experts
+        for rank in survivors:
+            self.checker.check_layers(rank.watched)
+            if rank.watched.map.tolist() != placement.physical_to_logical_map.tolist():
+                raise Violation(Invariant.RECOVERED, f"rank {rank.number} publishes another map than it says")
+            if not rank.updater._pool.all_free:
+                raise Violation(Invariant.ONE_STATE, f"rank {rank.number} holds {rank.updater._pool.buffers}")
+            if enough:
+                self.checker.check_replicas(rank.watched)
+
+
+_STRIKES = frozenset({Mishap.KILL, Mishap.FREEZE, Mishap.LEAVE, Mishap.CANCEL, Mishap.CANCEL_NATIVELY})
+
+
+async def _as_rank(number: int, life: Life) -> None:
+    RANK.set(number)
+    await life.live()
+
+
+def _placements(scenario: Scenario, topology: EPTopology) -> list[ExpertPlacement]:
+    rng = np.random.default_rng(scenario.seed)
+    shape = (scenario.num_layers, topology.num_physical_experts, scenario.num_experts)
+    placements = [random_placement(rng, *shape)]
+    for _ in range(scenario.num_updates):
+        if scenario.by_policy:
+            load = ExpertLoad.from_counts(rng.integers(0, 100, (scenario.num_layers, scenario.num_experts)))
+            placements.append(Global()(load, placements[-1], topology))
+        else:
+            placements.append(random_placement(rng, *shape))
+    return placements
+
+
+def _schedule(scenario: Scenario) -> MemorySchedule:
+    troubles = scenario.troubles
+    return MemorySchedule(
+        seed=scenario.seed,
+        message_jitter_s=0.01,
+        control_s=_CONTROL_S,
+        control_jitter_s=0.02,
+        reorder=scenario.reorder,
+        launch_rule=scenario.launch_rule,
+        lost_results=_lost_rounds(scenario),
+        faults=tuple(
+            Fault(_MESSAGE_FAULTS[t.mishap], t.peer, t.rank, t.layer, delay_s=_delay_s(t))
+            for t in troubles
+            if t.mishap in _MESSAGE_FAULTS
+        ),
+    )
+
+
+def _lost_rounds(scenario: Scenario) -> frozenset[tuple[int, int]]:
+    """Return the ranks and the rounds that they do not hear."""
+    return frozenset((t.rank, t.count) for t in scenario.troubles if t.mishap is Mishap.LOSE_ROUND)
+
+
+def _delay_s(trouble: Trouble) -> float:
+    return trouble.seconds if trouble.mishap in {Mishap.DELAY, Mishap.DUPLICATE} else 0.0

@@ -1,0 +1,117 @@
+"""Load statistics: tokens of each logical expert, counted on the device while serving, and as a frozen value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from async_eplb.errors import ImpossibleCount, InvalidLoad
+from async_eplb.placement import LOAD_KEY, MAP_KEY, describe, on_host, read_document
+
+Tokens = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+
+PHASES = ("prefill", "decode")
+"""Kinds of steps whose loads differ; they are counted apart."""
+
+_MOST_TOKENS = 2.0**53
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertLoad:
+    """Tokens that each logical expert of each layer was given.
+
+    :param tokens: int64 or float64 ``[layers, logical]``, read-only
+    :param num_steps: steps that they were counted over
+    :param phase: kind of these steps; None for all of them
+    :raises InvalidLoad: if it is no such table, or holds NaN, infinite, negative or uncountably large numbers
+    """
+
+    tokens: Tokens
+    num_steps: int = 1
+    phase: str | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if tokens.ndim != 2 or tokens.size == 0:  # noqa: PLR2004
+            raise InvalidLoad(f"{LOAD_KEY} has shape {list(tokens.shape)}; it must be [layers, logical experts]")
+        if tokens.dtype not in (np.int64, np.float64):
+            raise InvalidLoad(f"{LOAD_KEY} holds {tokens.dtype}; tokens are int64 or float64")
+        if self.num_steps < 1:
+            raise InvalidLoad(f"num_steps is {self.num_steps}; a load covers at least 1 step")
+        _require_countable(tokens)
+
+    @classmethod
+    def from_counts(cls, counts: object, *, num_steps: int | None = None, phase: str | None = None) -> "ExpertLoad":
+        """Build a load from nested sequences, an array or a tensor.
+
+        :param counts: ``[layers, logical]``, or ``[steps, layers, logical]``, which is summed over the steps
+        :param num_steps: steps that the counts cover; without it, the first of three dimensions, else 1
+        :raises InvalidLoad: if ``counts`` is no such table of numbers, or holds numbers that no load has
+        """
+        try:
+            table = on_host(counts)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InvalidLoad(f"{LOAD_KEY} is not a table: {error}") from error
+        if not np.issubdtype(table.dtype, np.integer) and not np.issubdtype(table.dtype, np.floating):
+            raise InvalidLoad(f"{LOAD_KEY} holds {table.dtype}; tokens are numbers")
+        whole = np.issubdtype(table.dtype, np.integer)
+        tokens: Tokens = np.array(table, dtype=np.int64) if whole else np.array(table, dtype=np.float64)
+        steps = 1
+        if tokens.ndim == 3:  # noqa: PLR2004
+            _require_countable(tokens)
+            steps = len(tokens)
+            tokens = tokens.sum(axis=0)
+        tokens.setflags(write=False)
+        return cls(tokens, steps if num_steps is None else num_steps, phase)
+
+    @classmethod
+    def load(cls, source: str | Path) -> "ExpertLoad":
+        """Read a load in a form that serving engines write.
+
+        :param source: a ``.json`` or ``.pt`` file, or an inline JSON object, that holds ``logical_count`` as
+            ``[layers, logical]`` or ``[steps, layers, logical]``. Tensors are read without unpickling code.
+        :raises InvalidLoad: if it cannot be read, or holds something else
+        """
+        document = read_document(source, "a load", InvalidLoad)
+        if not isinstance(document, Mapping) or LOAD_KEY not in document:
+            hint = ""
+            if isinstance(document, Mapping) and MAP_KEY in document:
+                hint = f"; {MAP_KEY!r} is a placement, which needs no load"
+            raise InvalidLoad(f"{describe(source)} holds no {LOAD_KEY!r}{hint}")
+        return cls.from_counts(document[LOAD_KEY])
+
+    @property
+    def num_layers(self) -> int:
+        """Rows of the table."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def num_logical_experts(self) -> int:
+        """Columns of the table."""
+        return int(self.tokens.shape[1])
+
+    def tokens_per_step(self) -> npt.NDArray[np.float64]:
+        """Return the mean tokens of each expert in one step: float64 ``[layers, logical]``."""
+        return self.tokens / float(self.num_steps)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExpertLoad):
+            return NotImplemented
+        alike = (self.num_steps, self.phase) == (other.num_steps, other.phase)
+        return alike and np.array_equal(self.tokens, other.tokens)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _require_countable(tokens: Tokens) -> None:
+    wrong = np.argwhere(~((tokens >= 0) & (tokens <= _MOST_TOKENS)))
+    if len(wrong):
+        layer, expert = (int(index) for index in wrong[0][-2:])
+        raise ImpossibleCount(
+            f"layer {layer}: logical expert {expert} has {tokens[tuple(wrong[0])]} tokens; "
+            "counts are finite, at least 0 and at most 2**53",
+            layer=layer,
+            logical_expert=expert,
+        )

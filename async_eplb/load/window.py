@@ -1,0 +1,171 @@
+"""Tokens of each logical expert, counted on the device while the model serves."""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from async_eplb.errors import InvalidOptions, RecordedBeyondModel
+from async_eplb.load.value import PHASES, ExpertLoad
+
+_IGNORED = 0
+
+
+_FIRST_EXPERT = 1
+
+
+class PhysicalMap(Protocol):
+    """What folds physical experts to logical ones; an ``ExpertMap`` is one."""
+
+    physical_to_logical_map: Tensor
+
+
+class LoadGroup(Protocol):
+    """Sums counts over the ranks that serve together, away from the serving path."""
+
+    num_ranks: int
+
+    async def sum(self, counts: Tensor) -> Tensor:
+        """Return the sum over all ranks, int64 on the CPU, equal on every rank.
+
+        All ranks call this together, as often, with tensors of the same shape.
+
+        :param counts: int64, on the device, complete in the order of the calling thread's current stream
+        """
+        ...
+
+
+class LoadWindow:
+    """Counts tokens of each expert on the device, over the last steps.
+
+    Recording and advancing only launch device work: they never wait for the device, allocate nothing that stays, and
+    use buffers whose addresses never change, so that :meth:`record` can be part of a CUDA graph. They are called
+    where the model runs, on its stream. Counts of a step are in the window once :meth:`advance` has ended it.
+
+    The window takes ``4 * window_steps * phases * layers * (experts + 2)`` bytes of the device.
+
+    :param window_steps: steps that the window covers
+    :param phases: kinds of steps that are counted apart
+    :param expert_map: folds physical experts; needed to record them
+    :raises InvalidOptions: if a number is not positive, or there is no phase
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_logical_experts: int,
+        window_steps: int,
+        device: torch.device | str = "cpu",
+        *,
+        phases: Sequence[str] = PHASES,
+        expert_map: PhysicalMap | None = None,
+    ) -> None:
+        given = {"num_layers": num_layers, "num_logical_experts": num_logical_experts, "window_steps": window_steps}
+        for option, value in given.items():
+            if value < 1:
+                raise InvalidOptions(f"{option} is {value}; it must be at least 1", option=option)
+        if not phases or len(set(phases)) != len(phases):
+            raise InvalidOptions(f"phases is {phases!r}; it must name each phase once", option="phases")
+        self._phases = {phase: index for index, phase in enumerate(phases)}
+        self._expert_map = expert_map
+        self._num_logical_experts = num_logical_experts
+        self._beyond = _FIRST_EXPERT + num_logical_experts
+        shape = (len(phases), num_layers, self._beyond + 1)
+        self._step = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
+        self._total = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.int32, device=device)
+        self._phases_of_steps: deque[frozenset[str]] = deque(maxlen=window_steps)
+        self._next = 0
+
+    def num_steps(self, phase: str | None = None) -> int:
+        """Count the steps in the window, all or those of one phase; in any thread."""
+        steps = tuple(self._phases_of_steps)  # in one go: the serving thread appends
+        return sum(phase is None or phase in phases for phases in steps)
+
+    def record(
+        self,
+        layer: int,
+        experts: Tensor,
+        *,
+        phase: str = "decode",
+        physical: bool = False,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Count the tokens of one layer in the current step.
+
+        :param experts: the experts that tokens go to, integers of any shape, ``[tokens, top_k]`` for example; negative
+            ones are ignored
+        :param physical: they are physical experts, and are folded to logical ones by the map as it is now
+        :param valid: False for tokens to ignore (padding, dummies): bool, the leading dimensions of ``experts``
+        :raises InvalidOptions: if the phase is not counted, or there is no map to fold with
+        """
+        if physical:
+            if self._expert_map is None:
+                raise InvalidOptions("physical experts are folded by expert_map; it is None", option="expert_map")
+            experts = self._folded(experts, self._expert_map.physical_to_logical_map[layer])
+        columns = experts.clamp(-1, self._num_logical_experts) + _FIRST_EXPERT
+        if valid is not None:
+            kept = valid.reshape(valid.shape + (1,) * (experts.ndim - valid.ndim))
+            columns = columns.masked_fill(~kept, _IGNORED)
+        columns = columns.reshape(-1).long()
+        self._step[self._phase(phase), layer].scatter_add_(0, columns, self._one.expand(len(columns)))
+
+    def advance(self, phases: Collection[str] | None = None) -> None:
+        """End a step: its counts enter the window, and those of the oldest step leave it.
+
+        :param phases: what kind of step it was; without them, of each kind. A load of one phase covers its own steps
+        """
+        oldest = self._ring[self._next]
+        self._total.add_(self._step).sub_(oldest)
+        oldest.copy_(self._step)
+        self._step.zero_()
+        self._next = (self._next + 1) % len(self._ring)
+        self._phases_of_steps.append(frozenset(self._phases if phases is None else phases))
+
+    def snapshot(self, phase: str | None = None) -> Tensor:
+        """Copy the sum over the window: int64 ``[layers, logical]`` on the device, in the current stream's order.
+
+        :param phase: of these steps only; without it, of all phases
+        :raises InvalidOptions: if the phase is not counted
+        """
+        return self._counts(phase)[:, _FIRST_EXPERT : self._beyond].contiguous()
+
+    async def gather(self, group: LoadGroup, phase: str | None = None) -> ExpertLoad:
+        """Return the load of all ranks together. It is equal on every rank; all of them call this together.
+
+        The copy that is summed is launched before this first waits, so call it from the thread that serves, or with
+        the stream current that :meth:`record` runs on.
+
+        :raises RecordedBeyondModel: if experts beyond the model's were recorded
+        :raises InvalidOptions: if the phase is not counted
+        """
+        counts = self._counts(phase)
+        steps = counts.new_full((1, counts.shape[1]), self.num_steps(phase))
+        summed = (await group.sum(torch.cat([counts, steps]))).numpy()
+        tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)
+        beyond = int(tokens[:, self._beyond].sum())
+        if beyond:
+            raise RecordedBeyondModel(
+                f"{beyond} recorded experts are beyond the {self._num_logical_experts} of the model; "
+                "record physical experts with physical=True",
+                num_recorded=beyond,
+            )
+        counted = tokens[:, _FIRST_EXPERT : self._beyond]
+        return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)
+
+    def _folded(self, physical: Tensor, table: Tensor) -> Tensor:
+        logical = table[physical.clamp(0, len(table) - 1)]
+        logical = logical.masked_fill(physical >= len(table), self._num_logical_experts)
+        return logical.masked_fill(physical < 0, -1)
+
+    def _counts(self, phase: str | None) -> Tensor:
+        return self._total.sum(dim=0) if phase is None else self._total[self._phase(phase)].clone()
+
+    def _phase(self, phase: str) -> int:
+        if phase not in self._phases:
+            counted = ", ".join(self._phases)
+            raise InvalidOptions(f"phase is {phase!r}; this window counts {counted}", option="phase")
+        return self._phases[phase]

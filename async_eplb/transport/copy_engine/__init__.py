@@ -1,0 +1,1 @@
+"""The transport that reads peers' live weights through CUDA IPC, with the GPU's copy engines."""

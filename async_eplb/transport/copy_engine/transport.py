@@ -1,0 +1,204 @@
+"""A transport for GPUs of one host: receivers pull peers' live weights with plain copies, without kernels.
+
+Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
+then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. While the model serves, it
+needs nothing of the peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot
+deadlock with anything that the model runs. While no rank serves, all take turns at what they read (:mod:`.turns`).
+"""
+
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+
+import torch
+from torch.distributed import ProcessGroup
+
+from async_eplb.agreement.rules import LaunchRule
+from async_eplb.device import Device, DeviceEvent, until_passed
+from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
+from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
+from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer, PeerWeights
+from async_eplb.transport.joining import Member
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+_CONNECT_TIMEOUT_S = 300.0
+
+
+class CopyEngineTransport(Member):
+    """Moves weights between GPUs of one host by copies that receivers enqueue.
+
+    Like all calls that concern a group, transports are constructed in the same order on all its ranks.
+    Opening raises :class:`IpcUnavailable` on all ranks if any cannot read another's weights. Live weights may be
+    freed when all ranks have closed their transports.
+
+    :param group: the EP group, of which this process must be a member; the world without it. It is only used to find
+        the other ranks
+    :param within_host: leave out ranks of other hosts, instead of refusing them
+    :param memory: what maps and copies memory of other processes, for the device of the weights
+    :raises BrokenTransport: if this process is not in the group
+    """
+
+    launch_rule = LaunchRule.GRANTED
+    needs_ordered_launch = False
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        within_host: bool = False,
+        memory: Callable[[torch.device], PeerMemory] = CudaIpc,
+    ) -> None:
+        super().__init__(group)
+        self._within_host = within_host
+        self._make_memory = memory
+        self._peers: PeerWeights | None = None
+
+    def __repr__(self) -> str:
+        return f"<CopyEngineTransport rank {self._rank} of {self._num_ranks}, {self._state}>"
+
+    @property
+    def one_sided_peers(self) -> frozenset[int]:
+        """Ranks whose weights are mapped."""
+        return frozenset() if self._peers is None else self._peers.ranks
+
+    async def open(
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),  # noqa: ARG002 - what is in staging cannot be pulled
+    ) -> ControlGroup:
+        """Map the live weights of all other ranks.
+
+        :raises IpcUnavailable: if a rank cannot read those of another, on every rank
+        """
+        self._become_open()
+        return await workers.run("control", partial(self._connect, device, workers, weights, control_timeout_s))
+
+    def _connect(
+        self, device: Device, workers: Workers, weights: ExpertWeights, control_timeout_s: float
+    ) -> ControlGroup:
+        control = self._connect_control(workers, control_timeout_s)
+        offer, failure = "", ""
+        try:
+            memory = self._make_memory(device.torch_device)
+            self._peers = PeerWeights(memory, device, workers, self._rank, self._num_ranks)
+            offer = self._peers.offer(weights).to_json()
+        except (RuntimeError, OSError) as error:
+            failure = str(error)
+        offers = self._gather("offer", offer)
+        if self._peers is not None and all(offers):
+            try:
+                self._peers.map([Offer.from_json(each) for each in offers], within_host=self._within_host)
+                self._peers.warm_up()
+            except RuntimeError as error:
+                failure = str(error)
+        failures = self._gather("failure", failure)
+        if self._peers is not None:
+            self._peers.turns.unlink()
+        ranks = tuple(rank for rank, each in enumerate(failures) if each)
+        if ranks:
+            self._state = "broken"
+            if self._peers is not None:
+                self._peers.close()
+                self._peers = None
+            reasons = "; ".join(f"rank {rank}: {failures[rank]}" for rank in ranks)
+            raise IpcUnavailable(f"the copy engine cannot move weights between these ranks: {reasons}", ranks=ranks)
+        return control
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Prepare what an exchange pulls, which :meth:`PendingExchange.start` enqueues.
+
+        :raises BrokenTransport: also if it has messages, which nobody would move
+        """
+        if self._peers is None or self._state != "open":
+            raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
+        if any(group.sends or group.recvs for group in exchange.groups):
+            raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self._rank)
+        return _Pull(self, self._peers, exchange)
+
+    def abort(self) -> None:
+        """Break the transport. Copies under way end by themselves, and wait for no turn.
+
+        Peers that wait for a turn of this rank's that it had not enqueued do so until they break theirs.
+        """
+        self._state = "broken"
+        if self._peers is not None:
+            self._peers.hold_up()
+
+    async def aclose(self) -> None:
+        """Unmap the weights of all other ranks, and wait until they have unmapped this one's."""
+        peers, self._peers = self._peers, None
+        self._become_closed()
+        if peers is not None:
+            await peers.workers.run("exchange", partial(self._close, peers))
+
+    def _close(self, peers: PeerWeights) -> None:
+        peers.close()
+        with suppress(RuntimeError):  # what dead ranks have mapped is gone with them
+            self._gather("closed", "closed", timeout_s=CLOSE_TIMEOUT_S)
+
+    def _gather(self, what: str, value: str, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> list[str]:
+        """Return the values of all ranks, which must all give one."""
+        self._store.set(f"{what}/{self._rank}", value)
+        keys = [f"{what}/{rank}" for rank in range(self._num_ranks)]
+        self._store.wait(keys, timedelta(seconds=timeout_s))
+        return [self._store.get(key).decode() for key in keys]
+
+
+class _Pull:
+    def __init__(self, transport: CopyEngineTransport, peers: PeerWeights, exchange: Exchange) -> None:
+        self._transport = transport
+        self._peers = peers
+        self._exchange = exchange
+        self._started = False
+        self._end: DeviceEvent | None = None
+
+    async def start(self) -> None:
+        self._started = True
+        await self._in_thread("pull", self._enqueue)
+
+    async def wait(self, timeout_s: float) -> None:
+        if not self._started:
+            await self.start()
+        try:
+            await self._in_thread("exchange", partial(self._finish, time.monotonic() + timeout_s))
+        except TimeoutError as error:
+            self._transport.abort()
+            raise TransferTimeout(
+                f"{self._where}: the copies did not finish within {timeout_s} s",
+                rank=self._transport.rank,
+                layer=self._exchange.row,
+                timeout_s=timeout_s,
+            ) from error
+
+    @property
+    def _where(self) -> str:
+        return f"rank {self._transport.rank}, row {self._exchange.row}"
+
+    async def _in_thread(self, kind: str, function: Callable[[], None]) -> None:
+        try:
+            await self._peers.workers.run(kind, function)
+        except RuntimeError as error:
+            self._transport.abort()
+            raise BrokenTransport(f"{self._where}: {error}", rank=self._transport.rank) from error
+
+    def _enqueue(self) -> None:
+        if self._transport._state != "open":
+            raise RuntimeError(f"{self._transport!r} cannot move anything")
+        self._end = self._peers.pull(self._exchange)
+
+    def _finish(self, deadline: float) -> None:
+        try:
+            until_passed(self._end or self._peers.end, deadline)
+        except TimeoutError:
+            self._peers.turns.release()  # from this thread: the event loop may be waiting for the device
+            raise
+        if self._end is None or self._transport._state != "open":
+            raise RuntimeError(f"{self._transport!r} did not move everything")

@@ -1,0 +1,1 @@
+"""The transport between ranks of one process, with seeded delays and faults."""

@@ -1,0 +1,103 @@
+"""A transport inside one event loop, for tests and simulation: real bytes, scheduled delays and faults."""
+
+from collections.abc import Collection
+
+from async_eplb.device import Device
+from async_eplb.errors import BrokenTransport, BusyTransport
+from async_eplb.transport.base import (
+    ControlGroup,
+    Exchange,
+    PendingExchange,
+)
+from async_eplb.transport.memory.control import MemoryControlGroup
+from async_eplb.transport.memory.exchange import MemoryExchange, OneSidedExchange
+from async_eplb.transport.memory.schedule import MemorySchedule
+from async_eplb.transport.memory.world import MemoryWorld
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+
+class MemoryTransport:
+    """One rank of a world inside this process; all ranks run in one event loop.
+
+    Made by :meth:`world`. Bytes are copied when a message is delivered, so a sender that changes live weights too
+    early is found out.
+    """
+
+    def __init__(self, world: MemoryWorld, rank: int) -> None:
+        self.launch_rule = world.schedule.launch_rule
+        self._world = world
+        self._rank = rank
+        self._opened = False
+
+    @classmethod
+    def world(cls, num_ranks: int, schedule: MemorySchedule | None = None) -> "tuple[MemoryTransport, ...]":
+        """Return the connected transports of a world, by rank."""
+        world = MemoryWorld(num_ranks, schedule or MemorySchedule())
+        return tuple(cls(world, rank) for rank in range(num_ranks))
+
+    def __repr__(self) -> str:
+        return f"<MemoryTransport rank {self._rank} of {self.num_ranks}>"
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the world."""
+        return self._world.num_ranks
+
+    @property
+    def run_id(self) -> str:
+        """Name of the world in logs."""
+        return self._world.run_id
+
+    @property
+    def needs_ordered_launch(self) -> bool:
+        """Whether the schedule says so."""
+        return self.launch_rule.needs_order
+
+    @property
+    def one_sided_peers(self) -> frozenset[int]:
+        """All others, if the schedule grants launches."""
+        return frozenset(range(self.num_ranks) if self.launch_rule.needs_grant else ()) - {self._rank}
+
+    async def open(
+        self,
+        device: Device,  # noqa: ARG002 - the world's time is its schedule's
+        workers: Workers,  # noqa: ARG002
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        relay_peers: Collection[int] = (),  # noqa: ARG002
+    ) -> ControlGroup:
+        """Show this rank's weights to the world and return its control group; there is nothing to connect."""
+        if self._opened:
+            raise BusyTransport(f"{self!r} is in use; make one transport for each updater")
+        self._opened = True
+        self._world.weights[self._rank] = weights
+        return MemoryControlGroup(self._world, self._rank, control_timeout_s)
+
+    def prepare(self, exchange: Exchange) -> None:
+        """Allocate nothing."""
+
+    def launch(self, exchange: Exchange) -> PendingExchange:
+        """Offer this rank's messages to their peers."""
+        if not self._opened or self._rank in self._world.gone:
+            raise BrokenTransport(f"{self!r} is not open", rank=self._rank)
+        kind = OneSidedExchange if self.launch_rule.needs_grant else MemoryExchange
+        return kind(self._world, self._rank, exchange)
+
+    def abort(self) -> None:
+        """Leave the world."""
+        self._world.leave(self._rank)
+
+    def die(self) -> None:
+        """Let peers see what they see when a process dies: all connections of this rank are closed."""
+        self._world.die(self._rank)
+
+    async def aclose(self) -> None:
+        """Leave the world."""
+        self._world.leave(self._rank)

@@ -1,0 +1,1 @@
+"""Transports over torch.distributed: gloo for CPUs, NCCL for GPUs."""

@@ -1,0 +1,44 @@
+"""What the caller of ``begin`` holds while an update runs beside serving."""
+
+from anyio import get_cancelled_exc_class
+
+from async_eplb.errors import HandleAwaited
+from async_eplb.update.run import UpdateRun
+from async_eplb.update.summary import UpdateSummary
+
+
+class UpdateHandle:
+    """An update that runs while the model serves. Made by :meth:`ExpertUpdater.begin`."""
+
+    def __init__(self, run: UpdateRun) -> None:
+        self._run = run
+        self._awaited = False
+
+    def __repr__(self) -> str:
+        state = "done" if self.done else "running"
+        return f"<UpdateHandle {state}: {len(self._run.committed)} of {len(self._run.rows)} layers committed>"
+
+    @property
+    def done(self) -> bool:
+        """Whether the update has ended, one way or another."""
+        return self._run.finished.is_set()
+
+    def cancel(self) -> None:
+        """End the update at the same layer on every rank, after what may be under way."""
+        self._run.cancel()
+
+    async def wait(self) -> UpdateSummary:
+        """Return when all layers are committed on every rank. Cancelling this does not cancel the update.
+
+        :raises HandleAwaited: if it has been awaited before
+        :raises EplbError: if the update ended early; ``committed_layers`` says which layers are new
+        """
+        if self._awaited:
+            raise HandleAwaited(f"{self!r} has been awaited already")
+        self._awaited = True
+        try:
+            await self._run.finished.wait()
+        except get_cancelled_exc_class():
+            self._awaited = False
+            raise
+        return self._run.summary()

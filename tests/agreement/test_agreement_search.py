@@ -1,0 +1,221 @@
+"""No interleaving breaks the agreement, and every rule of it is needed: without it, some interleaving does.
+
+The bounds are in the worlds below: two ranks with up to three layers and steps up to three apart, three ranks with
+up to three layers and neighbouring steps. Each explores all of its states. Run with ``-s`` to see how many.
+"""
+
+import inspect
+import sys
+from dataclasses import replace
+
+import pytest
+from support.agreement_model import Do, Violation, World
+from support.agreement_search import explore
+
+from async_eplb.agreement import protocol as module
+from async_eplb.agreement.protocol import Agreement
+from async_eplb.agreement.rules import LaunchRule, Mode
+
+WORLDS = {
+    "two ranks, three layers": World(leads=(1, 2), layers=3, window=2),
+    "two ranks, three steps apart": World(leads=(1, 2), layers=3, skew=3),
+    "three ranks": World(leads=(1, 2, 2), layers=2),
+    "three ranks, three layers": World(leads=(1, 1, 1), layers=3),
+    "three ranks, one-sided transfers": World(leads=(1, 1, 1), layers=2, one_sided=True),
+    "three ranks, ordered launches": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.ORDERED),
+    "ordered launches, two buffers": World(leads=(1, 2), layers=2, window=2, launch_rule=LaunchRule.ORDERED),
+    "launches in parts": World(leads=(1, 2), layers=2, parts=2, window=2, launch_rule=LaunchRule.ORDERED),
+    "three ranks, launches in parts": World(leads=(1, 1, 1), layers=1, parts=3, launch_rule=LaunchRule.ORDERED),
+    "three ranks, granted transfers": World(leads=(1, 1, 1), layers=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
+    "granted, two buffers": World(leads=(1, 2), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True),
+    "granted, two updates": World(
+        leads=(1, 2), layers=1, launch_rule=LaunchRule.GRANTED, one_sided=True, updates=2, at_once=False
+    ),
+    "granted, rounds only when eager": World(
+        leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, eager=True
+    ),
+    "leads grow": World(leads=(1, 1), layers=2, budget=(Do.WAITED, Do.WAITED)),
+    "two updates": World(leads=(1, 2), layers=2, updates=2, at_once=False),
+    "two updates of three ranks": World(leads=(1, 1, 1), layers=1, updates=2, at_once=False),
+    "rounds only when eager": World(leads=(1, 1), layers=2, window=2, eager=True),
+    "cancelled": World(leads=(1, 1, 1), layers=2, budget=(Do.CANCEL,)),
+    "cancelled at two buffers": World(leads=(1, 1), layers=2, window=2, one_sided=True, budget=(Do.CANCEL,)),
+    "cancelled twice": World(leads=(1, 2), layers=2, at_once=False, budget=(Do.CANCEL, Do.CANCEL)),
+    "cancelled before launches": World(
+        leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
+    ),
+    "cancelled before grants": World(
+        leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
+    ),
+    "cancelled between parts": World(
+        leads=(1, 1), layers=2, parts=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
+    ),
+    "failed": World(leads=(1, 1, 1), layers=1, at_once=False, budget=(Do.FAIL,)),
+    "failed, two layers": World(leads=(1, 2), layers=2, budget=(Do.FAIL,)),
+    "left": World(leads=(1, 1, 1), layers=1, budget=(Do.LEAVE,)),
+    "left with launches": World(leads=(1, 2), layers=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
+    "exclusive": World(leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, updates=2, at_once=False),
+    "exclusive, cancelled": World(
+        leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
+    ),
+    "exclusive, granted, cancelled": World(
+        leads=(1, 1, 1),
+        layers=2,
+        mode=Mode.EXCLUSIVE,
+        launch_rule=LaunchRule.GRANTED,
+        one_sided=True,
+        budget=(Do.CANCEL,),
+    ),
+    "exclusive, granted in order, cancelled": World(
+        leads=(1, 1),
+        layers=3,
+        window=2,
+        mode=Mode.EXCLUSIVE,
+        launch_rule=LaunchRule.GRANTED_IN_ORDER,
+        budget=(Do.CANCEL,),
+    ),
+    "ranks stand": World(leads=(2, 2), layers=1, standing=True),
+    "traffic ends": World(leads=(1, 2), layers=2, budget=(Do.QUIET,)),
+    "traffic ends before launches": World(leads=(2, 2), layers=1, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)),
+    "traffic ends between parts": World(
+        leads=(1, 2), layers=2, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)
+    ),
+    "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
+    "left between parts": World(leads=(1, 2), layers=2, parts=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
+    "failed while ranks stand": World(leads=(2, 2), layers=1, standing=True, budget=(Do.FAIL,)),
+    "failed while traffic ends": World(leads=(1, 2), layers=2, budget=(Do.FAIL, Do.QUIET)),
+    "failed while traffic ends between parts": World(
+        leads=(1, 2), layers=1, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.FAIL, Do.QUIET)
+    ),
+    "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_interleaving_breaks_the_agreement(name: str) -> None:
+    """All ranks commit the same layers at the same boundaries, and always get to the end."""
+    found = explore(WORLDS[name])
+    sys.stdout.write(f"\n{name}: {found.states} states, {found.transitions} transitions in {found.seconds:.1f} s")
+    assert found.ends
+
+
+def test_leads_may_shrink_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later layer is not decided for an earlier boundary than one before it."""
+    monkeypatch.setattr(module, "_CALM_DECISIONS", 1)
+    assert explore(World(leads=(4, 4), layers=2, window=2)).ends
+
+
+TWO = World(leads=(1, 1), layers=2, window=2)
+LAUNCHES = replace(TWO, launch_rule=LaunchRule.ORDERED)
+PARTS = replace(LAUNCHES, parts=2)
+GRANTS = replace(TWO, launch_rule=LaunchRule.GRANTED, one_sided=True)
+CANCELLED = World(leads=(1, 1), layers=2, budget=(Do.CANCEL,))
+CANCELLED_LAUNCHES = replace(LAUNCHES, budget=(Do.CANCEL,))
+CANCELLED_GRANTS = replace(GRANTS, budget=(Do.CANCEL,))
+FAILED = World(leads=(1, 1), layers=1, budget=(Do.FAIL,))
+LEFT = World(leads=(2, 2), layers=2, window=2, budget=(Do.LEAVE,))
+AGAIN = World(leads=(1, 1), layers=1, updates=2, at_once=False)
+EXCLUSIVE = World(leads=(1, 1), layers=2, mode=Mode.EXCLUSIVE)
+STANDING = World(leads=(1, 1), layers=1, standing=True)
+QUIET = World(leads=(2, 2), layers=1, budget=(Do.QUIET,))
+FAILED_QUIET = World(leads=(1, 2), layers=1, budget=(Do.FAIL, Do.QUIET))
+FAILED_STANDING = World(leads=(1, 2), layers=1, standing=True, budget=(Do.FAIL,))
+
+MUTATIONS = {
+    "decided for the smallest fence": (TWO, "boundary = max(fences)", "boundary = min(fences)"),
+    "decided for some rank's fence": (TWO, "boundary = max(fences)", "boundary = fences[0]"),
+    "no lead": (TWO, "self.step + self.lead,", "self.step,"),
+    "the fence itself is passed": (TWO, "self.step + 1 < self.fence", "self.step + 1 <= self.fence"),
+    "a fence holds nothing": (TWO, "return not self.fence or self.step + 1 < self.fence", "return True"),
+    "a fence is never lifted": (TWO, "        self.fence = 0\n        self._fence", "        self._fence"),
+    "a decision replaces earlier ones": (TWO, "if each.boundary < boundary)", "if False)"),
+    "only the first of what is due is done": (LEFT, "return due[-1]", "return due[0]"),
+    "staged here": (TWO, "min(ballot.staged for ballot in ballots)", "self.staged"),
+    "staged here, in the exclusive mode": (EXCLUSIVE, "min(ballot.staged for ballot in ballots)", "self.staged"),
+    "launchable here": (LAUNCHES, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "all parts at one boundary": (PARTS, "Decision(boundary + n,", "Decision(boundary,"),
+    "two layers' parts at one boundary": (
+        PARTS,
+        "self.last_boundary + 1",
+        "self.last_boundary",
+    ),
+    "decided for boundaries of a layer's later parts": (
+        PARTS,
+        "self.last_boundary = self.decisions[-1].boundary",
+        "self.last_boundary = boundary",
+    ),
+    "granted here": (GRANTS, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "nobody tells of grants": (
+        replace(GRANTS, eager=True),
+        "self.launch_rule is not LaunchRule.AT_ONCE and",
+        "self.launch_rule is LaunchRule.ORDERED and",
+    ),
+    "cancelled before what was granted": (
+        CANCELLED_GRANTS,
+        "return max(self.launched, self.agreed)",
+        "return self.agreed",
+    ),
+    "committed here": (TWO, "min(ballot.committed for ballot in ballots)", "self.committed"),
+    "over when all is agreed": (TWO, "self._seen.committed >= self.limit", "self.agreed >= self.limit"),
+    "fences in the exclusive mode": (EXCLUSIVE, "elif self.mode is Mode.EXCLUSIVE:", "elif False:"),
+    "cancelled without the window": (CANCELLED, "return self.agreed + self.window", "return self.agreed"),
+    "cancelled before what was launched": (
+        CANCELLED_LAUNCHES,
+        "return max(self.launched, self.agreed)",
+        "return self.agreed",
+    ),
+    "cancelled after what is staged here": (CANCELLED, "self._under_way())", "self.staged)"),
+    "cancelled after the end": (CANCELLED, "min(self.limit, self._under_way())", "self._under_way()"),
+    "launched after the limit": (CANCELLED_LAUNCHES, "min(self.limit, self._seen.launchable)", "self._seen.launchable"),
+    "a failure is not heeded": (FAILED, "        if failed:", "        if False:"),
+    "a leaving rank is not heeded": (LEFT, "        if left:", "        if False:"),
+    "not over when a rank has left": (LEFT, "self.over = self.over or self.running", "pass"),
+    "a leaving rank drops what was decided": (LEFT, "self._due(self.last_boundary)", "self._due(self.step)"),
+    "rounds count before all have begun": (AGAIN, "        if waiting_for:", "        if False:"),
+    "rounds count after the end": (AGAIN, "if not self.running or self.over:", "if not self.running:"),
+    "all updates have one number": (AGAIN, "self.generation += 1", "self.generation = 1"),
+    "a standing rank keeps its lead": (QUIET, "self.step + 1 if self.standing else ahead", "ahead"),
+    "no fence for what is out of reach": (QUIET, " or self._is_out_of_reach(ballots))", ")"),
+    "what is out of reach stays there": (QUIET, " or max(fences) < self.last_boundary)", ")"),
+    "a standing rank waits for its boundary": (QUIET, "self._due(self.step + 1)", "self._due(self.step)"),
+    "a standing rank does not wait": (
+        replace(STANDING, leads=(2, 2)),
+        "self._due(self.step + 1)",
+        "self._due(self.step + 2)",
+    ),
+    "nothing comes forward after a failure": (FAILED_QUIET, "comes = here < self.last_boundary", "comes = False"),
+    "what comes forward after a failure is for the last rank": (
+        FAILED_STANDING,
+        "here = max(fences) if all(fences)",
+        "here = min(fences) if all(fences)",
+    ),
+    "after a failure, what comes forward is for ranks that may go on": (
+        FAILED_STANDING,
+        "here = max(fences) if all(fences)",
+        "here = self.step + 1 if self._is_out_of_reach(ballots)",
+    ),
+    "nobody wants a fence after a failure": (
+        FAILED_QUIET,
+        "        self._fence_wanted = self._is_out_of_reach(ballots)\n",
+        "",
+    ),
+    "steps of one round are compared": (STANDING, "min(steps) < self._stood_before", "len(set(steps)) > 1"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_every_rule_is_needed(name: str) -> None:
+    """The search finds an interleaving that breaks the agreement without the rule."""
+    world, rule, instead = MUTATIONS[name]
+    with pytest.raises(Violation):
+        explore(replace(world, agreement=_changed(rule, instead)))
+
+
+def _changed(rule: str, instead: str) -> type[Agreement]:
+    """Return the agreement with a rule of its source replaced."""
+    source = inspect.getsource(Agreement)
+    assert source.count(rule) == 1
+    names = dict(vars(module))
+    exec(source.replace(rule, instead), names)  # noqa: S102 - our own source
+    changed: type[Agreement] = names["Agreement"]
+    return changed

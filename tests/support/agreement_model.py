@@ -1,0 +1,306 @@
+"""What ranks that run an agreement can do, for the search in ``agreement_search``.
+
+What a rank does depends on itself and on what rounds told it, but for when it may: :meth:`Actions.of` says what it
+can do, the search what the others let it do.
+"""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from async_eplb.agreement.ballot import Ballot, Decision, Status
+from async_eplb.agreement.protocol import Agreement, _Counts
+from async_eplb.agreement.rules import LaunchRule, Mode
+
+FIRST_BOUNDARY = 100
+"""The last boundary that all ranks have passed: boundaries are counted from it. Not 0, which means none."""
+FORGOTTEN = FIRST_BOUNDARY - 1
+"""Earlier boundaries are not told apart."""
+
+
+class Do(Enum):
+    """What a rank can do."""
+
+    BEGIN = auto()
+    PLAN = auto()
+    """With launches that need the others: get a plan and a buffer for the next layer."""
+    TRANSFER = auto()
+    """Begin the transfer of the next layer, unless an ordered launch does: when it is granted, or get all it needs."""
+    STAGE = auto()
+    """See the transfer end."""
+    FINISH = auto()
+    """See a commit's copies end on the device."""
+    JOIN = auto()
+    RECEIVE = auto()
+    PASS = auto()
+    STAND = auto()
+    SETTLE = auto()
+    """Do what is due while standing."""
+    DRAIN = auto()
+    """Do what is due at boundaries that this rank never comes to, when there are no more rounds."""
+    GO_ON = auto()
+    """Stop standing."""
+    WAITED = auto()
+    CANCEL = auto()
+    FAIL = auto()
+    LEAVE = auto()
+    QUIET = auto()
+    """Traffic ends for good: all ranks come to stand before the same boundary."""
+
+    __hash__ = object.__hash__
+
+
+DISTURBANCES = frozenset({Do.WAITED, Do.CANCEL, Do.FAIL, Do.LEAVE, Do.QUIET})
+"""What may happen, but need not, and only so often."""
+COMMITTING = frozenset({Do.RECEIVE, Do.PASS, Do.SETTLE, Do.DRAIN})
+"""What can commit and launch layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What is explored, and its bounds.
+
+    :param leads: of each rank, so as many as there are ranks
+    :param layers: of each update
+    :param parts: that a layer is launched in, where launches are ordered
+    :param window: staging buffers of each rank
+    :param skew: steps that a rank can be ahead of the slowest
+    :param one_sided: whether a transfer ends without its other side
+    :param at_once: whether all ranks have begun when the search does
+    :param standing: whether ranks stand and go on as traffic comes and goes
+    :param eager: whether a rank joins a round only when it is eager to, as if pauses never ended by themselves
+    :param budget: what of :data:`DISTURBANCES` may happen, each to any rank at any point, or never
+    """
+
+    leads: tuple[int, ...]
+    layers: int
+    parts: int = 1
+    window: int = 1
+    skew: int = 1
+    mode: Mode = Mode.SERVING
+    launch_rule: LaunchRule = LaunchRule.AT_ONCE
+    one_sided: bool = False
+    updates: int = 1
+    at_once: bool = True
+    standing: bool = False
+    eager: bool = False
+    budget: tuple[Do, ...] = ()
+    agreement: type[Agreement] = Agreement
+
+    @property
+    def ordered_launch(self) -> bool:
+        """Whether a decision begins transfers."""
+        return self.launch_rule.needs_order
+
+    @property
+    def stands(self) -> bool:
+        """Whether a rank ever stands."""
+        return self.standing or Do.QUIET in self.budget
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One rank. Its agreement is never changed, only copied. Layers are counted over all updates.
+
+    :param mail: the ballot that it gave to the open round, or the ballots of the round that it is to receive
+    :param before: layers committed by earlier updates
+    :param transfers: layers whose transfer has begun
+    :param launches: parts launched, of which a layer's transfer begins with the last
+    :param commits: layers whose commit is enqueued
+    :param history: ``(launches, commits)`` after each boundary from the one that all ranks have passed to the last
+        that this one has
+    :param left: whether a round showed that a rank leaves; no other follows
+    :param gone: whether it was this one
+    """
+
+    agreement: Agreement
+    mail: Ballot | tuple[Ballot, ...] | None = None
+    before: int = 0
+    transfers: int = 0
+    launches: int = 0
+    commits: int = 0
+    history: tuple[tuple[int, int], ...] = ((0, 0),)
+    left: bool = False
+    gone: bool = False
+
+    def __str__(self) -> str:
+        mail = "" if self.mail is None else ", gave its ballot" if isinstance(self.mail, Ballot) else ", is to receive"
+        return f"{self.agreement!r} {self.transfers} begun, {self.commits} enqueued{mail}"
+
+    @property
+    def staged(self) -> int:
+        """Layers staged."""
+        return self.before + self.agreement.staged
+
+    @property
+    def committed(self) -> int:
+        """Layers whose commit has finished."""
+        return self.before + self.agreement.committed
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do for the update that it has begun."""
+        agreement = self.agreement
+        over = agreement.over or self.gone or (self.left and not agreement.running)
+        return over and not agreement.decisions and self.committed == self.commits
+
+    def key(self) -> tuple[object, ...]:
+        """Return what tells it from others."""
+        counts = (self.before, self.transfers, self.launches, self.commits)
+        return (*vars(self.agreement).values(), self.mail, *counts, self.history, self.left, self.gone)
+
+
+class Violation(AssertionError):
+    """A state that must not be."""
+
+
+class Actions:
+    """What a rank can do."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def start(self, lead: int) -> Rank:
+        """Return a rank as it is when the search begins."""
+        agreement = self.world.agreement(lead=lead, launch_rule=self.world.launch_rule)
+        agreement.step = FIRST_BOUNDARY
+        return self._begin(Rank(agreement)) if self.world.at_once else Rank(agreement)
+
+    def of(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
+        """Yield each action and what becomes of the rank.
+
+        :raises Violation: if an action has an outcome that must not be
+        """
+        agreement = rank.agreement
+        if rank.committed < rank.commits:
+            yield Do.FINISH, _with(rank, committed=agreement.committed + 1)
+        if rank.gone:
+            return
+        if isinstance(rank.mail, tuple):
+            yield Do.RECEIVE, self._receive(rank, rank.mail)
+        elif rank.mail is None and not rank.left and (agreement.is_eager() or not self.world.eager):
+            yield Do.JOIN, self._join(rank)
+        if not rank.left and agreement.generation < self.world.updates and (not agreement.running or rank.ended):
+            yield Do.BEGIN, self._begin(rank)
+        if agreement.begun and not agreement.over and agreement.status is not Status.FAILED:
+            yield from self._staging(rank)
+        if self.world.mode is Mode.SERVING:
+            yield from self._serving(rank)
+        for do in set(self.world.budget) - {Do.QUIET}:
+            disturbed = self._disturbed(do, rank)
+            if disturbed.key() != rank.key():
+                yield do, disturbed
+
+    def rebased(self, rank: Rank, steps: int) -> Rank:
+        """Return the rank with boundaries counted from a later one."""
+        if rank.gone:
+            return rank
+        agreement = copy(rank.agreement)
+        agreement.step -= steps
+        agreement.fence -= steps if agreement.fence else 0
+        agreement._stood_before = max(FORGOTTEN, agreement._stood_before - steps) if self.world.stands else 0
+        agreement.last_boundary = max(FORGOTTEN + 1, agreement.last_boundary - steps)
+        agreement.decisions = tuple(replace(d, boundary=d.boundary - steps) for d in agreement.decisions)
+        mail = rank.mail
+        if isinstance(mail, Ballot):
+            mail = _rebased(mail, steps)
+        elif mail:
+            mail = tuple(_rebased(ballot, steps) for ballot in mail)
+        return replace(rank, agreement=agreement, mail=mail, history=rank.history[steps:])
+
+    def _begin(self, rank: Rank) -> Rank:
+        world, agreement = self.world, copy(rank.agreement)
+        if agreement.running:
+            agreement.end(broken=False)
+        agreement.begin(world.mode, digest=1, total=world.layers, window=world.window)
+        return replace(rank, agreement=agreement, before=rank.commits)
+
+    def _join(self, rank: Rank) -> Rank:
+        agreement = copy(rank.agreement)
+        ballot = agreement.ballot()
+        return replace(rank, agreement=agreement, mail=ballot if ballot.standing else replace(ballot, step=0))
+
+    def _receive(self, rank: Rank, ballots: tuple[Ballot, ...]) -> Rank:
+        agreement = copy(rank.agreement)
+        verdict = agreement.receive(ballots)
+        agreement._seen = agreement._seen if self.world.eager else _Counts()
+        agreement._calm = 0
+        if not self.world.stands:
+            agreement._stood_before = 0
+        if verdict.boundary and verdict.boundary <= agreement.step:
+            raise Violation(f"decided for a boundary that was passed: {verdict}")
+        leaves = any(ballot.status is Status.LEAVING for ballot in ballots) and agreement.status is Status.LEAVING
+        rank = replace(rank, agreement=agreement, mail=None, left=bool(verdict.left), gone=leaves)
+        if self.world.mode is Mode.EXCLUSIVE:
+            return self._execute(rank, Decision(0, verdict.agreed, verdict.launched * self.world.parts))
+        return self._execute(rank, agreement.drain()) if leaves else rank
+
+    def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
+        agreement, world = rank.agreement, self.world
+        room = min(agreement.limit, world.layers, agreement.committed + world.window)
+        if world.launch_rule is not LaunchRule.AT_ONCE and agreement.launchable < room:
+            yield Do.PLAN, _with(rank, parts=(*agreement.parts, world.parts))
+        if world.launch_rule is LaunchRule.GRANTED:
+            room = min(room, agreement.launched)
+        if not world.ordered_launch and rank.transfers == rank.staged < rank.before + room:
+            yield Do.TRANSFER, replace(rank, transfers=rank.transfers + 1)
+        if rank.staged < rank.transfers:
+            yield Do.STAGE, _with(rank, staged=agreement.staged + 1)
+
+    def _serving(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
+        agreement = copy(rank.agreement)
+        if agreement.standing:
+            yield Do.GO_ON, _with(rank, standing=False)
+            decision = agreement.stand()
+            if decision:
+                yield Do.SETTLE, self._execute(replace(rank, agreement=agreement), decision)
+            elif agreement.decisions and rank.left:
+                yield Do.DRAIN, self._execute(replace(rank, agreement=agreement), agreement.drain())
+            return
+        if self.world.stands:
+            yield Do.STAND, _with(rank, standing=True)
+        if agreement.may_pass():
+            passed = self._execute(replace(rank, agreement=agreement), agreement.pass_boundary())
+            if passed.launches > rank.launches + 1 and not self.world.stands:
+                raise Violation(f"{rank} is to launch {passed.launches - rank.launches} parts at one boundary")
+            yield Do.PASS, replace(passed, history=(*rank.history, (passed.launches, passed.commits)))
+
+    def _disturbed(self, do: Do, rank: Rank) -> Rank:
+        agreement = copy(rank.agreement)
+        if do is Do.CANCEL:
+            agreement.cancel()
+        elif do is Do.FAIL and agreement.running and not agreement.over:
+            agreement.fail()
+        elif do is Do.LEAVE:
+            agreement.leave()
+        elif do is Do.WAITED and not agreement.may_pass():
+            agreement.waited()
+        return replace(rank, agreement=agreement)
+
+    def _execute(self, rank: Rank, decision: Decision | None) -> Rank:
+        """Commit and launch what was decided."""
+        if decision is None:
+            return rank
+        commits = rank.before + decision.committed
+        if not rank.commits <= commits <= rank.staged:
+            raise Violation(f"{rank} is to commit up to {commits}")
+        if not self.world.ordered_launch:
+            return replace(rank, commits=commits)
+        parts = self.world.parts
+        launches = rank.before * parts + decision.launched
+        if not rank.launches <= launches <= (rank.before + rank.agreement.launchable) * parts:
+            raise Violation(f"{rank} is to launch up to {launches}")
+        return replace(rank, commits=commits, launches=launches, transfers=launches // parts)
+
+
+def _with(rank: Rank, **values: int | tuple[int, ...]) -> Rank:
+    agreement = copy(rank.agreement)
+    for name, value in values.items():
+        setattr(agreement, name, value)
+    return replace(rank, agreement=agreement)
+
+
+def _rebased(ballot: Ballot, steps: int) -> Ballot:
+    fence = ballot.fence - steps if ballot.fence else 0
+    return replace(ballot, fence=fence, step=max(FORGOTTEN, ballot.step - steps) if ballot.standing else 0)

@@ -1,0 +1,389 @@
+"""Updates while the model serves, in a world in memory: every rank switches a layer at the same boundary."""
+
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+from anyio import create_task_group
+from support.helpers import TINY, MemoryRank, memory_ranks, memory_world, together, two_placements
+
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb.errors import (
+    BusyUpdater,
+    ClosedUpdater,
+    EplbError,
+    HandleAwaited,
+    StepMismatch,
+    UpdateCancelled,
+    UpdateNotBegun,
+)
+from async_eplb.sync import SyncUpdater
+from async_eplb.transport import LaunchRule, MemorySchedule
+from async_eplb.workers import ThreadWorkers
+
+TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
+NUM_LAYERS = 6
+
+pytestmark = pytest.mark.anyio
+
+
+class Server:
+    """One rank that makes forward passes: a step boundary, then a barrier with the other ranks, as collectives are."""
+
+    def __init__(self, rank: MemoryRank, seed: int) -> None:
+        self.rank = rank
+        self.updater = rank.updater
+        self.random = random.Random(seed)
+        self.commits: dict[int, int] = {}
+        self.stop = False
+
+    def note_commit(self, layer: int) -> None:
+        """Remember the boundary of a layer's commit."""
+        self.commits[layer] = self.updater.statistics().step
+
+    async def serve(self) -> None:
+        """Step at random speed until told to stop."""
+        while not self.stop:
+            await self.updater.step()
+            for _ in range(self.random.randrange(4)):
+                await anyio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def serving_world(
+    old: ExpertPlacement, *, seed: int = 0, schedule: MemorySchedule | None = None, **options: Any
+) -> AsyncIterator[list[Server]]:
+    """Open a world whose ranks step until the block ends."""
+    servers: list[Server] = []
+    hooks: list[Callable[[int], None]] = [lambda layer, i=i: servers[i].note_commit(layer) for i in range(3)]  # type: ignore[misc]
+    async with memory_world(
+        old, TOPOLOGY, schedule=schedule, options=UpdateOptions(**options), on_commit=hooks
+    ) as ranks:
+        servers += [Server(rank, seed + i) for i, rank in enumerate(ranks)]
+        async with create_task_group() as tasks:
+            for server in servers:
+                tasks.start_soon(server.serve)
+            yield servers
+            for server in servers:
+                server.stop = True
+
+
+async def begin_everywhere(servers: list[Server], new: ExpertPlacement) -> list[Any]:
+    """Begin on each rank at another time; return what waiting for it gave."""
+
+    async def begin(server: Server) -> object:
+        for _ in range(server.random.randrange(30)):
+            await anyio.lowlevel.checkpoint()
+        return await server.updater.begin(new).wait()
+
+    return await together([lambda s=server: begin(s) for server in servers])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("launch_rule", LaunchRule)
+@pytest.mark.parametrize("lead", [1, 4])
+@pytest.mark.parametrize("depth", [1, 3])
+async def test_every_rank_switches_a_layer_at_the_same_boundary(launch_rule: LaunchRule, lead: int, depth: int) -> None:
+    """Over several updates, layers land in order, everywhere at the same step, and the weights are right."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    schedule = MemorySchedule(launch_rule=launch_rule)
+    async with serving_world(old, schedule=schedule, lead=lead, staging_depth=depth, verify="checksum") as servers:
+        for target in (new, old, new):
+            outcomes = await begin_everywhere(servers, target)
+            assert all(outcome.layers == tuple(range(NUM_LAYERS)) for outcome in outcomes)
+            assert servers[0].commits == servers[1].commits == servers[2].commits
+            boundaries = list(servers[0].commits.values())
+            assert boundaries == sorted(boundaries)
+            for server in servers:
+                server.rank.assert_consistent()
+                assert server.updater.placement == target
+
+
+async def test_committed_events_name_the_boundary() -> None:
+    """The step in the log is the boundary that the layer was committed at."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with serving_world(old) as servers:
+        await begin_everywhere(servers, new)
+        statistics = servers[0].updater.statistics()
+        assert statistics.num_layers_committed == NUM_LAYERS
+        assert statistics.num_updates_finished == 1
+        assert statistics.step >= max(servers[0].commits.values()) >= 1
+
+
+@pytest.mark.parametrize("launch_rule", LaunchRule)
+async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule: LaunchRule) -> None:
+    """At whatever time one rank cancels, all ranks end alike and can go on."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    ends = set()
+    for ticks in range(0, 400, 8):
+        schedule = MemorySchedule(launch_rule=launch_rule)
+        async with serving_world(old, seed=ticks, schedule=schedule, lead=1) as servers:
+            handles = [server.updater.begin(new) for server in servers]
+            for _ in range(ticks):
+                await anyio.lowlevel.checkpoint()
+            handles[ticks % 3].cancel()
+            outcomes: list[Any] = await together([handle.wait for handle in handles])
+            layers = {len(server.commits) for server in servers}
+            assert len(layers) == 1
+            ends |= layers
+            assert servers[0].commits == servers[1].commits == servers[2].commits
+            for server, outcome in zip(servers, outcomes, strict=True):
+                server.rank.assert_consistent()
+                assert isinstance(outcome, UpdateCancelled) == (layers != {NUM_LAYERS})
+            assert all(not isinstance(o, Exception) for o in await begin_everywhere(servers, new))
+    assert len(ends) > 2
+
+
+async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
+    """Ranks that stand before the same boundary commit there at once, and have not passed it."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+
+        async def stand(rank: MemoryRank) -> object:
+            await rank.updater.step()
+            async with rank.updater.idle():
+                return await rank.updater.begin(new).wait()
+
+        await together([lambda r=rank: stand(r) for rank in ranks])  # type: ignore[misc]
+        for rank in ranks:
+            assert rank.updater.placement == new
+            assert rank.updater.statistics().step == 1
+            rank.assert_consistent()
+            await rank.updater.step()
+
+
+async def test_ranks_that_stand_before_different_boundaries_are_told() -> None:
+    """A rank that made a step fewer is found out when all are idle."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+        await ranks[1].updater.step()
+
+        async def stand(rank: MemoryRank) -> object:
+            async with rank.updater.idle():
+                return await rank.updater.begin(new).wait()
+
+        outcomes: list[Any] = await together([lambda r=rank: stand(r) for rank in ranks])  # type: ignore[misc]
+        assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
+        assert {outcome.steps for outcome in outcomes} == {(0, 1, 0)}
+        for rank in ranks:
+            assert rank.updater.placement == old
+            rank.assert_consistent()
+
+
+async def test_pausing_drains() -> None:
+    """Inside paused() no update runs and none begins; afterwards it can."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+        handles = [rank.updater.begin(new) for rank in ranks]
+
+        async def pause(rank: MemoryRank) -> None:
+            async with rank.updater.paused():
+                assert rank.updater.placement == new
+                with pytest.raises(BusyUpdater, match="paused"):
+                    rank.updater.begin(old)
+                with pytest.raises(BusyUpdater, match="paused"):
+                    await rank.updater.step()
+
+        outcomes = await together([lambda r=rank: pause(r) for rank in ranks])  # type: ignore[misc]
+        assert outcomes == [None] * 3
+        assert all(handle.done for handle in handles)
+        await together([lambda u=rank.updater: u.update(old) for rank in ranks])  # type: ignore[misc]
+        assert ranks[0].updater.placement == old
+
+
+async def test_a_handle_is_awaited_once() -> None:
+    """A cancelled wait may be repeated, a finished one not."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with serving_world(old) as servers:
+        handles = [server.updater.begin(new) for server in servers]
+        with anyio.move_on_after(0):
+            await handles[0].wait()
+        await together([handle.wait for handle in handles])
+        with pytest.raises(HandleAwaited):
+            await handles[0].wait()
+
+
+async def test_a_skipped_step_is_refused() -> None:
+    """With the engine's own numbers, a rank that skipped a pass cannot go on; the boundary is not passed."""
+    old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+        updater = ranks[0].updater
+        await updater.step(41)
+        await updater.step(42)
+        with pytest.raises(StepMismatch) as caught:
+            await updater.step(44)
+        assert caught.value.steps == (42, 44)
+        await updater.step(43)
+        assert updater.statistics().step == 43
+
+
+async def test_step_counts_that_drift_apart_end_the_update() -> None:
+    """A rank that does not step is named by all ranks."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY, options=UpdateOptions(max_step_skew=20)) as ranks:
+        for _ in range(30):
+            await ranks[0].updater.step()
+        handles = [rank.updater.begin(new) for rank in ranks]
+        outcomes: list[Any] = await together([handle.wait for handle in handles])
+        assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
+
+
+async def test_two_steps_at_once_are_refused() -> None:
+    """The second task is told, while the first waits at its fence."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    schedule = MemorySchedule(control_s=0.02)
+    async with memory_world(old, TOPOLOGY, schedule=schedule, options=UpdateOptions(lead=1)) as ranks:
+        handles = [rank.updater.begin(new) for rank in ranks]
+        refused = 0
+
+        async def serve(rank: MemoryRank, handle: Any) -> None:
+            nonlocal refused
+            while not handle.done:
+                try:
+                    await rank.updater.step()
+                except BusyUpdater:
+                    refused += 1
+                await anyio.sleep(0.001)
+
+        pairs = list(zip(ranks, handles, strict=True))
+        await together([lambda p=pair: serve(*p) for pair in [*pairs, pairs[0]]])  # type: ignore[misc]
+        assert refused > 0
+        assert ranks[0].updater.placement == new
+        waits = [rank.updater.statistics() for rank in ranks]
+        assert any(s.num_fence_waits > 0 and s.fence_wait_ms > 0 and s.lead > 1 for s in waits)
+
+
+async def test_a_step_cancelled_at_its_fence_has_not_passed_it() -> None:
+    """The next call passes the same boundary."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    schedule = MemorySchedule(control_s=0.05)
+    async with memory_world(old, TOPOLOGY, schedule=schedule, options=UpdateOptions(lead=1)) as ranks:
+        handles = [rank.updater.begin(new) for rank in ranks]
+        cancelled = 0
+        for _ in range(2000):
+            for rank in ranks:
+                before = rank.updater.statistics().step
+                with anyio.move_on_after(0.001) as scope:
+                    await rank.updater.step()
+                if scope.cancelled_caught:
+                    cancelled += 1
+                    assert rank.updater.statistics().step == before
+                else:
+                    assert rank.updater.statistics().step == before + 1
+            await anyio.sleep(0.001)
+            if all(handle.done for handle in handles):
+                break
+        assert cancelled > 0
+        for rank in ranks:
+            assert rank.updater.placement == new
+            rank.assert_consistent()
+
+
+async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike() -> None:
+    """The layer is committed everywhere all the same."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+
+    def fail(layer: int) -> None:
+        if layer == 2:
+            raise ZeroDivisionError
+
+    hooks: list[Callable[[int], None]] = [fail, lambda _: None, lambda _: None]
+    async with memory_world(old, TOPOLOGY, on_commit=hooks) as ranks:
+        handles = [rank.updater.begin(new) for rank in ranks]
+        raised = []
+
+        async def serve(rank: MemoryRank, handle: Any) -> None:
+            while not handle.done:
+                try:
+                    await rank.updater.step()
+                except ZeroDivisionError as error:
+                    raised.append(error)
+                await anyio.lowlevel.checkpoint()
+
+        await together([lambda r=r, h=h: serve(r, h) for r, h in zip(ranks, handles, strict=True)])  # type: ignore[misc]
+        assert len(raised) == 1
+        assert len({rank.updater.placement for rank in ranks}) == 1
+        for rank in ranks:
+            rank.assert_consistent()
+            with pytest.raises(ClosedUpdater):
+                rank.updater.begin(new)
+            await rank.updater.step()
+
+
+async def test_a_rank_that_never_begins_is_named() -> None:
+    """Nothing was moved, and who began knows for whom it waited."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    options = UpdateOptions(transfer_timeout_s=0.05, control_timeout_s=0.2)
+    async with memory_world(old, TOPOLOGY, options=options) as ranks:
+        outcomes: list[Any] = await together([lambda u=r.updater: u.begin(new).wait() for r in ranks[:2]])  # type: ignore[misc]
+        assert all(isinstance(outcome, UpdateNotBegun) and outcome.ranks == (2,) for outcome in outcomes)
+        for rank in ranks:
+            assert rank.updater.placement == old
+            await rank.updater.step()
+
+
+async def test_leaving_while_an_update_runs_ends_it_at_the_same_layer() -> None:
+    """Ranks that leave, each after another number of steps, still commit what was agreed."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+
+    async def live(rank: MemoryRank, steps: int) -> None:
+        async with rank.updater:
+            rank.updater.begin(new)
+            for _ in range(steps):
+                await rank.updater.step()
+                await anyio.lowlevel.checkpoint()
+
+    ends = set()
+    for steps in range(0, 90, 6):
+        ranks = memory_ranks(old, TOPOLOGY)
+        assert await together([lambda r=r, n=steps + i: live(r, n) for i, r in enumerate(ranks)]) == [None] * 3  # type: ignore[misc]
+        (placement,) = {rank.updater.placement for rank in ranks}
+        ends.add(len(placement.changed_layers(old)))
+        for rank in ranks:
+            rank.assert_consistent()
+    assert len(ends) > 2
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_idle_steps_are_cheap() -> None:
+    """Without an update, a step neither yields to the loop nor rings anybody."""
+    old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY) as ranks:
+        with pytest.raises(StopIteration):
+            ranks[0].updater.step().send(None)
+
+
+def serve_in_a_thread(updater: SyncUpdater, old: ExpertPlacement, new: ExpertPlacement, outcome: list[object]) -> None:
+    """Be a synchronous engine: step until the update is done, then pause and go idle."""
+    try:
+        with updater:
+            handle = updater.begin(new)
+            while not handle.done:
+                updater.step()
+            outcome.append(handle.wait().layers)
+            with updater.idle():
+                updater.begin(old).wait()
+            with updater.paused():
+                outcome.append(updater.placement == old)
+            outcome.append(updater.update(new).layers)
+    except EplbError as error:
+        outcome.append(error)
+
+
+def test_synchronous_engines_use_the_same_updater() -> None:
+    """One rank in plain threads: begin, step, wait, idle, paused and update work through a portal."""
+    topology = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=6)
+    old, new = two_placements(topology, 3, num_experts=4)
+    (transport,) = MemoryTransport.world(1)
+    tensors = TINY.weights(old, topology, 0)
+    updater = SyncUpdater(ExpertWeights(tensors), old, topology, rank=0, transport=transport, workers=ThreadWorkers())
+    outcome: list[object] = []
+    thread = threading.Thread(target=serve_in_a_thread, args=(updater, old, new, outcome))
+    thread.start()
+    thread.join(30)
+    assert outcome == [(0, 1, 2), True, (0, 1, 2)]
+    assert TINY.wrong_slots(tensors, new, topology, 0) == []
+    assert isinstance(updater.updater, ExpertUpdater)

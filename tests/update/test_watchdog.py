@@ -1,0 +1,216 @@
+"""A stage that makes no progress ends in one event that says what all stages do, and in a typed error."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import anyio
+import pytest
+import structlog
+import trio
+import trio.testing
+from structlog.testing import CapturingLogger
+from support.helpers import memory_world, together
+
+from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
+from async_eplb.errors import UpdateAborted, UpdateStalled
+from async_eplb.testing.workers import ScheduledWorkers
+from async_eplb.transport import MemorySchedule
+from async_eplb.workers import Workers
+
+T = TypeVar("T")
+
+TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2)
+OLD, NEW = (ExpertPlacement.from_mapping([row] * 3) for row in ([0, 1, 2, 3], [1, 0, 3, 2]))
+"""All copies stay on their rank, so that no exchange times out first."""
+OPTIONS = UpdateOptions(transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=5.0)
+SCHEDULE = MemorySchedule(control_s=0.01)
+"""A round takes a time; without it the clock would stand while ranks wait."""
+
+
+FAR_AHEAD = replace(OPTIONS, lead=32)
+"""What is agreed waits for many steps."""
+
+
+class HangingWorkers(ScheduledWorkers):
+    """Workers of which one kind takes very long, the first times excepted."""
+
+    def __init__(self, kind: str, *, after: int = 0, hangs_s: float = 8.0) -> None:
+        super().__init__()
+        self._kind = kind
+        self._left = after
+        self._hangs_s = hangs_s
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        if kind == self._kind:
+            self._left -= 1
+            if self._left < 0:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(self._hangs_s)
+        return await super().run(kind, function)
+
+
+class FailingWorkers(ScheduledWorkers):
+    """Workers that fail at one kind of work, the first times excepted."""
+
+    def __init__(self, kind: str, *, after: int) -> None:
+        super().__init__()
+        self._kind = kind
+        self._left = after
+
+    async def run(self, kind: str, function: Callable[[], T]) -> T:
+        if kind == self._kind:
+            self._left -= 1
+            if self._left < 0:
+                await anyio.sleep(1.0)
+                raise OSError("no luck")
+        return await super().run(kind, function)
+
+
+def stalled_events(logger: CapturingLogger) -> list[dict[str, Any]]:
+    """Return the events of a stall."""
+    return [call.kwargs for call in logger.calls if call.kwargs["event"] == "eplb.update.stalled"]
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("plan", "plan"), ("finish", "commit"), ("commit", "commit")])
+def test_a_stage_that_hangs(kind: str, stage: str) -> None:
+    """The rank that hangs says where; its peer hears of it."""
+    options = replace(OPTIONS, verify="canary")  # what is not verified takes no time after a commit
+    loggers = [CapturingLogger() for _ in range(2)]
+    workers = iter([ScheduledWorkers(), HangingWorkers(kind)])
+
+    async def update() -> list[Any]:
+        wrapped = [structlog.wrap_logger(logger, processors=[]) for logger in loggers]
+        async with memory_world(
+            OLD,
+            TOPOLOGY,
+            schedule=SCHEDULE,
+            options=options,
+            workers=lambda: next(workers),
+            loggers=wrapped,
+        ) as ranks:
+            return await together([lambda u=rank.updater: u.update(NEW) for rank in ranks])  # type: ignore[misc]
+
+    first, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert isinstance(second, UpdateStalled)
+    assert (second.stage, second.layer) == (stage, 0)
+    assert isinstance(first, UpdateAborted | UpdateStalled)
+    event, *later = stalled_events(loggers[1])
+    assert event["stage"] == stage
+    assert [(other["stage"], other["layer"]) for other in later] == [(stage, 1)] * len(later)
+    assert len(event["buffers"]) == len(event["rank_states"]) == 2
+    assert any(text.startswith(stage) for text in event["stages"])
+
+
+def test_nobody_steps() -> None:
+    """Layers that wait for a step for ever: the error says so, and a step is refused from then on."""
+
+    async def update() -> list[Any]:
+        async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            outcomes = await together([handle.wait for handle in handles])
+            assert all(rank.updater.placement == OLD for rank in ranks)
+            return outcomes
+
+    for outcome in trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0)):
+        assert isinstance(outcome, UpdateStalled | UpdateAborted)
+
+
+def test_progress_is_no_stall() -> None:
+    """An update that takes longer than the deadline, but each stage does not."""
+
+    def workers() -> Workers:
+        return ScheduledWorkers({"plan": 3.0, "transfer": 0.5, "commit": 1.0})
+
+    async def update() -> float:
+        async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=workers) as ranks:
+            await together([lambda u=rank.updater: u.update(NEW) for rank in ranks])  # type: ignore[misc]
+            assert all(rank.updater.placement == NEW for rank in ranks)
+            return float(trio.current_time())
+
+    start = trio.testing.MockClock(autojump_threshold=0)
+    assert trio.run(update, clock=start) > OPTIONS.progress_timeout_s
+
+
+def where_no_step_comes(workers: ScheduledWorkers, logger: CapturingLogger) -> list[Any]:
+    """Begin an update where nobody steps; return how it ended. The second rank has these workers and this logger."""
+    each_workers = iter([ScheduledWorkers(), workers])
+
+    async def update() -> list[Any]:
+        wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(each_workers), loggers=wrapped
+        ) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            with anyio.fail_after(20.0):
+                return await together([handle.wait for handle in handles])
+
+    return trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_stall_after_another_is_no_less_seen() -> None:
+    """Planning hangs while an agreed layer waits for a step that never comes: the update ends all the same."""
+    logger = CapturingLogger()
+    first, second = where_no_step_comes(HangingWorkers("plan", after=1), logger)
+    assert isinstance(first, UpdateAborted)
+    assert isinstance(second, UpdateStalled)
+    assert [event["stage"] for event in stalled_events(logger)] == ["plan", "agree"]
+
+
+def test_a_stage_that_failed_does_nothing_any_more() -> None:
+    """It makes no progress either, but that is no stall."""
+    logger = CapturingLogger()
+    _, second = where_no_step_comes(FailingWorkers("plan", after=1), logger)
+    assert isinstance(second, OSError)
+    (event,) = stalled_events(logger)
+    assert event["doing"] == "waiting for a step"
+    assert event["stages"] == ["agree: layer number 0, waiting for a step"]
+
+
+def test_a_copy_under_way_is_not_given_up() -> None:
+    """A rank comes to stand just before its patience ends: the layer is copied, as everywhere, and nobody is held."""
+    workers = iter([ScheduledWorkers(), HangingWorkers("commit", hangs_s=4.0)])
+
+    async def update() -> None:
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers)
+        ) as ranks:
+            handles = [rank.updater.begin(NEW) for rank in ranks]
+            await anyio.sleep(2 * OPTIONS.progress_timeout_s - 1.0)
+
+            async def stand(rank: int) -> None:
+                async with ranks[rank].updater.idle():
+                    await handles[rank].wait()
+
+            assert await together([lambda: stand(0), lambda: stand(1)]) == [None, None]
+            for rank in ranks:
+                assert rank.updater.placement == NEW
+                rank.assert_consistent()
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_patience_with_steps_begins_when_a_layer_is_agreed() -> None:
+    """A peer that took its time to stage a layer leaves as much for the step."""
+    workers = iter([ScheduledWorkers(), HangingWorkers("transfer", after=2, hangs_s=4.0)])
+
+    async def update() -> None:
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(workers)
+        ) as ranks:
+            start = anyio.current_time()
+            handles = [rank.updater.begin(NEW, layers=[0]) for rank in ranks]
+            with anyio.fail_after(20.0):
+                await ranks[0].updater._news.until(lambda: ranks[0].updater._driver.agreed == 1)
+            assert anyio.current_time() > start + 4.0
+            await anyio.sleep(2 * OPTIONS.progress_timeout_s - 2.0)
+
+            async def serve(rank: int) -> None:
+                for _ in range(FAR_AHEAD.lead + 1):
+                    await ranks[rank].updater.step()
+                await handles[rank].wait()
+
+            assert await together([lambda: serve(0), lambda: serve(1)]) == [None, None]
+            assert all(rank.updater.placement == NEW.with_layers(OLD, (1, 2)) for rank in ranks)
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))

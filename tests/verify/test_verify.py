@@ -1,0 +1,82 @@
+"""Canaries and checksums: what they notice and what they say."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import float_weights
+from torch import Tensor
+
+from async_eplb import ExpertWeights
+from async_eplb.errors import CanaryMismatch, ChecksumMismatch
+from async_eplb.verify.column import Verifier, Verify, checksums
+
+SLOTS = {0: 5, 1: 7}
+"""Slot → logical expert."""
+
+
+def content_of(verifier: Verifier) -> dict[int, tuple[Tensor, ...]]:
+    """Return the bytes of both slots, the column last."""
+    return {slot: tuple(view[slot] for view in verifier.weights.views(0)) for slot in SLOTS}
+
+
+def marked(mode: Verify) -> Verifier:
+    """Return the verifier of two slots, marked with their experts."""
+    verifier = Verifier(mode, ExpertWeights(float_weights()), rank=3)
+    verifier.mark(0, np.array(list(SLOTS.values())), moving_slots=(0, 1))
+    return verifier
+
+
+def checksum(parts: Sequence[Tensor]) -> int:
+    """Return the checksum of one slot."""
+    return int(checksums([parts])[0])
+
+
+@given(st.binary(min_size=1, max_size=40), st.data())
+def test_a_checksum_notices_any_changed_byte(content: bytes, data: st.DataObject) -> None:
+    """Also one of the last, where the bytes fill no whole word."""
+    parts = [torch.tensor(list(content), dtype=torch.uint8)]
+    before = checksum(parts)
+    parts[0][data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    assert checksum(parts) != before
+
+
+def test_a_checksum_notices_the_order() -> None:
+    """Of words and of parts."""
+    one, other = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
+    one[0], other[8] = 1, 1
+    assert len({checksum(parts) for parts in ([one], [other], [one, other], [other, one])}) == 4
+
+
+@pytest.mark.parametrize("mode", Verify)
+def test_what_is_right_passes(mode: Verify) -> None:
+    """Slots that were marked and not touched."""
+    verifier = marked(mode)
+    verifier.check(0, SLOTS, content_of(verifier), "staged")
+
+
+@pytest.mark.parametrize("mode", [Verify.CANARY, Verify.CHECKSUM])
+def test_a_wrong_expert_is_named(mode: Verify) -> None:
+    """The error says where, which slots, and what all of them should be and are."""
+    verifier = marked(mode)
+    with pytest.raises(CanaryMismatch, match="layer 0, rank 3: staged slots") as caught:
+        verifier.check(0, {0: 5, 1: 6}, content_of(verifier), "staged")
+    error = caught.value
+    assert (error.layer, error.rank, error.slots) == (0, 3, (1,))
+    assert (error.expected, error.actual) == ([5, 6], [5, 7])
+
+
+def test_a_wrong_byte_is_named() -> None:
+    """What is expected is the sum taken at the source."""
+    verifier = marked(Verify.CHECKSUM)
+    content = content_of(verifier)
+    right = [checksum(parts[:-1]) for parts in content.values()]
+    content[0][0][3] = 1
+    with pytest.raises(ChecksumMismatch, match="live slots") as caught:
+        verifier.check(0, SLOTS, content, "live")
+    assert caught.value.slots == (0,)
+    assert list(caught.value.expected) == right
+    assert caught.value.actual[1] == right[1] != caught.value.actual[0]
