@@ -58,7 +58,7 @@ def test_importing_brings_no_extra_and_configures_nothing() -> None:
 import logging, sys, structlog
 others = set(sys.modules)
 before = (list(logging.root.handlers), logging.root.level)
-import async_eplb, async_eplb.report, async_eplb.metrics, async_eplb.tracing, async_eplb.json_log
+import async_eplb, async_eplb.report, async_eplb.events.metrics, async_eplb.events.tracing, async_eplb.events.json_log
 assert not structlog.is_configured()
 assert (list(logging.root.handlers), logging.root.level) == before
 assert not logging.getLogger("async_eplb").handlers

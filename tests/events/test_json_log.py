@@ -58,7 +58,7 @@ def test_a_log_that_nobody_closes_is_complete_at_the_end_of_the_process(tmp_path
     path = tmp_path / "log.jsonl"
     code = f"""
 import structlog
-from async_eplb.json_log import configure_json_logging
+from async_eplb.events.json_log import configure_json_logging
 configure_json_logging({str(path)!r})
 for number in range(5000):
     structlog.get_logger().info("eplb.some.event", number=number)
