@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from async_eplb.agreement.protocol import MAX_LEAD
+from async_eplb.agreement.lead import MAX_LEAD
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan import Planner
 from async_eplb.verify.column import Verify

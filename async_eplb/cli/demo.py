@@ -29,7 +29,8 @@ from async_eplb.testing.processes import World, WorldRank, take_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
-from async_eplb.updater import ExpertUpdater, UpdateSummary
+from async_eplb.update.summary import UpdateSummary
+from async_eplb.updater import ExpertUpdater
 from async_eplb.weights import ExpertWeights
 
 _STAGES = {LayerPlanned.name: "planned", LayerTransferred.name: "transferred", LayerCommitted.name: "committed"}

@@ -93,3 +93,18 @@ class UpdaterStatistics:
     num_fence_waits: int
     fence_wait_ms: float
     longest_step_ms: float
+
+
+@dataclass(slots=True)
+class Totals:
+    """Updates that have ended, and layers that they have committed."""
+
+    num_finished: int = 0
+    num_failed: int = 0
+    num_layers: int = 0
+
+    def add(self, num_layers: int, *, failed: bool) -> None:
+        """Count one more update."""
+        self.num_layers += num_layers
+        self.num_failed += failed
+        self.num_finished += not failed
