@@ -28,7 +28,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def browse(what: str, file: Path, folder: Path) -> dict[str, Any]:
     """Open a file in a browser and return what was seen."""
-    command = [sys.executable, str(Path(__file__).parent / "browse.py"), what, str(file), str(folder)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "browse.py"), what, str(file), str(folder)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     seen: dict[str, Any] = json.loads(output)
     return seen
