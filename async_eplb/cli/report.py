@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-from async_eplb.cli.follow import follow
 from async_eplb.errors import InvalidOptions
 from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
@@ -29,7 +28,6 @@ examples:
   async_eplb report 'logs/*.jsonl.gz' --json
   async_eplb report --compare before/ after/
   async_eplb report logs --html report.html --trace trace.json
-  async_eplb report logs --follow
   async_eplb report logs --fail-if 'stall_p99_ms > 2' --fail-if 'num_failed > 0'
 """
 
@@ -62,15 +60,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("html", "html", "all of it in one page that works from disk"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"draw {what}, as in {name}.{suffix}")
-    parser.add_argument("--follow", action="store_true", help="show updates as they happen, until Ctrl-C")
     parser.add_argument("--update", type=int, metavar="N", help="number of the update to draw (default: the last)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Read, print and draw."""
-    if options.follow:
-        return follow(options.logs or ["."])
     report = _compare(options) if options.compare else _report(options)
     figures = report.figures()
     conditions = [parse_condition(text, figures) for text in options.fail_if]

@@ -168,14 +168,14 @@ class TableBuilder:
 
     def _fit(self, rows: list[tuple[Any, ...]]) -> bool:
         columns = dict(zip(self._columns, zip(*rows, strict=True), strict=False))
-        return all(fits(values, self._columns[name], name) for name, values in columns.items()) and all(
+        return all(_fits(values, self._columns[name], name) for name, values in columns.items()) and all(
             list(map(len, columns[peers])) == list(map(len, columns[nbytes]))
             for peers, nbytes in self._links.values()
             if columns
         )
 
 
-def fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
+def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
     """Return whether all values are of a kind, and in the bounds of their name."""
     if not set(map(type, values)) <= _TYPES[kind]:
         return False
@@ -189,7 +189,7 @@ def fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
             return False
     if kind == "ints":
         numbers = list(chain.from_iterable(values))
-        return not numbers or fits(numbers, "int")
+        return not numbers or _fits(numbers, "int")
     return True
 
 
