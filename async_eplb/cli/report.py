@@ -8,10 +8,10 @@ from pathlib import Path
 from async_eplb.errors import InvalidOptions
 from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
+from async_eplb.report.intervals import pick_update, updates_of
 from async_eplb.report.page import write_page
 from async_eplb.report.pictures import draw_matrix, draw_timeline
 from async_eplb.report.runs import runs_of
-from async_eplb.report.spans import pick_update, updates_of
 from async_eplb.report.text import comparison_lines, report_lines
 from async_eplb.report.trace import write_trace
 

@@ -1,8 +1,7 @@
-"""The log schema, one dataclass an event, and how an event is emitted.
+"""The log schema, one dataclass an event.
 
 Event names are ``eplb.<noun>.<past tense>``; keys are flat and numbers carry their unit in the name. A field's
-annotation says what it means: EVENTS.md is made of these. Emitting goes through a structlog logger of the caller's
-choice; importing this package configures nothing.
+annotation is its description in EVENTS.md, which is generated from these classes.
 """
 
 from dataclasses import dataclass, fields
@@ -20,10 +19,22 @@ STAMPS = {
 }
 """Keys that every logged event has besides its fields, and what they mean."""
 
+LINK_NBYTES = {
+    "sent_nbytes_within_node": ("sent", "within_node"),
+    "sent_nbytes_across_nodes": ("sent", "across_nodes"),
+    "received_nbytes_within_node": ("received", "within_node"),
+    "received_nbytes_across_nodes": ("received", "across_nodes"),
+}
+"""Keys of bytes between ranks, of a transfer and of an update → direction and kind of link."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Base of all events; :attr:`name` is the event's name in the log, :attr:`level` the method it is logged by."""
+    """Base of all events.
+
+    :cvar name: the event's name in the log
+    :cvar level: level that it is logged at: ``"debug"``, ``"info"`` or ``"warning"``
+    """
 
     name: ClassVar[str]
     level: ClassVar[str] = "info"

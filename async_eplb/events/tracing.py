@@ -4,25 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from async_eplb.errors import MissingExtra
-from async_eplb.events.schema import (
-    FenceWaited,
-    LayerCommitted,
-    LayerPlanned,
-    LayerTransferred,
-    UpdateFailed,
-    UpdateFinished,
-    UpdateStarted,
-)
+from async_eplb.events.schema import LayerPlanned, UpdateFailed, UpdateFinished, UpdateStarted
+from async_eplb.events.stages import COMMIT, FENCE, PLAN, TRANSFER
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
 
-_STAGES = {
-    LayerPlanned.name: "eplb.plan",
-    LayerTransferred.name: "eplb.transfer",
-    LayerCommitted.name: "eplb.commit",
-    FenceWaited.name: "eplb.fence",
-}
+_STAGES = {stage.event.name: f"eplb.{stage.name}" for stage in (PLAN, TRANSFER, COMMIT, FENCE)}
+"""Event that is logged at a stage's end → name of the stage's span."""
 _ENDS = (UpdateFinished.name, UpdateFailed.name)
 _NOT_ATTRIBUTES = frozenset({"event", "schema_version", "monotonic_s", "wall_s"})
 

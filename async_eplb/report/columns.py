@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_eplb.events.schema import (
+    LINK_NBYTES,
     FenceWaited,
     LayerCommitted,
     LayerPlanned,
@@ -20,6 +21,7 @@ from async_eplb.events.schema import (
     UpdateFinished,
     UpdateStarted,
 )
+from async_eplb.events.stages import STAGES
 
 Table = dict[str, NDArray[Any]]
 """Columns of equal length, by name; rows in no particular order."""
@@ -40,16 +42,8 @@ _BOUNDS = {
 
 COMMON = {"run_id": "int", "generation": "int", "rank": "int", "step": "int", "monotonic_s": "float", "wall_s": "float"}
 _LAYER = {**COMMON, "layer": "int", "duration_ms": "float"}
-_BYTES = dict.fromkeys(
-    (
-        "sent_nbytes_within_node",
-        "sent_nbytes_across_nodes",
-        "received_nbytes_within_node",
-        "received_nbytes_across_nodes",
-    ),
-    "int",
-)
-_STAGES = dict.fromkeys(("duration_ms", "plan_ms", "transfer_ms", "wait_ms", "commit_ms", "overlap"), "float")
+_BYTES = dict.fromkeys(LINK_NBYTES, "int")
+_TIMES = dict.fromkeys(("duration_ms", *(stage.total for stage in STAGES), "overlap"), "float")
 
 COLUMNS: dict[str, dict[str, str]] = {
     UpdateStarted.name: {
@@ -68,7 +62,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "received_nbytes_by_rank": "ints",
     },
     LayerCommitted.name: {**_LAYER, "copy_ms": "float", "wait_ms": "float", "nbytes": "int"},
-    UpdateFinished.name: {**COMMON, **_STAGES, "num_layers": "int", **_BYTES},
+    UpdateFinished.name: {**COMMON, **_TIMES, "num_layers": "int", **_BYTES},
     UpdateFailed.name: {
         **COMMON,
         "duration_ms": "float",

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from async_eplb.events.schema import LayerCommitted, LayerPlanned, LayerTransferred
 from async_eplb.report.columns import Table
+from async_eplb.report.records import LayerReport, LinkReport, RankReport
 from async_eplb.report.runs import Run
-from async_eplb.report.values import LayerReport, LinkReport, RankReport
 
 _MIN_SHARE = 1e-2
 """Links with a smaller share of the mean link's bytes say little about their speed."""

@@ -11,7 +11,7 @@ from typing import Any
 from async_eplb.errors import UnreadableLog
 from async_eplb.events.schema import EVENTS, SCHEMA_VERSION, LayerTransferred
 from async_eplb.report.columns import COLUMNS, LINKS, Table, TableBuilder
-from async_eplb.report.sources import find_logs, read_lines
+from async_eplb.report.files import find_logs, read_lines
 
 try:
     import orjson

@@ -7,7 +7,7 @@ from async_eplb.events.schema import UpdateStarted
 from async_eplb.report.clocks import Clocks, set_clocks
 from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog
-from async_eplb.report.values import Traffic
+from async_eplb.report.records import Traffic
 
 
 class Run:

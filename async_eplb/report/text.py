@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from async_eplb.report.values import LayerReport, LinkReport, RankReport, Report, UpdateReport
+from async_eplb.events.stages import STAGES
+from async_eplb.report.records import LayerReport, LinkReport, RankReport, Report, UpdateReport
 
 _MAX_LISTED = 8
 
@@ -60,10 +61,8 @@ def update_lines(update: UpdateReport) -> Iterator[str]:
         f"  bytes copied      {in_bytes(update.copied_nbytes)} from the same GPU, "
         f"{in_bytes(update.committed_nbytes)} committed"
     )
-    yield (
-        f"  slowest rank      plan {in_ms(update.plan_ms)}, transfer {in_ms(update.transfer_ms)}, "
-        f"wait {in_ms(update.wait_ms)}, commit {in_ms(update.commit_ms)}"
-    )
+    times = ", ".join(f"{stage.label} {in_ms(getattr(update, stage.total))}" for stage in STAGES)
+    yield f"  slowest rank      {times}"
     yield f"  overlap           {_number(update.overlap)} (stage time over duration)"
     if update.num_stalls:
         yield (
@@ -119,9 +118,9 @@ def _section(title: str, rows: list[Sequence[str]]) -> Iterator[str]:
 
 
 def _layer_rows(layers: Iterable[LayerReport]) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("update", "layer", "rank", "total", "plan", "transfer", "wait", "commit", "bytes")]
+    rows: list[Sequence[str]] = [("update", "layer", "rank", "total", *(stage.label for stage in STAGES), "bytes")]
     for layer in layers:
-        times = (layer.total_ms, layer.plan_ms, layer.transfer_ms, layer.wait_ms, layer.commit_ms)
+        times = (layer.total_ms, *(getattr(layer, stage.total) for stage in STAGES))
         place = (str(layer.generation), str(layer.layer), str(layer.rank))
         rows.append((*place, *map(in_ms, times), in_bytes(layer.nbytes)))
     return rows

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from anyio import current_time, sleep
 
-_PATIENCE = {"agree": 2}
+from async_eplb.events.stages import AGREE
+
+_PATIENCE = {AGREE: 2}
 """Who waits for other ranks waits longer, so that the one that hangs says so first."""
 
 
@@ -14,6 +16,7 @@ _PATIENCE = {"agree": 2}
 class Activity:
     """One thing that a stage does.
 
+    :param stage: one of :data:`async_eplb.events.stages.WATCHED`
     :param index: number of the layer in update order
     :param since: on the event loop's clock, in seconds
     """

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from async_eplb.events.schema import LINK_NBYTES
+from async_eplb.events.stages import STAGES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
@@ -170,13 +173,9 @@ class Report:
 
 _MEANS = (
     "duration_ms",
-    "plan_ms",
-    "transfer_ms",
-    "wait_ms",
-    "commit_ms",
+    *(stage.total for stage in STAGES),
     "overlap",
-    "sent_nbytes_within_node",
-    "sent_nbytes_across_nodes",
+    *(name for name, (direction, _) in LINK_NBYTES.items() if direction == "sent"),
     "committed_nbytes",
     "fence_wait_ms",
     "balancedness_before",
