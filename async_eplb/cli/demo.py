@@ -43,7 +43,7 @@ _SOURCES = {
 }
 
 _SHAPE = ("ranks", "layers", "experts", "replicas")
-"""Options that make a placement of the demo's own; without them it is the published one."""
+"""Options that ask for a random placement; without them it is the published one."""
 
 _DESCRIPTION = """\
 Start one process for each rank, give each its part of a model's expert weights, move these to a
@@ -69,7 +69,7 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the demo moves, and where."""
+    """Weights and placements of the demo."""
 
     topology: EPTopology
     old: ExpertPlacement
@@ -81,7 +81,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """What one rank reports."""
+    """Result of one rank."""
 
     summary: UpdateSummary
     wrong_slots: list[tuple[int, int]]
@@ -128,7 +128,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo and print what it did."""
+    """Run the demo and print its figures."""
     job = _job(options)
     if job.log_dir is not None:
         _make(job.log_dir)
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def move_and_check(world: WorldRank, job: Job) -> RankResult:
-    """Be one rank: move the weights, then compare them with what they should be."""
+    """Move the weights as one rank, then compare every slot with its expected contents."""
     device = torch.device("cpu")
     if job.backend == "nccl":
         device = take_gpu(world)
@@ -175,7 +175,7 @@ async def _move(rank: int, job: Job, weights: ExpertWeights, logger: Logger) -> 
 
 
 def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
-    """Return a logger that tells the parent of each stage, and writes events as JSON lines if asked to."""
+    """Return a logger that reports each stage to the parent process, and writes events to a folder if one is given."""
     path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
     log = stack.enter_context(JsonLog(path, level="debug"))
 

@@ -1,4 +1,4 @@
-"""Reports of what logs say: text, JSON, comparisons, pictures."""
+"""The command ``report``: text, JSON, comparisons, conditions and pictures from logs."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from async_eplb.report.text import comparison_lines, report_lines
 from async_eplb.report.trace import write_trace
 
 _DESCRIPTION = """\
-Read the JSON lines that ranks have logged, and say what their updates did: times, bytes, overlap,
-stalls, the slowest layers and links, ranks that lag. Lines of other programs may stand between.
+Read the JSON lines that ranks have logged, and report on their updates: times, bytes, overlap,
+stalls, the slowest layers and links, ranks that lag. Lines of other programs are skipped.
 
 Exit status: 0, 1 if a --fail-if condition holds, 2 if there is nothing to report.
 """
@@ -36,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add ``report`` to the command line."""
     parser = commands.add_parser(
         "report",
-        help="say what the updates in logs did",
+        help="report on the updates in logs",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +65,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, print and draw."""
+    """Read logs, print their report and draw it."""
     report = _compare(options) if options.compare else _report(options)
     figures = report.figures()
     conditions = [parse_condition(text, figures) for text in options.fail_if]

@@ -26,12 +26,12 @@ _STALL_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e
 
 
 class Metrics:
-    """Counts events; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
+    """Counts events as Prometheus metrics; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
 
-    ``EventLogger(observers=[Metrics(registry)])`` is passed to updater and rebalancer as their logger. Metrics are of
-    this process alone; Prometheus' own labels tell processes apart.
+    Pass ``EventLogger(observers=[Metrics(registry)])`` to updater and rebalancer as their logger. Metrics count
+    events of this process only; labels that Prometheus adds distinguish processes.
 
-    :param registry: where metrics are registered; the client library's default one without it
+    :param registry: registry of the metrics; without it, the default one of the client library
     :raises MissingExtra: without prometheus-client
     """
 

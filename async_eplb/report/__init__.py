@@ -1,4 +1,4 @@
-"""What happened, read from logs: numbers and pictures."""
+"""Reports of updates from their logs: figures and pictures."""
 
 from async_eplb.report.reading import EventLog, read_events
 from async_eplb.report.records import Report

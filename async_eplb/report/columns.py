@@ -1,4 +1,4 @@
-"""Which keys of which events a report needs, and rows of them gathered into columns."""
+"""Keys of events that a report reads, and their values as columns."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -38,7 +38,7 @@ _BOUNDS = {
     "num_layers": (0, 1 << 20),
     "num_unchanged_layers": (0, 1 << 20),
 }
-"""Least value and limit of what sizes arrays: a damaged number must not."""
+"""Least value and limit of numbers that size arrays: a damaged line must not exhaust memory."""
 
 COMMON = {"run_id": "int", "generation": "int", "rank": "int", "step": "int", "monotonic_s": "float", "wall_s": "float"}
 _LAYER = {**COMMON, "layer": "int", "duration_ms": "float"}
@@ -89,16 +89,16 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     LogDropped.name: {**COMMON, "num_events": "int", "error": "str"},
 }
-"""Event → key → what its values are. Run ids are numbered before they come here."""
+"""Event → key → kind of its values. Run ids are numbers by the time they get here."""
 
 LINKS = {
     "sent": ("sent_to_ranks", "sent_nbytes_by_rank"),
     "received": ("received_from_ranks", "received_nbytes_by_rank"),
 }
-"""Tables of links, one row a peer: a transfer's key of peers, and of bytes to or from each of these."""
+"""Table of links, one row a peer → keys of a transfer: its peers, and the bytes to or from each of them."""
 
 LINK_COLUMNS = ("run_id", "generation", "rank", "layer", "peer", "nbytes", "transfer_ms", "transfer_nbytes")
-"""The last two are of the whole transfer that the peer had a part in."""
+"""The last two are those of the whole transfer, with all its peers."""
 
 _TYPES: dict[str, frozenset[type]] = {
     "int": frozenset({int}),
@@ -111,14 +111,15 @@ _DTYPES = {"int": np.int64, "float": np.float64, "str": object, "bool": np.bool_
 
 
 class TableBuilder:
-    """Gathers rows of one kind of event.
+    """Gathers the rows of one kind of event.
 
-    :param columns: key → what its values are
+    :param columns: key → kind of its values
+    :param links: name of a table of links → its two keys, as in :data:`LINKS`
     """
 
     def __init__(self, columns: Mapping[str, str], links: Mapping[str, tuple[str, str]]) -> None:
         self.num_malformed = 0
-        """Rows that were left out because a value is not what its key says."""
+        """Rows that were left out because a value is not of its key's kind."""
         self._columns = dict(columns)
         self._links = dict(links)
         self._rows: list[tuple[Any, ...]] = []
@@ -136,7 +137,7 @@ class TableBuilder:
             self._flush()
 
     def table(self) -> Table:
-        """Return all rows. Lists are not among the columns, but their lengths are."""
+        """Return all rows. Of lists, only the lengths are columns."""
         self._flush()
         names = self._chunks[0] if self._chunks else _columns_of([], self._columns)
         return {name: np.concatenate([chunk[name] for chunk in self._chunks] or [names[name]]) for name in names}
@@ -170,7 +171,7 @@ class TableBuilder:
 
 
 def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
-    """Return whether all values are of a kind, and in the bounds of their name."""
+    """Return whether all values are of a kind, and within the bounds of their key."""
     if not set(map(type, values)) <= _TYPES[kind]:
         return False
     if kind == "int":
@@ -179,7 +180,7 @@ def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
     if kind == "float":
         try:
             return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
-        except OverflowError:  # a whole number beyond all real ones
+        except OverflowError:  # an integer too large for a float
             return False
     if kind == "ints":
         numbers = list(chain.from_iterable(values))

@@ -30,7 +30,7 @@ _MAX_ANNOTATED = 16
 def draw_timeline(run: Run, generation: int, path: Path) -> None:
     """Draw ranks by time: each has a lane with one line for each stage.
 
-    :raises InvalidOptions: if the file's name says no format that can be drawn
+    :raises InvalidOptions: if the file's name ends in none of ``.png``, ``.svg``, ``.pdf``
     :raises MissingExtra: without matplotlib
     """
     intervals = stage_intervals(run, generation)
@@ -73,7 +73,7 @@ def draw_timeline(run: Run, generation: int, path: Path) -> None:
 def draw_matrix(traffic: Traffic, path: Path, *, title: str) -> None:
     """Draw bytes from rank to rank as a heat map; lines part the nodes.
 
-    :raises InvalidOptions: if the file's name says no format that can be drawn
+    :raises InvalidOptions: if the file's name ends in none of ``.png``, ``.svg``, ``.pdf``
     :raises MissingExtra: without matplotlib
     """
     num_ranks = len(traffic.nbytes)
@@ -132,7 +132,7 @@ def _draw(
 
 
 def _number_layers(axes: "Axes", transfers: Intervals, start_s: float, offset: float) -> None:
-    """Write layers' numbers on their transfers, where there is room."""
+    """Write layers' numbers on their transfers, if there is room."""
     left, right = axes.get_xlim()
     wide = (transfers.ends_s - transfers.starts_s) * 1e3 > (right - left) / 60
     if len(transfers) > _MAX_NUMBERED:

@@ -11,11 +11,11 @@ from async_eplb.report.records import LayerReport, LinkReport, RankReport
 from async_eplb.report.runs import Run
 
 _MIN_SHARE = 1e-2
-"""Links with a smaller share of the mean link's bytes say little about their speed."""
+"""Links with a smaller share of the mean link's bytes are left out: their speed is not measured well."""
 
 
 def layer_reports(run: Run) -> list[LayerReport]:
-    """Return each layer of each update, on the rank that took longest from plan to commit."""
+    """Return each layer of each update, on the rank with the longest total time from plan to commit."""
     planned, moved, committed = (run.events(event.name) for event in (LayerPlanned, LayerTransferred, LayerCommitted))
     keys, ranks = _keys(committed), committed["rank"]
     plan_ms, transfer_ms = (_looked_up(run.num_ranks, table, keys, ranks) for table in (planned, moved))
@@ -41,13 +41,13 @@ def layer_reports(run: Run) -> list[LayerReport]:
 
 
 def slowest_layers(runs: Iterable[Run], number: int) -> tuple[LayerReport, ...]:
-    """Return the layers that took longest on any rank."""
+    """Return the layers with the longest total time on any rank, longest first."""
     layers = [layer for run in runs for layer in layer_reports(run)]
     return tuple(sorted(layers, key=lambda layer: -layer.total_ms)[:number])
 
 
 def slowest_links(runs: Iterable[Run], number: int) -> tuple[LinkReport, ...]:
-    """Return the links with the fewest bytes a second, of those that moved more than next to nothing."""
+    """Return the links with the fewest bytes a second, slowest first; links with very few bytes are left out."""
     found = []
     for run in runs:
         links = run.links("received")
@@ -73,7 +73,7 @@ def slowest_links(runs: Iterable[Run], number: int) -> tuple[LinkReport, ...]:
 
 
 def lagging_ranks(runs: Iterable[Run], number: int) -> tuple[RankReport, ...]:
-    """Return the ranks that had layers staged after the others."""
+    """Return the ranks with the largest mean lag in staging their layers, largest first."""
     found = []
     for run in runs:
         moved = run.events(LayerTransferred.name)

@@ -29,9 +29,9 @@ from async_eplb.report.runs import Run, runs_of
 
 
 def summarize(log: EventLog, *, num_slowest: int = 10) -> Report:
-    """Return what a log says.
+    """Return the report of a log.
 
-    :param num_slowest: how many layers, links and ranks are named
+    :param num_slowest: number of layers, of links and of ranks that are listed
     """
     runs = runs_of(log)
     updates = [update for run in runs for update in _updates(run)]
@@ -121,7 +121,8 @@ def _slowest_rank(table: Table, key: str) -> float:
 
 
 def _stalls(committed: Table, fences: Table) -> NDArray[np.float64]:
-    """Return the host time that each step of each rank lost to commits and fences; exclusive commits have no step."""
+    """Return the host time in milliseconds of commits and fences, summed by step and rank: float64 ``[steps]``."""
+    # step is 0 in the exclusive mode, where no step waits
     serving = committed["step"] > 0
     ranks = np.concatenate([committed["rank"][serving], fences["rank"]])
     steps = np.concatenate([committed["step"][serving], fences["step"]])
@@ -131,7 +132,7 @@ def _stalls(committed: Table, fences: Table) -> NDArray[np.float64]:
 
 
 def _balance(run: Run, generation: int) -> tuple[float, float]:
-    """Return balancedness before and after; also of a rebalance whose end is not logged yet."""
+    """Return balancedness before and after the update; estimates, if the end of its rebalance is not logged."""
     finished = run.events(RebalanceFinished.name, generation)
     moved = np.flatnonzero(finished["moved"])
     if len(moved):

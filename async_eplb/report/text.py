@@ -19,7 +19,7 @@ def in_bytes(nbytes: float) -> str:
 
 
 def report_lines(report: Report) -> Iterator[str]:
-    """Yield the report: updates, rebalances, slowest layers and links, ranks that lag, faults, what was left out."""
+    """Yield the report: updates, rebalances, slowest layers and links, lagging ranks, faults, lines left out."""
     for update in report.updates:
         yield from update_lines(update)
         yield ""
@@ -41,7 +41,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def update_lines(update: UpdateReport) -> Iterator[str]:
-    """Yield one update."""
+    """Yield the lines of one update."""
     ranks = f"{update.num_ranks} ranks on {update.num_nodes} node{'s' if update.num_nodes > 1 else ''}"
     missing = update.num_ranks - update.num_ranks_logged
     yield (
@@ -94,7 +94,7 @@ def comparison_lines(names: tuple[str, str], first: Report, second: Report) -> I
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield rows with columns of equal width: the first to the left, the others to the right."""
+    """Yield each row as a line, columns padded to equal width: the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]

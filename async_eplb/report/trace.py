@@ -3,6 +3,7 @@
 A process is a rank, a thread is a stage; readers want thread numbers that no other process has. Flow arrows lead from a
 sender's transfer of a layer to the receiver's. Layers wait for their commit at the same time, so waits are asynchronous
 events.
+
 Format: "Trace Event Format", Google, 2016 (the Chromium project's document).
 """
 

@@ -19,7 +19,10 @@ MAX_INTERVALS = 400_000
 
 
 def write_page(runs: list[Run], report: Report, path: Path) -> None:
-    """Write the page of a report and the runs that it is of."""
+    """Write the page of a report.
+
+    :param runs: the runs that the report was made of
+    """
     document = json.dumps(page_data(runs, report), allow_nan=False, separators=(",", ":"))
     parts = {"STYLE": _part("page.css"), "SCRIPT": _part("page.js"), "DATA": document.replace("<", "\\u003c")}
     page = _part("page.html")
@@ -29,7 +32,7 @@ def write_page(runs: list[Run], report: Report, path: Path) -> None:
 
 
 def page_data(runs: list[Run], report: Report) -> dict[str, Any]:
-    """Return what the page's script draws."""
+    """Return the data that the page's script draws, as values of JSON."""
     plain = report.to_json()
     numbers = {run.run_id: number for number, run in enumerate(runs)}
     updates = [{**update, "run": numbers[update["run_id"]]} for update in plain["updates"]]
