@@ -66,6 +66,7 @@ def set_clocks(log: EventLog, run: int) -> Clocks:
     offsets: dict[int, float] = {}
     residuals = [0.0]
     for each in ranks:
+        # two estimates: from the hosts' start times, and from events that both ranks logged at nearly the same moment
         by_wall_clock = float(np.median(starts_s[reference]) - np.median(starts_s[each]))
         shared = anchors.get(each, {}).keys() & anchors.get(reference, {}).keys()
         apart = [anchors[each][key] - anchors[reference][key] for key in shared]

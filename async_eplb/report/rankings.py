@@ -20,6 +20,7 @@ def layer_reports(run: Run) -> list[LayerReport]:
     keys, ranks = _keys(committed), committed["rank"]
     plan_ms, transfer_ms = (_looked_up(run.num_ranks, table, keys, ranks) for table in (planned, moved))
     total = plan_ms + transfer_ms + committed["wait_ms"] + committed["duration_ms"]
+    # sorted by layer, then by total time: the last row of each layer is that of its slowest rank
     order = np.lexsort((total, keys))
     last = order[np.flatnonzero(np.append(np.diff(keys[order]) != 0, True))] if len(order) else order
     _, index = np.unique(keys, return_inverse=True)
@@ -81,7 +82,7 @@ def lagging_ranks(runs: Iterable[Run], number: int) -> tuple[RankReport, ...]:
             continue
         _, index = np.unique(_keys(moved), return_inverse=True)
         lag_ms = (moved["time_s"] - medians(index.reshape(-1), moved["time_s"])[index.reshape(-1)]) * 1e3
-        last = np.zeros(len(lag_ms), dtype=bool)
+        last = np.zeros(len(lag_ms), dtype=bool)  # [transfers]: whether it was the last of its layer
         order = np.lexsort((lag_ms, index.reshape(-1)))
         last[order[np.flatnonzero(np.append(np.diff(index.reshape(-1)[order]) != 0, True))]] = True
         layers = np.bincount(moved["rank"])

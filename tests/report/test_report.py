@@ -128,7 +128,7 @@ def test_a_late_rank_of_the_same_host_keeps_its_clock(serving: Path, tmp_path: P
     assert report.lagging_ranks[0].lag_ms == pytest.approx(1000, abs=100)
 
 
-def test_a_clock_that_was_set_is_told_of(serving: Path, tmp_path: Path) -> None:
+def test_a_clock_that_was_set_is_reported(serving: Path, tmp_path: Path) -> None:
     """Times stay those of the monotonic clock."""
     moved = Path(shutil.copytree(serving, tmp_path / "moved"))
     rewrite(moved, lambda e: {**e, "wall_s": e["wall_s"] + (3600.0 if e["rank"] == 1 and e["generation"] > 1 else 0)})
@@ -186,7 +186,7 @@ def test_the_slowest_layer_and_link_are_named(serving: Path, tmp_path: Path) -> 
     assert named == {(source, 2) for source in sources}
 
 
-def test_a_failed_update_says_why(serving: Path, tmp_path: Path) -> None:
+def test_a_failed_update_names_its_error(serving: Path, tmp_path: Path) -> None:
     """The error, the rank and how many layers were committed before; an update without an end is unfinished."""
     broken = Path(shutil.copytree(serving, tmp_path / "broken"))
 
