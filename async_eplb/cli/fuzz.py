@@ -1,4 +1,4 @@
-"""The fuzzer: simulated worlds, seed by seed, until an invariant does not hold."""
+"""The fuzzer: simulated worlds, seed by seed, until an invariant is violated."""
 
 import argparse
 import multiprocessing
@@ -17,7 +17,7 @@ from async_eplb.errors import InvalidOptions
 from async_eplb.fuzz import Outcome, Scenario, scenario_for, shrink, simulate
 
 _BATCH = 25
-"""Seeds that a process runs before it reports."""
+"""Seeds that a process runs at a time."""
 
 _DESCRIPTION = """\
 Run simulated worlds of 2 to 4 ranks that move 2 to 4 layers, each from a seed that decides every
@@ -41,7 +41,7 @@ examples:
 
 @dataclass(slots=True)
 class Tally:
-    """What many seeds came to."""
+    """Totals of many seeds."""
 
     num_seeds: int = 0
     num_events: int = 0
@@ -51,7 +51,7 @@ class Tally:
     failing: list[Scenario] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        """Add another's."""
+        """Add the totals of another."""
         self.num_seeds += other.num_seeds
         self.num_events += other.num_events
         self.num_recovered += other.num_recovered
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_seeds(seeds: Iterable[int]) -> Tally:
-    """Run the worlds of these seeds; stop at the first that fails."""
+    """Run the worlds of these seeds and return their totals; stop at the first violation."""
     torch.set_num_threads(1)
     tally = Tally()
     for seed in seeds:
@@ -127,7 +127,7 @@ def _tallies(seeds: range, jobs: int) -> Iterator[Tally]:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end with the body, also when it is interrupted."""
+    """Start processes that end with the body, also on an interrupt."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts_to_owner)
     try:

@@ -25,6 +25,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.events.stages import AGREE, COMMIT, PLAN, RELAY, TRANSFER
 from async_eplb.staging import StagingPool
 from async_eplb.update.admission import Update
 from async_eplb.update.boundary import Boundary
@@ -96,7 +97,7 @@ class LayerPipeline:
             for index in range(len(self._update.rows)):
                 if index >= self._shared.outlook.limit or self._failure.error is not None:
                     return
-                with self._watchdog.doing("plan", index, Doing.PLAN):
+                with self._watchdog.doing(PLAN.name, index, Doing.PLAN):
                     layer = await self._stages.plan(index)
                 self._progress.planned += 1
                 if not await _sent(planned, layer):
@@ -110,7 +111,7 @@ class LayerPipeline:
         await self._keep_pace(planned)
         if index >= shared.outlook.limit or shared.outlook.over:
             return None
-        with self._watchdog.doing("transfer", index, Doing.COPY_OWN_SLOTS):
+        with self._watchdog.doing(TRANSFER.name, index, Doing.COPY_OWN_SLOTS):
             layer = await self._stages.load(planned, buffer)
         self._progress.layers.append(layer)
         if self._stages.launches_at_steps:
@@ -121,12 +122,12 @@ class LayerPipeline:
 
     async def _launch(self, layer: LayerInFlight, index: int) -> LayerInFlight | None:
         """Start a layer's transfer while the one before is under way: the device need not wait for this."""
-        with self._watchdog.doing("transfer", index, Doing.AWAIT_LAUNCH):
+        with self._watchdog.doing(TRANSFER.name, index, Doing.AWAIT_LAUNCH):
             layer.turn_s = current_time()
             if not await self._launch_when_due(layer, index):
                 return None
         self._progress.launched += 1
-        with self._watchdog.doing("transfer", index, Doing.START):
+        with self._watchdog.doing(TRANSFER.name, index, Doing.START):
             await self._stages.start(layer)
         return layer
 
@@ -146,7 +147,7 @@ class LayerPipeline:
         return True
 
     async def _transfer(self, layer: LayerInFlight, index: int) -> LayerInFlight | None:
-        with self._watchdog.doing("transfer", index, Doing.RECEIVE):
+        with self._watchdog.doing(TRANSFER.name, index, Doing.RECEIVE):
             await self._stages.receive(layer, 0)
         return layer
 
@@ -156,12 +157,12 @@ class LayerPipeline:
             async for layer in arrived:
                 index = self._progress.staged
                 for number, hop in enumerate(layer.hops[1:], 1):
-                    with self._watchdog.doing("relay", index, Doing.AWAIT_LAUNCH):
+                    with self._watchdog.doing(RELAY, index, Doing.AWAIT_LAUNCH):
                         if self._stages.launches_at_steps:
                             await self._shared.until(lambda hop=hop: hop.is_launched)  # type: ignore[misc]
-                    with self._watchdog.doing("relay", index, Doing.RECEIVE):
+                    with self._watchdog.doing(RELAY, index, Doing.RECEIVE):
                         await self._stages.receive(layer, number)
-                with self._watchdog.doing("relay", index, Doing.CHECK):
+                with self._watchdog.doing(RELAY, index, Doing.CHECK):
                     await self._stages.stage(layer)
                 self._progress.staged += 1
                 self._shared.count(staged=1)
@@ -177,13 +178,13 @@ class LayerPipeline:
         """Return True when a layer's commit is done on the device, False when it never will be made."""
         shared, progress = self._shared, self._progress
         await shared.until(lambda: progress.staged > index)
-        with self._watchdog.doing("agree", index, Doing.AWAIT_RANKS):
+        with self._watchdog.doing(AGREE, index, Doing.AWAIT_RANKS):
             await shared.until(lambda: shared.outlook.agreed > index)
         layer = progress.layers[index]
         began_s = await self._until_copied(layer, index)
         if progress.copied <= index:
             return False
-        with self._watchdog.doing("commit", index, Doing.AWAIT_DEVICE):
+        with self._watchdog.doing(COMMIT.name, index, Doing.AWAIT_DEVICE):
             try:
                 await self._stages.finish(layer, began_s)
             except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must get to know
@@ -199,13 +200,13 @@ class LayerPipeline:
         shared, progress = self._shared, self._progress
         if self._update.mode is Mode.EXCLUSIVE:
             began_s = current_time()
-            with self._watchdog.doing("commit", index, Doing.COPY):
+            with self._watchdog.doing(COMMIT.name, index, Doing.COPY):
                 decision = Decision(boundary=0, copied=index + 1, parts_launched=0)
                 await self._boundary.execute_beside(decision, step=0, after=self._stages.callers_work)
             return began_s
-        with self._watchdog.doing("agree", index, Doing.AWAIT_STEP):
+        with self._watchdog.doing(AGREE, index, Doing.AWAIT_STEP):
             await shared.until(lambda: shared.taken > index or progress.torn)
-        with self._watchdog.doing("commit", index, Doing.COPY):
+        with self._watchdog.doing(COMMIT.name, index, Doing.COPY):
             await shared.until(lambda: progress.copied > index or progress.torn)
         return current_time() - layer.copy_ms / 1e3
 

@@ -32,7 +32,7 @@ class Doing(Enum):
 class Activity:
     """One thing that a stage does.
 
-    :param stage: name of the stage, one of ``async_eplb.events.stages``
+    :param stage: one of :data:`async_eplb.events.stages.WATCHED`
     :param index: number of the layer in update order
     :param since: on the event loop's clock, in seconds
     """
