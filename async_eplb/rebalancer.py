@@ -13,7 +13,7 @@ from anyio.abc import TaskStatus
 
 from async_eplb.agreement.ballot import differing_ranks
 from async_eplb.errors import (
-    BusyRebalancer,
+    BusyUpdater,
     ClosedRebalancer,
     InvalidOptions,
     PlacementDisagreement,
@@ -153,11 +153,11 @@ class Rebalancer:
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Rebalance until cancelled. What goes wrong is raised here, to the owner of the task group.
 
-        :raises BusyRebalancer: if it runs already
+        :raises BusyUpdater: if it runs already
         :raises EplbError: what ended a rebalance early
         """
         if self._running:
-            raise BusyRebalancer(f"{self!r} runs already")
+            raise BusyUpdater(f"{self!r} runs already")
         self._running = True
         task_status.started()
         try:

@@ -17,7 +17,7 @@ from support.helpers import MemoryRank, memory_world, together
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import (
-    BusyRebalancer,
+    BusyUpdater,
     ClosedRebalancer,
     InvalidOptions,
     InvalidPolicyOutput,
@@ -259,7 +259,7 @@ async def test_use_outside_its_run_is_refused() -> None:
         with pytest.raises(ClosedRebalancer):
             await rebalancer.rebalance_now()
         async with rebalancing(world):
-            with pytest.raises(BusyRebalancer):
+            with pytest.raises(BusyUpdater):
                 await rebalancer.run()
         assert not rebalancer.statistics().running
 

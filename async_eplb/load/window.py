@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidOptions, RecordedBeyondModel
+from async_eplb.errors import InvalidLoad, InvalidOptions
 from async_eplb.load.value import PHASES, ExpertLoad
 
 _IGNORED = 0
@@ -139,7 +139,7 @@ class LoadWindow:
         The copy that is summed is launched before this first waits, so call it from the thread that serves, or with
         the stream current that :meth:`record` runs on.
 
-        :raises RecordedBeyondModel: if experts beyond the model's were recorded
+        :raises InvalidLoad: if experts beyond the model's were recorded
         :raises InvalidOptions: if the phase is not counted
         """
         counts = self._counts(phase)
@@ -148,10 +148,9 @@ class LoadWindow:
         tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)
         beyond = int(tokens[:, self._beyond].sum())
         if beyond:
-            raise RecordedBeyondModel(
+            raise InvalidLoad(
                 f"{beyond} recorded experts are beyond the {self._num_logical_experts} of the model; "
-                "record physical experts with physical=True",
-                num_recorded=beyond,
+                "record physical experts with physical=True"
             )
         counted = tokens[:, _FIRST_EXPERT : self._beyond]
         return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)

@@ -22,7 +22,7 @@ from support.helpers import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from async_eplb.device import CpuDevice
-from async_eplb.errors import BrokenLoadGroup, ImpossibleCount, InvalidLoad, InvalidOptions, RecordedBeyondModel
+from async_eplb.errors import BrokenLoadGroup, InvalidLoad, InvalidOptions
 from async_eplb.load.group import GlooLoadGroup, LocalLoadGroup, MemoryLoadGroup
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
@@ -94,9 +94,8 @@ def test_impossible_loads_are_refused(counts: object) -> None:
 
 def test_an_impossible_number_is_located() -> None:
     """The error says where."""
-    with pytest.raises(ImpossibleCount, match="layer 1: logical expert 0 has -3 tokens") as caught:
+    with pytest.raises(InvalidLoad, match="layer 1: logical expert 0 has -3 tokens"):
         ExpertLoad.from_counts([[0, 1], [-3, 7]])
-    assert (caught.value.layer, caught.value.logical_expert) == (1, 0)
 
 
 def test_a_load_covers_a_step() -> None:
@@ -299,9 +298,8 @@ async def test_experts_beyond_the_model_are_reported(physical: bool) -> None:  #
     window = LoadWindow(1, 2, 8, expert_map=expert_map)
     window.record(0, torch.tensor([0, 2, 7]), physical=physical)
     window.advance()
-    with pytest.raises(RecordedBeyondModel, match="2 recorded experts are beyond the 2") as caught:
+    with pytest.raises(InvalidLoad, match="2 recorded experts are beyond the 2"):
         await window.gather(local_group())
-    assert caught.value.num_recorded == 2
 
 
 @pytest.mark.anyio
