@@ -14,6 +14,7 @@ import torch
 from anyio import create_task_group
 from structlog.testing import LogCapture
 from support.helpers import MemoryRank, memory_world, together
+from support.loads import MemoryLoadGroup
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import (
@@ -24,7 +25,6 @@ from async_eplb.errors import (
     PlacementDisagreement,
     RebalanceFailed,
 )
-from async_eplb.load.group import MemoryLoadGroup
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms

@@ -101,30 +101,6 @@ class GlooLoadGroup(LocalLoadGroup):
         return host
 
 
-class MemoryLoadGroup:
-    """Ranks inside one event loop, for tests and simulation: all of them are given this one object."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self.num_ranks = num_ranks
-        self._round = _Round()
-
-    async def sum(self, counts: Tensor) -> Tensor:
-        """Wait for the other ranks, then add up."""
-        current = self._round
-        current.counts.append(counts.cpu().clone())
-        if len(current.counts) == self.num_ranks:
-            self._round = _Round()
-            current.complete.set()
-        await current.complete.wait()
-        return torch.stack(current.counts).sum(dim=0)
-
-
-class _Round:
-    def __init__(self) -> None:
-        self.counts: list[Tensor] = []
-        self.complete = anyio.Event()
-
-
 def _broken(rank: int, timeout_s: float, error: RuntimeError) -> BrokenLoadGroup:
     return BrokenLoadGroup(
         f"rank {rank}: loads were not summed within {timeout_s} s; a rank is dead, closed, or did not take part "

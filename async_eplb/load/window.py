@@ -125,14 +125,6 @@ class LoadWindow:
         self._next = (self._next + 1) % len(self._ring)
         self._phases_of_steps.append(frozenset(self._phases if phases is None else phases))
 
-    def snapshot(self, phase: str | None = None) -> Tensor:
-        """Copy the sum over the window: int64 ``[layers, logical]`` on the device, in the current stream's order.
-
-        :param phase: of these steps only; without it, of all phases
-        :raises InvalidOptions: if the phase is not counted
-        """
-        return self._counts(phase)[:, _FIRST_EXPERT : self._beyond].contiguous()
-
     async def gather(self, group: LoadGroup, phase: str | None = None) -> ExpertLoad:
         """Return the load of all ranks together. It is equal on every rank; all of them call this together.
 
