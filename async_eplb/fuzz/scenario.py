@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from async_eplb.agreement.rules import LaunchRule
+from async_eplb.workers import Work
 
 
 class Mishap(Enum):
@@ -42,7 +43,7 @@ class Mishap(Enum):
     """A kind of work takes a rank long, so that staging is full."""
 
 
-WORK = ("plan", "transfer", "commit", "finish")
+WORK = (Work.PLAN, Work.TRANSFER, Work.COMMIT, Work.FINISH)
 """Kinds of work that can fail or be slow."""
 _LATEST_EVENT = 1500
 
