@@ -1,14 +1,15 @@
 """A simulated rank's machine: worker threads that are tasks, a device that runs out of memory, copies that fail."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
 import torch
 from torch import Tensor
 
-from async_eplb.commit.committer import Committer
+from async_eplb.commit.committer import Committer, PreparedCommit
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.expert_map import LayerMaps
 from async_eplb.fuzz.scenario import Mishap, Trouble
@@ -94,8 +95,34 @@ class SimulatedDevice(CpuDevice):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class FailingCommit:
+    """A commit that fails half way if its layer is among those that are to fail.
+
+    :param failing: layers whose next commit fails, of all commits of the rank
+    :param one_slot: live and staged bytes of each tensor of one slot; empty if the layer has no staged slots
+    """
+
+    commit: PreparedCommit
+    row: int
+    failing: set[int]
+    one_slot: Sequence[tuple[Tensor, Tensor]]
+
+    def run(self) -> int:
+        """Commit the layer, or write one slot and fail.
+
+        :raises OSError: if it fails
+        """
+        if self.row in self.failing and self.one_slot:
+            self.failing.discard(self.row)
+            for live, staged in self.one_slot:
+                live.copy_(staged)
+            raise OSError("simulated: a copy failed")
+        return self.commit.run()
+
+
 class FailingCommitter:
-    """Commits, unless it is time to fail half way.
+    """Commits, except that the first commit of each layer that the troubles name fails half way.
 
     :param live: row → byte views of its tensors
     """
@@ -111,17 +138,11 @@ class FailingCommitter:
         """Return what the committer needs."""
         return self._committer.spare_nbytes(row)
 
-    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Return copies that write into one slot and fail, once, or the committer's."""
-        copies = self._committer.prepare(row, plan, buffer, maps)
-
-        def commit() -> int:
-            if row in self._failing and plan.staged_slots:
-                self._failing.discard(row)
-                slot = plan.staged_slots[0]
-                for live, staged in zip(self._live(row), buffer.views(slot), strict=True):
-                    live[slot].copy_(staged)
-                raise OSError("simulated: a copy failed")
-            return copies()
-
-        return commit
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FailingCommit:
+        """Prepare the committer's commit, and what is written if it fails."""
+        one_slot = [
+            (live[slot], staged)
+            for slot in plan.staged_slots[:1]
+            for live, staged in zip(self._live(row), buffer.views(slot), strict=True)
+        ]
+        return FailingCommit(self._committer.prepare(row, plan, buffer, maps), row, self._failing, one_slot)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from async_eplb.agreement.ballot import Ballot
 from async_eplb.agreement.rules import LaunchRule, Mode
-from async_eplb.commit.committer import Committer
+from async_eplb.commit.committer import Committer, PreparedCommit
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import UpdateStalled
 from async_eplb.events.emit import Logger, emit
@@ -56,7 +56,7 @@ class LayerInFlight:
     buffer: StagingBuffer
     hops: tuple[Exchange, ...]
     """What is exchanged, and then, where the planner relays, what is passed on."""
-    commit: Callable[[], int]
+    commit: PreparedCommit
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started anew when its transfer's turn came, and when it was staged."""
     pending: tuple[list[PendingExchange], ...] = field(init=False)
@@ -252,7 +252,7 @@ class LayerStages:
     async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
 
-        def fill() -> tuple[tuple[Exchange, ...], Callable[[], int]]:
+        def fill() -> tuple[tuple[Exchange, ...], PreparedCommit]:
             buffer.lay_out(
                 planned.plan.staged_slots,
                 self._weights.slot_nbytes(planned.row),
@@ -354,7 +354,7 @@ class LayerStages:
         """Enqueue a layer's commit on the current stream; the layer is staged on every rank."""
         start = time.perf_counter()
         try:
-            layer.nbytes = layer.commit()
+            layer.nbytes = layer.commit.run()
         except BaseException:
             if layer.buffer.state is BufferState.COMMITTING:
                 layer.buffer.enter(BufferState.STAGED)
