@@ -1,4 +1,4 @@
-"""A simulated rank's machine: worker threads that are tasks, a device that runs out of memory, copies that fail."""
+"""The machine of a simulated rank: tasks for worker threads, a device that runs out of memory, copies that fail."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 class SimulatedWorkers:
-    """Workers without threads: work begins after a random time and its result is known after another.
+    """Workers without threads: a function runs after a random time, and its result is returned after another.
 
-    :param troubles: of this rank
+    :param troubles: those of this rank
     """
 
     def __init__(self, rng: random.Random, troubles: tuple[Trouble, ...]) -> None:
@@ -34,7 +34,7 @@ class SimulatedWorkers:
         self._slow: Mapping[str, float] = {t.work: t.seconds for t in troubles if t.mishap is Mishap.SLOW_WORK}
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
-        """Run ``function`` after and before a random time, one of a kind at a time."""
+        """Run ``function`` between two random times, one of a kind at a time."""
         async with self._turns.setdefault(kind, anyio.Lock()):
             with anyio.CancelScope(shield=True):
                 await self._pass_time(kind)
@@ -58,7 +58,7 @@ class SimulatedWorkers:
 
 
 class _NotKnownToHavePassed:
-    """An event of a device that has passed, and nobody can know without waiting."""
+    """An event that has passed, but whose ``query`` does not show it: it must be waited for, as on a GPU."""
 
     def query(self) -> bool:
         return False
@@ -68,9 +68,9 @@ class _NotKnownToHavePassed:
 
 
 class SimulatedDevice(CpuDevice):
-    """A CPU whose memory is known to be garbage before it is written, and which may have none left.
+    """A CPU whose new memory is filled with ones, so that use before writing shows, and which can run out of memory.
 
-    Every other event is one that a GPU would have to be waited for.
+    Every other event must be waited for, as on a GPU.
     """
 
     def __init__(self, troubles: tuple[Trouble, ...]) -> None:
@@ -84,9 +84,9 @@ class SimulatedDevice(CpuDevice):
         return _NotKnownToHavePassed() if self._num_events % 2 else super().record()
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Return memory full of ones.
+        """Return memory full of ones: uint8 ``[nbytes]``.
 
-        :raises MemoryError: if it is time for it
+        :raises MemoryError: if the troubles say so for this allocation
         """
         count = self._count
         self._count += nbytes > 0
@@ -135,7 +135,7 @@ class FailingCommitter:
         self._failing = {t.layer for t in troubles if t.mishap is Mishap.TEAR}
 
     def spare_nbytes(self, row: int) -> int:
-        """Return what the committer needs."""
+        """Return the spare bytes of the committer that this one uses."""
         return self._committer.spare_nbytes(row)
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FailingCommit:
