@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import EplbError, ExpertOutOfRange, InvalidPlacement
+from async_eplb.errors import EplbError, InvalidPlacement
 from async_eplb.topology import EPTopology
 
 EMPTY_SLOT = -1
@@ -29,8 +29,7 @@ class ExpertPlacement:
 
     :param physical_to_logical_map: int32 ``[layers, physical]``, read-only; :data:`EMPTY_SLOT` where empty
     :param num_logical_experts: experts of the model, the same in each layer
-    :raises ExpertOutOfRange: if the map names an expert that the model does not have
-    :raises InvalidPlacement: if the map is not a table of integers
+    :raises InvalidPlacement: if the map is not a table of integers, or names an expert that the model does not have
     """
 
     physical_to_logical_map: npt.NDArray[np.int32]
@@ -49,12 +48,9 @@ class ExpertPlacement:
         wrong = np.argwhere((table < EMPTY_SLOT) | (table >= self.num_logical_experts))
         if len(wrong):
             layer, physical = (int(index) for index in wrong[0])
-            raise ExpertOutOfRange(
+            raise InvalidPlacement(
                 f"layer {layer}: physical expert {physical} holds logical expert {table[layer, physical]}; "
-                f"the model has experts 0 to {self.num_logical_experts - 1}, and {EMPTY_SLOT} means empty",
-                layer=layer,
-                physical_expert=physical,
-                logical_expert=int(table[layer, physical]),
+                f"the model has experts 0 to {self.num_logical_experts - 1}, and {EMPTY_SLOT} means empty"
             )
 
     @classmethod

@@ -13,7 +13,7 @@ from anyio.abc import TaskStatus
 
 from async_eplb.agreement.checks import differing_ranks
 from async_eplb.errors import (
-    BusyRebalancer,
+    BusyUpdater,
     ClosedRebalancer,
     InvalidOptions,
     PlacementDisagreement,
@@ -29,7 +29,7 @@ from async_eplb.policy import PlacementPolicy, RebalanceDecision, RebalanceTerms
 from async_eplb.topology import EPTopology
 from async_eplb.update.summary import UpdateSummary
 from async_eplb.updater import ExpertUpdater
-from async_eplb.workers import ThreadWorkers, Workers
+from async_eplb.workers import ThreadWorkers, Work, Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +153,11 @@ class Rebalancer:
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Rebalance until cancelled. What goes wrong is raised here, to the owner of the task group.
 
-        :raises BusyRebalancer: if it runs already
+        :raises BusyUpdater: if it runs already
         :raises EplbError: what ended a rebalance early
         """
         if self._running:
-            raise BusyRebalancer(f"{self!r} runs already")
+            raise BusyUpdater(f"{self!r} runs already")
         self._running = True
         task_status.started()
         try:
@@ -260,7 +260,7 @@ class Rebalancer:
     async def _run_policy(self, decide: Callable[[], RebalanceDecision]) -> RebalanceDecision:
         if self.options.run_policy_in == "process":
             return await to_process.run_sync(decide)
-        return await self._workers.run("policy", decide)
+        return await self._workers.run(Work.POLICY, decide)
 
     async def _require_same_choice(self, placement: ExpertPlacement) -> None:
         """Compare the placements that all ranks chose; a policy that is not deterministic is found out here."""

@@ -9,6 +9,7 @@ from typing import Self
 from anyio import CancelScope, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 
+from async_eplb.agreement.outlook import Outlook
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
@@ -159,6 +160,11 @@ class ExpertUpdater:
     def staging(self) -> tuple[StagingBuffer, ...]:
         """Staging buffers and their states."""
         return self._pool.buffers
+
+    @property
+    def outlook(self) -> Outlook:
+        """What is agreed on at this moment, and where this rank stands."""
+        return self._shared.outlook
 
     @property
     def held(self) -> EplbError | None:

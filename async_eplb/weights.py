@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidSlot, InvalidWeights, MixedDevices, SlotCountMismatch
+from async_eplb.errors import InvalidSlot, InvalidWeights, SlotCountMismatch
 
 
 class ExpertWeights:
@@ -19,8 +19,7 @@ class ExpertWeights:
     :param names: what to call the tensors of a row in errors, in order
     :raises InvalidSlot: if a slot is not contiguous, is expanded, or overlaps another
     :raises SlotCountMismatch: if first dimensions differ
-    :raises MixedDevices: if tensors are on several devices
-    :raises InvalidWeights: if there is nothing to move
+    :raises InvalidWeights: if tensors are on several devices, or there is nothing to move
     """
 
     def __init__(self, tensors: Mapping[int, Sequence[Tensor]], *, names: Sequence[str] = ()) -> None:
@@ -86,10 +85,7 @@ _Key = tuple[int, int]
 def _require_one_device(tensors: Iterable[Tensor]) -> None:
     devices = tuple(sorted({str(tensor.device) for tensor in tensors}))
     if len(devices) > 1:
-        raise MixedDevices(
-            f"weights are on {', '.join(devices)}; all tensors of an updater must be on one device",
-            devices=devices,
-        )
+        raise InvalidWeights(f"weights are on {', '.join(devices)}; all tensors of an updater must be on one device")
 
 
 def _slot_count(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str]) -> int:

@@ -321,7 +321,7 @@ async def test_a_lost_message_ends_in_a_timeout() -> None:
 async def test_a_commit_that_goes_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The canary is compared once more in the live weights."""
     old, new = two_placements(SMALL, num_layers=1, num_experts=4)
-    monkeypatch.setattr("async_eplb.commit.committer.commit_layer", lambda *_: 0)
+    monkeypatch.setattr("async_eplb.commit.committer.CopyCommit.run", lambda _self: 0)
     async with memory_world(old, SMALL, options=UpdateOptions(verify="canary")) as ranks:
         outcomes = await update_all(ranks, new)
         assert any("live slots" in str(outcome) for outcome in outcomes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import ImpossibleCount, InvalidLoad
+from async_eplb.errors import InvalidLoad
 from async_eplb.placement import LOAD_KEY, MAP_KEY, describe, on_host, read_document
 
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -109,9 +109,7 @@ def _require_countable(tokens: Tokens) -> None:
     wrong = np.argwhere(~((tokens >= 0) & (tokens <= _MOST_TOKENS)))
     if len(wrong):
         layer, expert = (int(index) for index in wrong[0][-2:])
-        raise ImpossibleCount(
+        raise InvalidLoad(
             f"layer {layer}: logical expert {expert} has {tokens[tuple(wrong[0])]} tokens; "
-            "counts are finite, at least 0 and at most 2**53",
-            layer=layer,
-            logical_expert=expert,
+            "counts are finite, at least 0 and at most 2**53"
         )

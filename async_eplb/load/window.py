@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidOptions, RecordedBeyondModel
+from async_eplb.errors import InvalidLoad, InvalidOptions
 from async_eplb.load.value import PHASES, ExpertLoad
 
 _IGNORED = 0
@@ -125,21 +125,13 @@ class LoadWindow:
         self._next = (self._next + 1) % len(self._ring)
         self._phases_of_steps.append(frozenset(self._phases if phases is None else phases))
 
-    def snapshot(self, phase: str | None = None) -> Tensor:
-        """Copy the sum over the window: int64 ``[layers, logical]`` on the device, in the current stream's order.
-
-        :param phase: of these steps only; without it, of all phases
-        :raises InvalidOptions: if the phase is not counted
-        """
-        return self._counts(phase)[:, _FIRST_EXPERT : self._beyond].contiguous()
-
     async def gather(self, group: LoadGroup, phase: str | None = None) -> ExpertLoad:
         """Return the load of all ranks together. It is equal on every rank; all of them call this together.
 
         The copy that is summed is launched before this first waits, so call it from the thread that serves, or with
         the stream current that :meth:`record` runs on.
 
-        :raises RecordedBeyondModel: if experts beyond the model's were recorded
+        :raises InvalidLoad: if experts beyond the model's were recorded
         :raises InvalidOptions: if the phase is not counted
         """
         counts = self._counts(phase)
@@ -148,10 +140,9 @@ class LoadWindow:
         tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)
         beyond = int(tokens[:, self._beyond].sum())
         if beyond:
-            raise RecordedBeyondModel(
+            raise InvalidLoad(
                 f"{beyond} recorded experts are beyond the {self._num_logical_experts} of the model; "
-                "record physical experts with physical=True",
-                num_recorded=beyond,
+                "record physical experts with physical=True"
             )
         counted = tokens[:, _FIRST_EXPERT : self._beyond]
         return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)

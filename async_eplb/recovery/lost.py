@@ -14,6 +14,7 @@ from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
 from async_eplb.update.rank import Rank
+from async_eplb.workers import Work
 
 
 def publish(rank: Rank, placement: ExpertPlacement, row: int) -> None:
@@ -42,7 +43,7 @@ async def fetch_lost(
         contents: list[tuple[Home, list[Tensor]]] = []
         failure: EplbError | None = None
         try:
-            contents = await rank.workers.run("transfer", partial(_load, rank, source, mine))
+            contents = await rank.workers.run(Work.TRANSFER, partial(_load, rank, source, mine))
         except InvalidWeightSource as error:
             failure = error
         if not all(row[0] for row in await hold_round(control, [int(failure is None)])):

@@ -15,7 +15,7 @@ class ScheduledWorkers:
 
     Under a virtual clock this makes runs that take no real time and are the same every time.
 
-    :param durations_s: kind of work → seconds; zero for kinds that are not named
+    :param durations_s: kind of work (:class:`async_eplb.workers.Work`) → seconds; zero for kinds that are not named
     """
 
     def __init__(self, durations_s: Mapping[str, float] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What must fit together before an updater connects, and before an update moves a byte; and the update that follows."""
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from async_eplb.errors import (
 )
 from async_eplb.events.emit import Logger
 from async_eplb.expert_map import ExpertMap
-from async_eplb.options import UpdateOptions
+from async_eplb.options import UpdateOptions, canonical
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
@@ -196,13 +197,12 @@ def changed_rows(
 
 
 def update_digest(old: ExpertPlacement, new: ExpertPlacement, rows: tuple[int, ...], *, mode: Mode, rank: Rank) -> int:
-    """Condense what must be equal on all ranks into 63 bits."""
-    options = rank.options
-    wire = (mode.value, options.verify, options.planner, options.staging_depth, options.operations_per_group)
+    """Condense what must be equal on all ranks into 63 bits (rule 23: from canonical values)."""
+    wire = {"mode": mode.value, "rows": rows, "topology": canonical(rank.topology), "options": rank.options.wire()}
     content = hashlib.blake2b(digest_size=8)
     for part in (old.digest(), new.digest(), rank.weights.digest()):
         content.update(part)
-    content.update(repr((rank.topology, rows, wire)).encode())
+    content.update(json.dumps(wire, sort_keys=True).encode())
     return int.from_bytes(content.digest()) >> 1
 
 

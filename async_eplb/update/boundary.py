@@ -12,6 +12,7 @@ from async_eplb.update.outcome import Failure
 from async_eplb.update.progress import Progress
 from async_eplb.update.rank import Rank
 from async_eplb.update.stages import LayerStages
+from async_eplb.workers import Work
 
 
 class Boundary:
@@ -75,7 +76,7 @@ class Boundary:
                 self.execute(decision, step=step)
 
         try:
-            await self._rank.workers.run("commit", execute)
+            await self._rank.workers.run(Work.COMMIT, execute)
         except Exception as error:  # noqa: BLE001 - the device failed
             row = self._progress.rows[min(self._progress.copied, len(self._progress.rows) - 1)]
             self._failure.fail(self._hold_for(error, row, 0))
@@ -86,7 +87,7 @@ class Boundary:
         :raises CommitFailed: if it cannot be copied; its staging is kept for another try
         """
         try:
-            await self._rank.workers.run("commit", partial(self._copy_beside, layer))
+            await self._rank.workers.run(Work.COMMIT, partial(self._copy_beside, layer))
         except Exception as error:
             raise self._hold_for(error, layer.planned.row, 0) from error
         await self._stages.finish(layer)

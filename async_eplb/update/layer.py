@@ -1,8 +1,8 @@
 """One layer on its way: planned, and then in flight until its commit is done on the device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from async_eplb.commit.committer import PreparedCommit
 from async_eplb.expert_map import LayerMaps
 from async_eplb.plan import LayerPlan, PostedLayer, SlotSource
 from async_eplb.staging import StagingBuffer
@@ -55,7 +55,7 @@ class LayerInFlight:
     Times are in seconds on the event loop's clock.
 
     :param hops: what is exchanged, and then, where the planner relays, what is passed on
-    :param commit: enqueues the commit on the current stream; returns the bytes that it writes to live weights
+    :param commit: what is to be enqueued when the layer is staged on every rank
     :param turn_s: when its transfer's turn came
     :param staged_s: when it was staged
     :param copy_ms: host time of enqueuing the commit
@@ -66,7 +66,7 @@ class LayerInFlight:
     planned: PlannedLayer
     buffer: StagingBuffer
     hops: tuple[Hop, ...]
-    commit: Callable[[], int]
+    commit: PreparedCommit
     turn_s: float = 0.0
     staged_s: float = 0.0
     copy_ms: float = 0.0

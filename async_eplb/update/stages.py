@@ -1,13 +1,14 @@
 """What is done to one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 from anyio import current_time
 
 from async_eplb.agreement.rules import LaunchRule, Mode
+from async_eplb.commit.committer import PreparedCommit
 from async_eplb.device import DeviceEvent
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.plan import PostedUpdate, plan_update
@@ -19,6 +20,7 @@ from async_eplb.update.journal import Journal
 from async_eplb.update.layer import MOVING, Hop, LayerInFlight, PlannedLayer
 from async_eplb.update.rank import Rank
 from async_eplb.verify.column import Verify
+from async_eplb.workers import Work
 
 
 class LayerStages:
@@ -53,7 +55,7 @@ class LayerStages:
         :raises UnheldExpert: if the new placement needs an expert that nobody holds
         """
         began_s = current_time()
-        self._posted = await self._rank.workers.run("transfer", self._plan_update)
+        self._posted = await self._rank.workers.run(Work.TRANSFER, self._plan_update)
         self._journal.prepared(self._posted, began_s)
         counts = self._posted.plan.staged_slot_counts
         needed = max(
@@ -65,7 +67,7 @@ class LayerStages:
             ),
             default=0,
         )
-        await self._rank.workers.run("transfer", lambda: pool.reserve(needed))
+        await self._rank.workers.run(Work.TRANSFER, lambda: pool.reserve(needed))
 
     async def plan(self, index: int) -> PlannedLayer:
         """Cut one layer out of the plan, and make its maps, in the planning thread."""
@@ -85,7 +87,7 @@ class LayerStages:
                     peak_nbytes=posted.num_busiest * sum(rank.weights.slot_nbytes(row)),
                 )
 
-        planned = await rank.workers.run("plan", cut)
+        planned = await rank.workers.run(Work.PLAN, cut)
         self._journal.planned(planned, began_s)
         return planned
 
@@ -93,7 +95,7 @@ class LayerStages:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
         rank, row = self._rank, planned.row
 
-        def fill() -> tuple[tuple[Hop, ...], Callable[[], int]]:
+        def fill() -> tuple[tuple[Hop, ...], PreparedCommit]:
             spare_nbytes = rank.committer.spare_nbytes(row)
             buffer.lay_out(planned.plan.staged_slots, rank.weights.slot_nbytes(row), spare_nbytes=spare_nbytes)
             wholes = exchanges(
@@ -115,7 +117,7 @@ class LayerStages:
             hops = tuple(Hop(whole.parts() if self.launches_at_steps else (whole,)) for whole in wholes)
             return hops, commit
 
-        return LayerInFlight(planned, buffer, *await rank.workers.run("transfer", fill))
+        return LayerInFlight(planned, buffer, *await rank.workers.run(Work.TRANSFER, fill))
 
     def launch(self, hop: Hop, part: Exchange) -> None:
         """Post one part of an exchange, behind the transfer stream, in the thread whose launches are ordered.
@@ -134,7 +136,7 @@ class LayerStages:
                     self.launch(hop, part)
 
         if self.launch_rule.needs_order:
-            await self._rank.workers.run("transfer", launch_all)
+            await self._rank.workers.run(Work.TRANSFER, launch_all)
         else:
             launch_all()
 
@@ -172,7 +174,7 @@ class LayerStages:
         :raises VerificationError: if something else arrived than should have
         """
         if self._rank.verifier.mode is not Verify.OFF:
-            await self._rank.workers.run("check", lambda: self._check_staged(layer))
+            await self._rank.workers.run(Work.CHECK, lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
         layer.staged_s = current_time()
         self._journal.transferred(layer)
@@ -190,7 +192,7 @@ class LayerStages:
         """Enqueue a layer's commit on the current stream; the layer is staged on every rank (rule 1)."""
         start = time.perf_counter()
         try:
-            layer.nbytes = layer.commit()
+            layer.nbytes = layer.commit.run()
         except BaseException:
             if layer.buffer.state is BufferState.COMMITTING:
                 layer.buffer.enter(BufferState.STAGED)
@@ -213,7 +215,7 @@ class LayerStages:
 
         turn_s = self._journal.commit_turn_s(began_s)
         if self._rank.verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():  # rule 3: a look is free
-            await self._rank.workers.run("finish", complete)
+            await self._rank.workers.run(Work.FINISH, complete)
         return self._journal.committed(layer, turn_s)
 
     def _deadline_s(self) -> float:

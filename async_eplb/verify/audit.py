@@ -16,7 +16,7 @@ from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.verify.column import checksums
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ async def audit_replicas(
     :param workers: whose control rounds are not those of an updater
     """
     watch = Stopwatch()
-    mine = await workers.run("transfer", lambda: slot_checksums(weights, placement, topology, rank, device))
+    mine = await workers.run(Work.TRANSFER, lambda: slot_checksums(weights, placement, topology, rank, device))
     control = await group.open(device, workers, weights, control_timeout_s=control_timeout_s)
     try:
         rows = await hold_round(RenumberedControlGroup(control, members), mine)

@@ -10,7 +10,7 @@ import pytest
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.agreement.shared import Driver
-from async_eplb.commit.committer import commit_layer
+from async_eplb.commit.committer import CopyCommit
 from async_eplb.fuzz import Invariant, Mishap, Scenario, Trouble, scenario_for, simulate
 from async_eplb.recovery.recover import RankState
 from async_eplb.staging import BufferState, StagingPool
@@ -115,9 +115,9 @@ async def nobody_rolls_forward(state: RankState, *_: object) -> tuple[int, ...]:
     return ()
 
 
-def without_the_last_copy(row: int, copies: list[Any], *rest: Any) -> int:
+def without_the_last_copy(commit: CopyCommit) -> int:
     """Commit a layer but for one tensor."""
-    return commit_layer(row, copies[:-1], *rest)
+    return _RUN(replace(commit, copies=commit.copies[:-1]))
 
 
 def deaf_when_lost(driver: Driver, error: Any) -> None:
@@ -136,11 +136,12 @@ def only_what_is_pulled(stages: LayerStages, *layer: Any) -> tuple[Exchange, ...
     return tuple(replace(hop, pulls=hop.pulls if hop.pulls and hop.pulls.slots else None) for hop in hops)
 
 
+_RUN = CopyCommit.run
 _HOPS = LayerStages._hops
 MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     "a commit forgets a tensor": (
         Invariant.WHOLE_LAYERS,
-        "async_eplb.commit.committer.commit_layer",
+        "async_eplb.commit.committer.CopyCommit.run",
         without_the_last_copy,
     ),
     "a fence holds nobody": (
