@@ -118,7 +118,7 @@ async def test_an_update_to_the_same_placement_is_done_at_once() -> None:
     async with memory_world(old, TOPOLOGY) as ranks:
         (summary, *_) = await update_all(ranks, old)
         assert summary.layers == ()  # type: ignore[attr-defined]
-        assert ranks[0].updater._pool.nbytes == 0
+        assert [buffer.memory.nbytes for buffer in ranks[0].updater.staging] == [0, 0]
 
 
 async def test_only_the_layers_asked_for_are_updated() -> None:
@@ -137,8 +137,8 @@ async def test_staging_holds_only_what_changes() -> None:
     new = ExpertPlacement.from_mapping([[0, 1, 3, 2, 4, 5, 6, 7, 8, 9, 10, 11]])
     async with memory_world(old, TOPOLOGY) as ranks:
         await update_all(ranks, new)
-        aligned = sum(-(-nbytes // 256) * 256 for nbytes in ranks[0].updater._verifier.weights.slot_nbytes(0))
-        assert [rank.updater._pool.nbytes // aligned for rank in ranks] == [2, 2, 0, 0]
+        aligned = sum(-(-nbytes // 256) * 256 for nbytes in ExpertWeights(ranks[0].tensors).slot_nbytes(0))
+        assert [sum(b.memory.nbytes for b in rank.updater.staging) // aligned for rank in ranks] == [2, 2, 0, 0]
 
 
 async def test_the_summary_counts_what_moved() -> None:

@@ -29,6 +29,7 @@ from async_eplb.transport.base import ControlGroup, Transport
 from async_eplb.update.life import Life, LifeState
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
+from async_eplb.workers import Doorbell
 
 
 class Session:
@@ -45,7 +46,6 @@ class Session:
         self._shared = shared
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
-        self._listening = CancelScope(shield=True)
         self._rounds_ended = Event()
         self._due_work = Lock()
         self._stood: DeviceEvent | None = None
@@ -59,8 +59,9 @@ class Session:
             self._shared.listen_with(doorbell)
             tasks = AsyncExitStack()
             self._tasks = await tasks.enter_async_context(create_task_group())
-            stack.push_async_callback(self._end_tasks, tasks)
-            self._tasks.start_soon(self._listen, doorbell.wait)
+            listening = CancelScope(shield=True)
+            self._tasks.start_soon(self._listen, doorbell, listening)
+            stack.push_async_callback(self._end_tasks, tasks, listening)
             stack.push_async_callback(self._close_transport)
             control = await self.open_transport(self.transport)
             stack.push_async_callback(self._end_running)
@@ -164,10 +165,10 @@ class Session:
         finally:
             self._rounds_ended.set()
 
-    async def _listen(self, ring: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        with self._listening:
+    async def _listen(self, doorbell: Doorbell, listening: CancelScope) -> None:
+        with listening:
             while True:
-                await ring()
+                await doorbell.wait()
                 self._shared.news.notify()
                 await self._do_due_work()
 
@@ -203,10 +204,10 @@ class Session:
         with CancelScope(shield=True):
             await self.transport.aclose()
 
-    async def _end_tasks(self, tasks: AsyncExitStack) -> None:
+    async def _end_tasks(self, tasks: AsyncExitStack, listening: CancelScope) -> None:
         """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
         self._tasks = None
-        self._listening.cancel()
+        listening.cancel()
         await tasks.aclose()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from async_eplb.agreement.ballot import Ballot, Status
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
-from async_eplb.agreement.shared import Driver
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BrokenControlGroup, EplbError
 from async_eplb.events.schema import EVENTS
 from async_eplb.fuzz import Scenario, scenario_for
@@ -155,15 +155,15 @@ def _receive_ballots(data: bytes) -> None:
     numbers = [int.from_bytes(data[start : start + 8], "little", signed=True) for start in range(0, len(data), 8)]
     size = Ballot.size()
     rows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    driver = Driver(Agreement(), ring=lambda: None)
-    driver.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
+    shared = SharedAgreement(Agreement())
+    shared.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
     for row in rows:
-        driver.advance(staged=1)
-        if not driver.receive([driver.ballot(), row]):
-            assert isinstance(driver.lost, BrokenControlGroup) or driver.left
+        shared.count(staged=1)
+        if not shared.receive([shared.ballot(), row]):
+            assert isinstance(shared.faults.lost, BrokenControlGroup) or shared.faults.gone
             return
         with contextlib.suppress(EplbError):
-            driver.try_pass(None)
+            shared.try_pass(None)
 
 
 def _ballots() -> list[bytes]:
@@ -173,7 +173,7 @@ def _ballots() -> list[bytes]:
             "digest": 1,
             "staged": 1,
             "launchable": 1,
-            "committed": 0,
+            "finished": 0,
             "fence": 0,
             "status": Status.OK,
             "step": 0,

@@ -86,7 +86,7 @@ async def cancel_everywhere(
                 ]
             )
             done = outcomes[0] is True
-            while victim._run is not None:
+            while victim.running is not None:
                 await checkpoint()
             layers = assert_same_layer(ranks, old)
             committed.append(layers)

@@ -64,7 +64,7 @@ async def test_leaving_while_another_task_updates(way: str) -> None:
             with suppress(ZeroDivisionError), CancelScope() as scope:
                 async with rank.updater:
                     tasks.start_soon(update)
-                    while rank.updater._run is None:
+                    while rank.updater.running is None:
                         await checkpoint()
                     for _ in range(ticks):
                         await checkpoint()
@@ -72,7 +72,7 @@ async def test_leaving_while_another_task_updates(way: str) -> None:
                         raise ZeroDivisionError
                     if way == "cancelled":
                         scope.cancel()
-            assert rank.updater._run is None
+            assert rank.updater.running is None
         assert isinstance(outcomes[0], UpdateCancelled) == (rank.updater.placement != new)
 
     await leave_everywhere(leave)
@@ -85,7 +85,7 @@ async def test_the_task_that_entered_is_cancelled_natively(times: int) -> None:
 
     async def leave(ticks: int, rank: MemoryRank, new: ExpertPlacement) -> None:
         task = asyncio.ensure_future(update_to_the_end(rank, new))
-        while rank.updater._run is None:
+        while rank.updater.running is None:
             await checkpoint()
         for _ in range(ticks):
             await checkpoint()
@@ -94,6 +94,6 @@ async def test_the_task_that_entered_is_cancelled_natively(times: int) -> None:
             await checkpoint()
         with suppress(asyncio.CancelledError):
             await task
-        assert rank.updater._run is None
+        assert rank.updater.running is None
 
     await leave_everywhere(leave)
