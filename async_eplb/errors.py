@@ -184,10 +184,6 @@ class BusyTransport(EplbError, RuntimeError):
     """A transport serves one updater; this one is in use."""
 
 
-class HandleAwaited(EplbError, RuntimeError):
-    """An update's handle is awaited once."""
-
-
 class ClosedRebalancer(EplbError, RuntimeError):
     """A rebalancer does not run, or was cancelled before it made the rebalance that was demanded."""
 

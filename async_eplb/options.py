@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from async_eplb.agreement.protocol import MAX_LEAD
+from async_eplb.agreement.lead import MAX_LEAD
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan import Planner
 from async_eplb.verify.column import Verify

@@ -55,7 +55,7 @@ class StagingBuffer:
         """Bytes of a slot in each tensor."""
         self.spare: Tensor = memory[:0]
         """Memory beside the slots, for the committer: uint8 ``[bytes]``, aligned as slots are."""
-        self._memory = memory
+        self.memory = memory
         self._places: dict[int, int] = {}
         self._offsets: list[int] = []
         self._stride = 0
@@ -81,17 +81,17 @@ class StagingBuffer:
         self.slot_nbytes = tuple(slot_nbytes)
         self._places = {slot: place for place, slot in enumerate(slots)}
         end = len(slots) * self._stride
-        self.spare = self._memory[end : end + spare_nbytes]
+        self.spare = self.memory[end : end + spare_nbytes]
 
     def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the addresses of the staging of slots: int64 ``[slots, tensors]``."""
         places = np.array([self._places[slot] for slot in slots], dtype=np.int64)
-        return self._memory.data_ptr() + places[:, None] * self._stride + np.array(self._offsets, dtype=np.int64)
+        return self.memory.data_ptr() + places[:, None] * self._stride + np.array(self._offsets, dtype=np.int64)
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
         starts = (self._places[slot] * self._stride + offset for offset in self._offsets)
-        return tuple(self._memory[start : start + n] for start, n in zip(starts, self.slot_nbytes, strict=True))
+        return tuple(self.memory[start : start + n] for start, n in zip(starts, self.slot_nbytes, strict=True))
 
 
 class StagingPool:

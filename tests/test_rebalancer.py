@@ -117,7 +117,7 @@ async def test_a_demand_rebalances_all_ranks(run_policy_in: str, demanding: list
     """Every rank moves to the same better placement, while it serves."""
     async with servers(every_steps=None, run_policy_in=run_policy_in) as world, rebalancing(world):
         await anyio.sleep(0.01)
-        outcomes: list[Any] = await together([world[rank].rebalancer.rebalance_now for rank in demanding])
+        outcomes = await together([world[rank].rebalancer.rebalance_now for rank in demanding])
         for outcome in outcomes:
             assert outcome.number == 1
             assert outcome.decision.reason is Reason.PAYS

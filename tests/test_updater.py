@@ -2,13 +2,14 @@
 
 import time
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 import structlog
 from blockbuster import BlockingError
-from support.helpers import TINY, MemoryRank, float_weights, memory_world, together, two_placements
+from support.helpers import TINY, MemoryRank, float_weights, memory_world, on_all, together, two_placements
 
 from async_eplb import (
     EPTopology,
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def update_all(ranks: list[MemoryRank], new: ExpertPlacement, **options: Any) -> list[object]:
-    return await together([lambda u=rank.updater: u.update(new, **options) for rank in ranks])  # type: ignore[misc]
+    return await on_all(ranks, lambda u: u.update(new, **options))
 
 
 @pytest.mark.parametrize("verify", ["off", "canary", "checksum"])
@@ -79,7 +80,7 @@ async def test_a_stream_yields_each_layer_as_it_lands() -> None:
                 assert row.tolist() == new.physical_to_logical_map[committed.layer].tolist()
                 seen.append(committed.layer)
 
-        await together([follow, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])
+        await together([follow, *(partial(rank.updater.update, new) for rank in ranks[1:])])
         assert seen == [0, 1, 2, 3]
 
 
@@ -93,7 +94,7 @@ async def test_leaving_a_stream_early_ends_the_update_on_all_ranks() -> None:
                 async for _ in stream:
                     break
 
-        outcomes = await together([read_one, *(lambda u=rank.updater: u.update(new) for rank in ranks[1:])])
+        outcomes = await together([read_one, *(partial(rank.updater.update, new) for rank in ranks[1:])])
         assert all(isinstance(outcome, UpdateCancelled) for outcome in outcomes[1:])
         assert len({rank.updater.placement for rank in ranks}) == 1
         assert ranks[0].updater.placement != new
@@ -159,9 +160,7 @@ async def test_two_updaters_do_not_disturb_each_other() -> None:
     """A main and a draft model update at the same time in one process."""
     main, draft = (two_placements(TOPOLOGY, 4, 8, seed) for seed in (1, 2))
     async with memory_world(main[0], TOPOLOGY) as mains, memory_world(draft[0], TOPOLOGY) as drafts:
-        calls = [lambda u=rank.updater: u.update(main[1]) for rank in mains]
-        calls += [lambda u=rank.updater: u.update(draft[1]) for rank in drafts]
-        await together(calls)  # type: ignore[arg-type]
+        await on_all([*mains, *drafts], ExpertUpdater.update, [main[1]] * len(mains) + [draft[1]] * len(drafts))
         for rank in (*mains, *drafts):
             rank.assert_consistent()
         assert mains[0].updater.placement == main[1]
@@ -212,10 +211,7 @@ async def test_ranks_that_disagree_change_nothing() -> None:
     old, new = two_placements(TOPOLOGY, num_layers=2, num_experts=8)
     other = old.with_layers(new, (0,))
     async with memory_world(old, TOPOLOGY) as ranks:
-        placements = [new, new, other, new]
-        outcomes: list[Any] = await together(
-            [lambda u=r.updater, p=p: u.update(p) for r, p in zip(ranks, placements, strict=True)]  # type: ignore[misc]
-        )
+        outcomes = await on_all(ranks, ExpertUpdater.update, [new, new, other, new])
         assert all(isinstance(outcome, PlacementDisagreement) for outcome in outcomes)
         assert {outcome.ranks for outcome in outcomes} == {(2,)}
         assert {rank.updater.placement for rank in ranks} == {old}
@@ -235,7 +231,7 @@ async def test_a_second_update_while_one_runs_is_refused() -> None:
             with pytest.raises(BusyUpdater):
                 await ranks[0].updater.update(new)
 
-        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), second])
+        await together([*(partial(rank.updater.update, new) for rank in ranks), second])
         assert ranks[0].updater.placement == new
 
 
@@ -351,7 +347,7 @@ async def test_slow_planning_does_not_block_the_loop() -> None:
                 await anyio.sleep(0.001)
                 ticks += 1
 
-        await together([*(lambda u=rank.updater: u.update(new) for rank in ranks), tick])
+        await together([*(partial(rank.updater.update, new) for rank in ranks), tick])
         assert ticks > 0
 
 

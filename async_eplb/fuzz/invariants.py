@@ -166,7 +166,7 @@ class Checker:
     @staticmethod
     def _half_committed(watched: Watched) -> set[int]:
         """Return the layer whose commit failed on this rank, if there is one."""
-        error = watched.updater._driver.held
+        error = watched.updater.held
         return set() if error is None else {getattr(error, "layer", -1)}
 
     def _check_change(self, watched: Watched) -> None:
@@ -193,21 +193,22 @@ class Checker:
     def _has_staged(watched: Watched, layer: int, generation: int) -> bool:
         if watched.gone or int(watched.generation[layer]) >= generation:
             return True
-        run = watched.updater._run or watched.updater._failed_run
-        return run is not None and layer in [each.planned.row for each in run._staged]
+        run = watched.updater.running or watched.updater.failed
+        return run is not None and layer in run.progress.rows[: run.progress.staged]
 
     def _check_buffers(self, watched: Watched) -> None:
         """Check that staged layers have buffers of their own, whose bytes do not change until they are committed."""
-        run = watched.updater._run
-        if run is None or len(run._staged) == run._num_finished:
+        run = watched.updater.running
+        if run is None or run.progress.staged == run.progress.finished:
             return
-        staged = run._staged[run._num_finished :]
+        finished = run.progress.finished
+        staged = run.progress.layers[finished : run.progress.staged]
         buffers = [layer.buffer.index for layer in staged]
         if len(set(buffers)) < len(buffers):
             raise Violation(Invariant.ONE_STATE, f"rank {watched.rank}: staged layers share buffers {buffers}")
-        for number, layer in enumerate(staged, run._num_finished):
-            key, mark = (watched.rank, layer.buffer.index), (run.generation, layer.planned.row)
-            memory, known = layer.buffer._memory, self._kept.get(key)
+        for number, layer in enumerate(staged, finished):
+            key, mark = (watched.rank, layer.buffer.index), (run.update.generation, layer.planned.row)
+            memory, known = layer.buffer.memory, self._kept.get(key)
             if known is None or known.mark != mark:
                 live = memory.numpy().data
                 self._kept[key] = _Staged(mark, memory, live, bytes(live))

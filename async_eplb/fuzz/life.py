@@ -183,10 +183,10 @@ class Life:
                 await rank.updater.update(placement)
             finally:
                 rank.cancel = None
-        run = rank.updater._run
+        run = rank.updater.running
         if run is not None:  # a second cancellation ends the wait, not the update
             await run.finished.wait()
-        failed = rank.updater._failed_run
+        failed = rank.updater.failed
         if failed is not None and failed.error is not None:  # a cancelled caller did not get it
             raise failed.error
 

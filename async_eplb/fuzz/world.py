@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -25,6 +26,7 @@ from async_eplb.testing.sample_model import random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
 from async_eplb.transport.memory.transport import MemoryTransport
+from async_eplb.update.admission import admit_rank
 from async_eplb.updater import ExpertUpdater
 from async_eplb.weights import ExpertWeights
 
@@ -72,12 +74,13 @@ class SimulatedWorld:
         scenario = self._scenario
         troubles = tuple(trouble for trouble in scenario.troubles if trouble.rank == number)
         memory = self._model.memory(self._old, self._topology, number)
-        updater = ExpertUpdater(
+        rank = admit_rank(
             ExpertWeights(tensors_of(memory)),
             self._old,
             self._topology,
-            rank=number,
+            number=number,
             transport=transport,
+            on_commit=lambda _layer: None,
             options=UpdateOptions(
                 verify=scenario.verify,
                 planner=Planner(scenario.sources),
@@ -90,10 +93,10 @@ class SimulatedWorld:
             ),
             workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
             device=SimulatedDevice(troubles),
-            logger=logger,
+            logger=logger.bind(run_id=transport.run_id),
         )
-        live = updater._verifier.weights
-        updater._committer = FailingCommitter(updater._committer, live.views, troubles)
+        rank = replace(rank, committer=FailingCommitter(rank.committer, rank.weights.views, troubles))
+        updater = ExpertUpdater.of(rank, self._old, transport)
         return SimulatedRank(Watched(number, updater, memory), updater, transport)
 
     async def run(self) -> None:

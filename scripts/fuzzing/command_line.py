@@ -23,7 +23,6 @@ SEEDS = [
         "fuzz --scenario {}",
         "report log.jsonl --json --update 1 --html a.html",
         "report --compare log.jsonl log.jsonl --fail-if num_failed>0",
-        "report - --follow",
         "simulate --model kimi-k2 --cluster gb200 --ranks 72 144 --policy incremental --drift 0.3 --slots 8",
         "simulate --ranks 8 64 --layers 8 --plot scale.png --json scale.json --slowest 2 --nodes 2",
     )
@@ -70,7 +69,6 @@ def _idle() -> Iterator[None]:
         patch.object(demo, "random_placement", place_few),
         patch.object(fuzz, "_tallies", reached),
         patch.object(fuzz, "simulate", reached),
-        patch.object(report, "follow", reached),
         patch.object(report, "_draw", reached),
         patch.object(simulate, "simulate", reached),
     ):

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save as save_safetensors
 
 from async_eplb.agreement.ballot import Ballot, Status
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
-from async_eplb.agreement.shared import Driver
-from async_eplb.cli.follow import view
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BrokenControlGroup, EplbError
 from async_eplb.events.schema import EVENTS
 from async_eplb.fuzz import Scenario, scenario_for
@@ -26,7 +24,6 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.weight_source import INDEX, SafetensorsSource
 from async_eplb.report import read_events, summarize
 from async_eplb.report.conditions import parse_condition
-from async_eplb.report.live import LiveState
 from async_eplb.report.text import report_lines
 from async_eplb.transport.copy_engine.peer_weights import Offer
 from fuzzing import command_line
@@ -133,15 +130,6 @@ def _read_packed_log(data: bytes) -> None:
             _read_log(content)
 
 
-def _follow_log(data: bytes) -> None:
-    """Show a growing log, as ``report --follow`` does."""
-    state = LiveState()
-    console = Console(file=io.StringIO(), width=100)
-    for line in data.split(b"\n"):
-        state.take([line])
-    console.print(view(state))
-
-
 def _log_lines() -> list[bytes]:
     lines = []
     for event in EVENTS:
@@ -167,15 +155,15 @@ def _receive_ballots(data: bytes) -> None:
     numbers = [int.from_bytes(data[start : start + 8], "little", signed=True) for start in range(0, len(data), 8)]
     size = Ballot.size()
     rows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    driver = Driver(Agreement(), ring=lambda: None)
-    driver.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
+    shared = SharedAgreement(Agreement())
+    shared.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
     for row in rows:
-        driver.advance(staged=1)
-        if not driver.receive([driver.ballot(), row]):
-            assert isinstance(driver.lost, BrokenControlGroup) or driver.left
+        shared.count(staged=1)
+        if not shared.receive([shared.ballot(), row]):
+            assert isinstance(shared.faults.lost, BrokenControlGroup) or shared.faults.gone
             return
         with contextlib.suppress(EplbError):
-            driver.try_pass(None)
+            shared.try_pass(None)
 
 
 def _ballots() -> list[bytes]:
@@ -185,7 +173,7 @@ def _ballots() -> list[bytes]:
             "digest": 1,
             "staged": 1,
             "launchable": 1,
-            "committed": 0,
+            "finished": 0,
             "fence": 0,
             "status": Status.OK,
             "step": 0,
@@ -248,7 +236,6 @@ TARGETS = {
     "tensors": Target("placements and loads as .pt files", _read_tensors, _tensor_files),
     "log": Target("logs that are reported on", _read_log, _log_lines, _JSON_WORDS, is_json=True),
     "gzip": Target("logs that are packed, or nearly so", _read_packed_log, lambda: _log_lines()[1:2]),
-    "follow": Target("logs that are followed", _follow_log, _log_lines, (b"[/]", b"[red]", *_JSON_WORDS), is_json=True),
     "ballots": Target("ballots of another rank", _receive_ballots, _ballots),
     "offer": Target(
         "offers of another rank's memory", _read_offer, _offers, _JSON_WORDS, (RuntimeError,), is_json=True

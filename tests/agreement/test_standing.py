@@ -38,7 +38,7 @@ async def test_what_was_agreed_comes_forward_after_a_failure() -> None:
             async with ranks[rank].updater.idle():
                 return await handles[rank].wait()
 
-        outcomes: list[Any] = await together([lambda: stand(0), lambda: stand(1)])
+        outcomes = await together([lambda: stand(0), lambda: stand(1)])
         assert [type(outcome) for outcome in outcomes] == [UpdateAborted, OSError]
         assert current_time() - start < 1.0
         assert assert_same_layer(ranks, OLD) == 1

@@ -15,7 +15,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import LogCapture
-from support.helpers import memory_world, together
+from support.helpers import memory_world, on_all, together
 from support.logs import DROPPED
 from test_rebalancer import REBALANCE_FINISHED
 
@@ -244,8 +244,8 @@ def _log_of_rank_0(
                 with anyio.move_on_after(cancel_rank_1_after_s):
                     await ranks[1].updater.update(new)
 
-            others = [lambda u=rank.updater: u.update(new) for rank in ranks if rank is not ranks[1]]
-            await together([update_rank_1, *others])
+            others = [rank.updater for rank in ranks if rank is not ranks[1]]
+            await together([update_rank_1, *(partial(updater.update, new) for updater in others)])
 
     trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
     return [dict(entry) for entry in captures[0].entries]
@@ -362,7 +362,7 @@ def test_every_event_is_stamped_with_its_run_and_both_clocks() -> None:
         async def update(captures: list[LogCapture] = captures) -> None:
             loggers = [structlog.wrap_logger(None, processors=[capture]) for capture in captures]
             async with memory_world(old, topology, loggers=loggers) as ranks:
-                await together([partial(rank.updater.update, new) for rank in ranks])
+                await on_all(ranks, lambda u: u.update(new))
 
         anyio.run(update)
         entries = [entry for capture in captures for entry in capture.entries]

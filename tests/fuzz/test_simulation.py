@@ -96,8 +96,10 @@ def test_what_was_found_stays_mended(scenario: Scenario) -> None:
 
 def everywhere_is_here(agreement: Agreement) -> tuple[int, int]:
     """Take this rank's own counts for everybody's."""
-    launchable = min(agreement.limit, agreement.launchable)
-    return max(min(agreement.limit, agreement.staged), agreement.agreed), max(launchable, agreement.launched)
+    launchable = min(agreement.update.limit, agreement.update.launchable)
+    return max(min(agreement.update.limit, agreement.update.staged), agreement.update.agreed), max(
+        launchable, agreement.update.launched
+    )
 
 
 async def any_buffer(pool: StagingPool) -> Any:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
-from support.helpers import memory_world, together
+from support.helpers import memory_world, on_all
 from support.updates import PLANNERS, Update, random_update, updates
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
@@ -261,7 +262,7 @@ def test_every_planner_moves_every_byte(planner: Planner) -> None:
         schedule = MemorySchedule(message_jitter_s=0.1, control_s=0.02)
         async with memory_world(placements[0], topology, options=options, schedule=schedule) as ranks:
             for new in placements[1:]:
-                await together([lambda u=rank.updater, n=new: u.update(n) for rank in ranks])  # type: ignore[misc]
+                await on_all(ranks, partial(ExpertUpdater.update, new_placement=new))
                 assert all(rank.updater.placement == new for rank in ranks)
                 for rank in ranks:
                     rank.assert_consistent()
@@ -287,7 +288,7 @@ def test_every_planner_moves_every_byte_while_serving(planner: Planner) -> None:
 
     async def update() -> None:
         async with memory_world(old, topology, options=options, schedule=schedule) as ranks:
-            outcomes = await together([lambda u=rank.updater: serve(u) for rank in ranks])  # type: ignore[misc]
+            outcomes = await on_all(ranks, serve)
             assert outcomes == [None] * topology.num_ranks
             for rank in ranks:
                 assert rank.updater.placement == new
@@ -305,7 +306,7 @@ def outcomes_of(options: Sequence[UpdateOptions], rule: LaunchRule = LaunchRule.
         async with memory_world(old, topology, schedule=MemorySchedule(launch_rule=rule)) as ranks:
             for rank, own in zip(ranks, options, strict=True):
                 rank.updater.options = own
-            return await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            return await on_all(ranks, lambda u: u.update(new))
 
     return trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
 

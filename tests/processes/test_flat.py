@@ -14,9 +14,9 @@ import anyio
 import anyio.to_thread
 import pytest
 from anyio import create_task_group
-from support.helpers import MemoryRank, assert_same_layer, memory_world, together, two_placements
+from support.helpers import MemoryRank, assert_same_layer, memory_world, on_all, two_placements
 
-from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, MemoryTransport, UpdateOptions
 from async_eplb.errors import BrokenControlGroup, CommitFailed
 from async_eplb.transport import MemorySchedule
 from async_eplb.workers import ThreadWorkers
@@ -35,17 +35,13 @@ Ranks = list[MemoryRank]
 
 async def update(ranks: Ranks, new: ExpertPlacement) -> list[Any]:
     """Update on all ranks."""
-    outcomes: list[Any] = await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
-    return outcomes
+    return await on_all(ranks, lambda u: u.update(new))
 
 
 async def recover(ranks: Ranks) -> None:
     """Recover all ranks."""
-    transports = MemoryTransport.world(len(ranks), SCHEDULE)
-    calls: list[Any] = [
-        lambda r=rank, t=transport: r.updater.recover(t) for rank, transport in zip(ranks, transports, strict=True)
-    ]
-    assert not [outcome for outcome in await together(calls) if isinstance(outcome, Exception)]
+    outcomes = await on_all(ranks, ExpertUpdater.recover, MemoryTransport.world(len(ranks), SCHEDULE))
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
 
 
 async def cancel(ranks: Ranks, new: ExpertPlacement) -> None:
@@ -86,7 +82,7 @@ async def _fail_copy(ranks: Ranks, new: ExpertPlacement, *, layer: int) -> None:
         publish(*arguments)
 
     table.publish = fail_once  # type: ignore[method-assign, assignment]
-    outcomes = await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+    outcomes = await on_all(ranks, lambda u: u.update(new))
     assert isinstance(outcomes[1], CommitFailed)
     del table.publish
     await recover(ranks)

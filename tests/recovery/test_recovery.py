@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from anyio import fail_after
 from safetensors.torch import save_file
-from support.helpers import TINY, assert_same_layer, in_virtual_time, memory_world, together, two_placements
+from support.helpers import TINY, assert_same_layer, in_virtual_time, memory_world, on_all, two_placements
 
-from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
 from async_eplb.device import CpuDevice
 from async_eplb.errors import (
     BrokenControlGroup,
@@ -55,11 +56,7 @@ async def recover(
     """Recover all of these ranks."""
     transports = transports or MemoryTransport.world(len(ranks))
     chosen = sources or [None] * len(ranks)
-    calls: list[Any] = [
-        lambda r=rank, t=transport, s=source: r.updater.recover(t, source=s)
-        for rank, transport, source in zip(ranks, transports, chosen, strict=True)
-    ]
-    outcomes: list[Any] = await together(calls)
+    outcomes = await on_all(ranks, lambda u, t, s: u.recover(t, source=s), transports, chosen)
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
@@ -75,11 +72,11 @@ async def test_one_rank_did_not_hear_of_a_commit() -> None:
         schedule = MemorySchedule(lost_results=frozenset({(1, lost)}), control_s=0.01)
         async with memory_world(old, TOPOLOGY, schedule=schedule, options=OPTIONS) as ranks:
             with fail_after(5):
-                await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+                await on_all(ranks, lambda u: u.update(new))
             recoveries = await recover(ranks)
             rolled.append([recovery.rolled_forward for recovery in recoveries])
             assert_same_layer(ranks, old)
-            await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            await on_all(ranks, lambda u: u.update(new))
             assert assert_same_layer(ranks, old) == 3
     assert any(layers[1] and not layers[0] for layers in rolled)
     assert not any(layers[0] and not layers[1] for layers in rolled)
@@ -99,7 +96,7 @@ async def test_a_copy_fails_on_one_rank_only() -> None:
             publish(*arguments)
 
         updater.expert_map.publish = fail_once  # type: ignore[method-assign, assignment]
-        outcomes: list[Any] = await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+        outcomes = await on_all(ranks, lambda u: u.update(new))
         assert isinstance(outcomes[1], CommitFailed)
         assert (outcomes[1].committed_layers, outcomes[1].layer) == ((), 0)
         committed = outcomes[0].committed_layers
@@ -129,7 +126,7 @@ async def test_experts_of_a_lost_rank_are_loaded() -> None:
         with pytest.raises(DeadRankPlaced):
             await ranks[0].updater.update(new)
         drawn = on_survivors(ExpertPlacement.trivial(3, 6, 6), TOPOLOGY, [0, 1])
-        await together([lambda u=rank.updater: u.update(drawn) for rank in ranks[:2]])  # type: ignore[misc]
+        await on_all(ranks[:2], lambda u: u.update(drawn))
         for rank in ranks[:2]:
             rank.assert_consistent()
             assert rank.updater.placement == drawn
@@ -179,7 +176,7 @@ async def test_survivors_get_experts_from_each_other(launch_rule: LaunchRule) ->
         schedule = MemorySchedule(control_s=0.01, launch_rule=launch_rule)
         await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
         for placement in (first, second):
-            await together([lambda u=rank.updater, p=placement: u.update(p) for rank in left])  # type: ignore[misc]
+            await on_all(left, partial(ExpertUpdater.update, new_placement=placement))
             for rank in left:
                 rank.assert_consistent()
                 assert rank.updater.placement == placement
@@ -198,7 +195,7 @@ async def test_errors_after_a_recovery_name_ranks_of_the_whole_group() -> None:
             (MemorySchedule(control_s=0.01, lost_results=deaf), BrokenControlGroup),
         ):
             await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
-            _, error = await together([lambda u=rank.updater: u.update(new) for rank in left])  # type: ignore[misc]
+            _, error = await on_all(left, lambda u: u.update(new))
             assert isinstance(error, kind)
             assert error.rank == 2
             assert "ranks [0, 2]" in str(error)

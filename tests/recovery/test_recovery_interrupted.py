@@ -1,11 +1,13 @@
 """A recovery that is interrupted, however often and wherever, is taken up by the next one."""
 
+from functools import partial
 from itertools import product
 
 import pytest
-from support.helpers import TINY, MemoryRank, in_virtual_time, memory_world, together
+from support.helpers import TINY, MemoryRank, in_virtual_time, memory_world, on_all
+from torch import Tensor
 
-from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.recovery.recover import Recovery
 from async_eplb.transport import MemorySchedule, MemoryTransport
@@ -22,21 +24,16 @@ NUM_ROUNDS = 4 + NUM_LAYERS
 class TinySource:
     """Holds the tiny model."""
 
-    def load(self, layer: int, logical_expert: int) -> list[object]:
+    def load(self, layer: int, logical_expert: int) -> list[Tensor]:
         """Return an expert's bytes."""
-        return TINY.expert_bytes(layer, logical_expert)  # type: ignore[return-value]
+        return TINY.expert_bytes(layer, logical_expert)
 
 
 async def recover(ranks: list[MemoryRank], lost: tuple[int, int] | None) -> list[object]:
     """Recover these ranks, one of which does not hear a round; return what became of each."""
     schedule = MemorySchedule(control_s=0.01, lost_results=frozenset({lost} if lost else ()))
     transports = MemoryTransport.world(len(ranks), schedule)
-    return await together(
-        [
-            lambda r=rank, t=transport: r.updater.recover(t, source=TinySource())  # type: ignore[misc]
-            for rank, transport in zip(ranks, transports, strict=True)
-        ]
-    )
+    return await on_all(ranks, partial(ExpertUpdater.recover, source=TinySource()), transports)
 
 
 @pytest.mark.parametrize("survivors", [2, 3], ids=["then one more is lost", "then all are there"])

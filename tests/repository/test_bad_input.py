@@ -141,13 +141,13 @@ def test_ballots_of_any_content(mode: Mode, rounds: list[list[Ballot]]) -> None:
     """Whatever others say, nothing is agreed that is not staged here, and errors are typed."""
     agreement = Agreement()
     agreement.begin(mode, digest=1, total=4, window=2)
-    agreement.staged = 3
+    agreement.update.staged = 3
     for others in rounds:
         try:
             verdict = agreement.receive([agreement.ballot(), *others])
         except EplbError:
             return
-        assert verdict.agreed <= agreement.agreed <= agreement.staged
+        assert verdict.update.agreed <= agreement.update.agreed <= agreement.update.staged
 
 
 @FEW

@@ -1,6 +1,6 @@
 """Worlds inside one process, for tests."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -125,9 +125,9 @@ async def memory_world(
             stop.set()
 
 
-async def together(calls: list[Callable[[], Awaitable[object]]]) -> list[object]:
+async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> list[Any]:
     """Run one call for each rank at once; return results and exceptions, by rank."""
-    outcomes: list[object] = [None] * len(calls)
+    outcomes: list[Any] = [None] * len(calls)
 
     async def run(index: int) -> None:
         try:
@@ -139,6 +139,19 @@ async def together(calls: list[Callable[[], Awaitable[object]]]) -> list[object]
         for index in range(len(calls)):
             tasks.start_soon(run, index)
     return outcomes
+
+
+async def on_all(
+    ranks: Iterable[MemoryRank],
+    call: Callable[..., Awaitable[object]],
+    *by_rank: Iterable[Any],
+) -> list[Any]:
+    """Run one call with the updater of each rank at once; return results and exceptions, by rank.
+
+    ``by_rank`` gives the call further arguments: of each, one for every rank.
+    """
+    arguments = zip((rank.updater for rank in ranks), *by_rank, strict=True)
+    return await together([partial(call, *values) for values in arguments])
 
 
 def two_placements(

@@ -9,13 +9,13 @@ from unittest.mock import ANY
 
 import anyio
 
-from async_eplb import EPTopology, UpdateOptions
+from async_eplb import EPTopology, ExpertUpdater, UpdateOptions
 from async_eplb.cli import main
 from async_eplb.events.emit import emit
 from async_eplb.events.json_log import JsonLog
 from async_eplb.events.schema import RebalanceEvaluated, RebalanceFinished
 from async_eplb.transport import MemorySchedule
-from support.helpers import memory_world, together, two_placements
+from support.helpers import memory_world, on_all, two_placements
 
 SERVING = EPTopology(num_ranks=4, num_nodes=2, num_local_physical_experts=3)
 NUM_LAYERS = 3
@@ -61,7 +61,7 @@ def log_of_serving(folder: Path, num_updates: int = 2) -> Path:
                     emit(logger, evaluated)
                     handles.append(rank.updater.begin(target))
                 while not all(handle.done for handle in handles):
-                    await together([rank.updater.step for rank in ranks])
+                    await on_all(ranks, ExpertUpdater.step)
                     await anyio.sleep(0.001)
                 for rank, handle in zip(ranks, handles, strict=True):
                     await handle.wait()

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import anyio
 import pytest
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.anyio
 async def test_memory_keeps_the_contract(num_ranks: int, jitter_s: float, launch_rule: LaunchRule) -> None:
     """The conformance suite inside one event loop, messages in order and out of it, sent and read."""
     world = MemoryTransport.world(num_ranks, MemorySchedule(message_jitter_s=jitter_s, launch_rule=launch_rule))
-    outcomes = await together([lambda t=transport: check_transport(t, num_exchanges=2) for transport in world])  # type: ignore[misc]
+    outcomes = await together([partial(check_transport, transport, num_exchanges=2) for transport in world])
     assert outcomes == [None] * num_ranks
 
 

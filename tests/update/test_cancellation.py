@@ -9,7 +9,7 @@ import anyio
 import pytest
 from anyio import CancelScope, create_task_group, move_on_after
 from anyio.lowlevel import checkpoint
-from support.helpers import assert_same_layer, memory_world, together, two_placements, with_virtual_time
+from support.helpers import assert_same_layer, memory_world, on_all, together, two_placements, with_virtual_time
 
 from async_eplb import EPTopology, UpdateOptions
 from async_eplb.errors import UpdateCancelled
@@ -82,7 +82,7 @@ async def cancel_everywhere(
             outcomes: list[Any] = await together(
                 [
                     lambda v=victim, t=ticks: cancel(t, lambda: v.update(new)),  # type: ignore[misc]
-                    *(lambda u=other: u.update(new) for other in others),
+                    *(partial(u.update, new) for u in others),
                 ]
             )
             done = outcomes[0] is True
@@ -92,7 +92,7 @@ async def cancel_everywhere(
             committed.append(layers)
             for outcome in outcomes[1:]:
                 assert isinstance(outcome, UpdateCancelled) == (layers < NUM_LAYERS)
-            await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            await on_all(ranks, lambda u: u.update(new))
             assert assert_same_layer(ranks, old) == NUM_LAYERS
         ticks += 1
     return committed
@@ -159,9 +159,9 @@ def test_cancelling_while_threads_work(backend: str) -> None:
                 with move_on_after(seconds):
                     await first.update(new)
 
-            await together([update_first, *(lambda u=other: u.update(new) for other in others)])
+            await together([update_first, *(partial(u.update, new) for u in others)])
             layers = assert_same_layer(ranks, old)
-            await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+            await on_all(ranks, lambda u: u.update(new))
             assert assert_same_layer(ranks, old) == NUM_LAYERS
             return layers
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import memory_world, together
+from support.helpers import memory_world, on_all, together
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
@@ -54,7 +54,7 @@ async def test_inputs_that_differ_are_refused_on_every_rank(inputs: dict[str, An
     """Before a byte moves, and the error names the ranks."""
     one, other = MemoryTransport.world(2)
     async with updater(0, one) as first, updater(1, other, **inputs) as second:
-        outcomes: list[Any] = await together(
+        outcomes = await together(
             [
                 lambda: first.update(NEW),
                 lambda: second.update(inputs.get("new", NEW), layers=inputs.get("layers")),
@@ -73,7 +73,5 @@ async def test_the_error_names_those_who_differ_from_most() -> None:
         ExpertPlacement.from_mapping([row]) for row in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [1, 0, 2, 3, 4, 5])
     )
     async with memory_world(old, topology) as ranks:
-        outcomes: list[Any] = await together(
-            [lambda u=rank.updater, p=p: u.update(p) for rank, p in zip(ranks, (other, new, new), strict=True)]  # type: ignore[misc]
-        )
+        outcomes = await on_all(ranks, ExpertUpdater.update, (other, new, new))
         assert [outcome.ranks for outcome in outcomes] == [(0,)] * 3

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -51,7 +52,7 @@ def log_of_an_update(
                 with anyio.move_on_after(cancel_rank_0_after_s):
                     await first.updater.update(NEW)
 
-            await together([update_rank_0, *(lambda u=rank.updater: u.update(NEW) for rank in others)])
+            await together([update_rank_0, *(partial(rank.updater.update, NEW) for rank in others)])
 
     trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
     return [dict(entry) for entry in capture.entries]

@@ -1,11 +1,9 @@
 """The stages overlap: an update takes as long as its slowest stage."""
 
-from typing import Any
-
 import pytest
 import trio
 import trio.testing
-from support.helpers import memory_world, together, two_placements
+from support.helpers import memory_world, on_all, two_placements
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
 from async_eplb.plan import Planner
@@ -43,7 +41,7 @@ async def duration_s(
         old, topology, schedule=schedule, options=options, workers=lambda: ScheduledWorkers(durations)
     ) as ranks:
         start = trio.current_time()
-        summaries: list[Any] = await together([lambda u=rank.updater: u.update(new) for rank in ranks])  # type: ignore[misc]
+        summaries = await on_all(ranks, lambda u: u.update(new))
         assert all(summary.transfer_ms <= summary.duration_ms for summary in summaries), "a time was counted twice"
         assert ranks[0].updater.placement == new
         return trio.current_time() - start

@@ -4,12 +4,13 @@ import random
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 from anyio import create_task_group
-from support.helpers import TINY, MemoryRank, memory_ranks, memory_world, together, two_placements
+from support.helpers import TINY, MemoryRank, memory_ranks, memory_world, on_all, together, two_placements
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
 from async_eplb.errors import (
@@ -59,7 +60,11 @@ async def serving_world(
 ) -> AsyncIterator[list[Server]]:
     """Open a world whose ranks step until the block ends."""
     servers: list[Server] = []
-    hooks: list[Callable[[int], None]] = [lambda layer, i=i: servers[i].note_commit(layer) for i in range(3)]  # type: ignore[misc]
+
+    def note(rank: int, layer: int) -> None:
+        servers[rank].note_commit(layer)
+
+    hooks = [partial(note, i) for i in range(3)]
     async with memory_world(
         old, TOPOLOGY, schedule=schedule, options=UpdateOptions(**options), on_commit=hooks
     ) as ranks:
@@ -80,7 +85,7 @@ async def begin_everywhere(servers: list[Server], new: ExpertPlacement) -> list[
             await anyio.lowlevel.checkpoint()
         return await server.updater.begin(new).wait()
 
-    return await together([lambda s=server: begin(s) for server in servers])  # type: ignore[misc]
+    return await together([partial(begin, server) for server in servers])
 
 
 @pytest.mark.parametrize("launch_rule", LaunchRule)
@@ -125,7 +130,7 @@ async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule
             for _ in range(ticks):
                 await anyio.lowlevel.checkpoint()
             handles[ticks % 3].cancel()
-            outcomes: list[Any] = await together([handle.wait for handle in handles])
+            outcomes = await together([handle.wait for handle in handles])
             layers = {len(server.commits) for server in servers}
             assert len(layers) == 1
             ends |= layers
@@ -142,12 +147,12 @@ async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     async with memory_world(old, TOPOLOGY) as ranks:
 
-        async def stand(rank: MemoryRank) -> object:
-            await rank.updater.step()
-            async with rank.updater.idle():
-                return await rank.updater.begin(new).wait()
+        async def stand(updater: ExpertUpdater) -> object:
+            await updater.step()
+            async with updater.idle():
+                return await updater.begin(new).wait()
 
-        await together([lambda r=rank: stand(r) for rank in ranks])  # type: ignore[misc]
+        await on_all(ranks, stand)
         for rank in ranks:
             assert rank.updater.placement == new
             assert rank.updater.statistics().step == 1
@@ -161,11 +166,11 @@ async def test_ranks_that_stand_before_different_boundaries_are_told() -> None:
     async with memory_world(old, TOPOLOGY) as ranks:
         await ranks[1].updater.step()
 
-        async def stand(rank: MemoryRank) -> object:
-            async with rank.updater.idle():
-                return await rank.updater.begin(new).wait()
+        async def stand(updater: ExpertUpdater) -> object:
+            async with updater.idle():
+                return await updater.begin(new).wait()
 
-        outcomes: list[Any] = await together([lambda r=rank: stand(r) for rank in ranks])  # type: ignore[misc]
+        outcomes = await on_all(ranks, stand)
         assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
         assert {outcome.steps for outcome in outcomes} == {(0, 1, 0)}
         for rank in ranks:
@@ -179,18 +184,18 @@ async def test_pausing_drains() -> None:
     async with memory_world(old, TOPOLOGY) as ranks:
         handles = [rank.updater.begin(new) for rank in ranks]
 
-        async def pause(rank: MemoryRank) -> None:
-            async with rank.updater.paused():
-                assert rank.updater.placement == new
+        async def pause(updater: ExpertUpdater) -> None:
+            async with updater.paused():
+                assert updater.placement == new
                 with pytest.raises(BusyUpdater, match="paused"):
-                    rank.updater.begin(old)
+                    updater.begin(old)
                 with pytest.raises(BusyUpdater, match="paused"):
-                    await rank.updater.step()
+                    await updater.step()
 
-        outcomes = await together([lambda r=rank: pause(r) for rank in ranks])  # type: ignore[misc]
+        outcomes = await on_all(ranks, pause)
         assert outcomes == [None] * 3
         assert all(handle.done for handle in handles)
-        await together([lambda u=rank.updater: u.update(old) for rank in ranks])  # type: ignore[misc]
+        await on_all(ranks, lambda u: u.update(old))
         assert ranks[0].updater.placement == old
 
 
@@ -227,7 +232,7 @@ async def test_step_counts_that_drift_apart_end_the_update() -> None:
         for _ in range(30):
             await ranks[0].updater.step()
         handles = [rank.updater.begin(new) for rank in ranks]
-        outcomes: list[Any] = await together([handle.wait for handle in handles])
+        outcomes = await together([handle.wait for handle in handles])
         assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
 
 
@@ -249,7 +254,7 @@ async def test_two_steps_at_once_are_refused() -> None:
                 await anyio.sleep(0.001)
 
         pairs = list(zip(ranks, handles, strict=True))
-        await together([lambda p=pair: serve(*p) for pair in [*pairs, pairs[0]]])  # type: ignore[misc]
+        await together([partial(serve, *pair) for pair in [*pairs, pairs[0]]])
         assert refused > 0
         assert ranks[0].updater.placement == new
         waits = [rank.updater.statistics() for rank in ranks]
@@ -295,15 +300,15 @@ async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike
         handles = [rank.updater.begin(new) for rank in ranks]
         raised = []
 
-        async def serve(rank: MemoryRank, handle: Any) -> None:
+        async def serve(updater: ExpertUpdater, handle: Any) -> None:
             while not handle.done:
                 try:
-                    await rank.updater.step()
+                    await updater.step()
                 except ZeroDivisionError as error:
                     raised.append(error)
                 await anyio.lowlevel.checkpoint()
 
-        await together([lambda r=r, h=h: serve(r, h) for r, h in zip(ranks, handles, strict=True)])  # type: ignore[misc]
+        await on_all(ranks, serve, handles)
         assert len(raised) == 1
         assert len({rank.updater.placement for rank in ranks}) == 1
         for rank in ranks:
@@ -318,7 +323,7 @@ async def test_a_rank_that_never_begins_is_named() -> None:
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     options = UpdateOptions(transfer_timeout_s=0.05, control_timeout_s=0.2)
     async with memory_world(old, TOPOLOGY, options=options) as ranks:
-        outcomes: list[Any] = await together([lambda u=r.updater: u.begin(new).wait() for r in ranks[:2]])  # type: ignore[misc]
+        outcomes = await on_all(ranks[:2], lambda u: u.begin(new).wait())
         assert all(isinstance(outcome, UpdateNotBegun) and outcome.ranks == (2,) for outcome in outcomes)
         for rank in ranks:
             assert rank.updater.placement == old
@@ -329,17 +334,17 @@ async def test_leaving_while_an_update_runs_ends_it_at_the_same_layer() -> None:
     """Ranks that leave, each after another number of steps, still commit what was agreed."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
 
-    async def live(rank: MemoryRank, steps: int) -> None:
-        async with rank.updater:
-            rank.updater.begin(new)
+    async def live(updater: ExpertUpdater, steps: int) -> None:
+        async with updater:
+            updater.begin(new)
             for _ in range(steps):
-                await rank.updater.step()
+                await updater.step()
                 await anyio.lowlevel.checkpoint()
 
     ends = set()
     for steps in range(0, 90, 6):
         ranks = memory_ranks(old, TOPOLOGY)
-        assert await together([lambda r=r, n=steps + i: live(r, n) for i, r in enumerate(ranks)]) == [None] * 3  # type: ignore[misc]
+        assert await on_all(ranks, live, range(steps, steps + 3)) == [None] * 3
         (placement,) = {rank.updater.placement for rank in ranks}
         ends.add(len(placement.changed_layers(old)))
         for rank in ranks:

@@ -10,7 +10,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import CapturingLogger
-from support.helpers import memory_world, together
+from support.helpers import memory_world, on_all, together
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
 from async_eplb.errors import UpdateAborted, UpdateStalled
@@ -89,7 +89,7 @@ def test_a_stage_that_hangs(kind: str, stage: str) -> None:
             workers=lambda: next(workers),
             loggers=wrapped,
         ) as ranks:
-            return await together([lambda u=rank.updater: u.update(NEW) for rank in ranks])  # type: ignore[misc]
+            return await on_all(ranks, lambda u: u.update(NEW))
 
     first, second = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
     assert isinstance(second, UpdateStalled)
@@ -124,7 +124,7 @@ def test_progress_is_no_stall() -> None:
 
     async def update() -> float:
         async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=workers) as ranks:
-            await together([lambda u=rank.updater: u.update(NEW) for rank in ranks])  # type: ignore[misc]
+            await on_all(ranks, lambda u: u.update(NEW))
             assert all(rank.updater.placement == NEW for rank in ranks)
             return float(trio.current_time())
 

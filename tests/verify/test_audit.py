@@ -4,7 +4,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support.helpers import in_virtual_time, memory_world, together
+from support.helpers import in_virtual_time, memory_world, on_all
 
 from async_eplb import (
     EPTopology,
@@ -26,12 +26,7 @@ PLACEMENT = ExpertPlacement.from_mapping([[0, 1, 0, 2, 0, -1], [0, 1, 2, 2, 1, 0
 
 async def audits(ranks: list[Any]) -> list[AuditReport]:
     """Audit on all ranks."""
-    transports = MemoryTransport.world(len(ranks))
-    calls: list[Any] = [
-        lambda r=rank, t=transport: r.updater.audit(t) for rank, transport in zip(ranks, transports, strict=True)
-    ]
-    outcomes: list[Any] = await together(calls)
-    return outcomes
+    return await on_all(ranks, ExpertUpdater.audit, MemoryTransport.world(len(ranks)))
 
 
 @in_virtual_time
