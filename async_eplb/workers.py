@@ -1,4 +1,4 @@
-"""The one seam between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
+"""Between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
 
 import socket
 from collections.abc import Callable

@@ -84,7 +84,7 @@ def test_arbitrary_inline_documents_never_crash(document: str) -> None:
 
 
 def test_an_expert_beyond_the_model_is_located() -> None:
-    """The error says where."""
+    """The error names layer, physical and logical expert."""
     with pytest.raises(InvalidPlacement, match="layer 1: physical expert 1 holds logical expert 7"):
         ExpertPlacement.from_mapping([[0, 1], [0, 7]], 2)
 

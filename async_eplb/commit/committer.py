@@ -19,7 +19,7 @@ from async_eplb.weights import ExpertWeights
 
 
 class PreparedCommit(Protocol):
-    """The commit of one layer, of which only enqueuing the copies is left to do."""
+    """The commit of one layer, for which everything but enqueuing the copies has been done."""
 
     def run(self) -> int:
         """Enqueue the copies of all staged slots to live weights, and publishing, on the current stream.
@@ -83,7 +83,7 @@ class CopyCommitter:
         self._expert_map = expert_map
 
     def spare_nbytes(self, row: int) -> int:  # noqa: ARG002 - the protocol's
-        """Return 0."""
+        """Return 0: only slots are staged."""
         return 0
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> CopyCommit:
@@ -101,7 +101,7 @@ class CopyCommitter:
 
 
 def committer_for(weights: ExpertWeights, expert_map: ExpertMap) -> Committer:
-    """Return the fastest committer there is for the device of the weights."""
+    """Return the fastest committer for the device of the weights: one with Triton on CUDA, if it is installed."""
     if weights.device.type == "cuda" and find_spec("triton") is not None:
         from async_eplb.commit.fused import FusedCommitter  # noqa: PLC0415 - needs Triton
 

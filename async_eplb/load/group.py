@@ -1,4 +1,4 @@
-"""Sums loads over ranks on a gloo group of their own, in a thread of their own: never on the serving path."""
+"""Sums of loads over ranks, in a thread and a gloo group of their own: never on the serving path."""
 
 from datetime import timedelta
 from functools import partial

@@ -67,7 +67,7 @@ def test_every_byte_is_in_one_chunk(segments: npt.NDArray[np.int64]) -> None:
 
 @given(disjoint_segments())
 def test_vectors_are_aligned_and_chunks_bounded(segments: npt.NDArray[np.int64]) -> None:
-    """What the kernel takes for granted."""
+    """The kernel assumes both."""
     table = chunk_table(segments)
     assert len(table) <= most_chunks(segments).sum()
     for src, dst, amount in table.tolist():
@@ -102,7 +102,7 @@ def test_aligned_segments_are_copied_in_vectors() -> None:
 
 
 def test_an_increment_has_no_amount() -> None:
-    """The kernel tells it from a copy by that."""
+    """By this the kernel distinguishes it from a copy."""
     assert increment(64).tolist() == [[0, 64, 0]]
 
 
@@ -170,7 +170,7 @@ def test_a_plain_commit_replaces_the_slots_of_its_plan(seed: int) -> None:
 
 
 def test_a_layer_that_is_not_staged_is_not_committed() -> None:
-    """Its buffer says so, and nothing is written."""
+    """Its buffer refuses, and nothing is written."""
     layer = random_layer(0)
     before = layer.state()
     layer.buffer.enter(BufferState.FREE)
