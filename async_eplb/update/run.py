@@ -39,7 +39,7 @@ from async_eplb.events.schema import LayerCommitted, UpdateFailed, UpdateFinishe
 from async_eplb.events.stopwatch import Stopwatch
 from async_eplb.placement import ExpertPlacement
 from async_eplb.staging import BufferState, StagingPool
-from async_eplb.transport.base import Exchange
+from async_eplb.transport.base import PreparedExchange
 from async_eplb.update.stages import LayerInFlight, LayerStages, PlannedLayer
 from async_eplb.update.summary import UpdateSummary
 from async_eplb.update.watchdog import Watchdog
@@ -103,7 +103,7 @@ class UpdateRun:
         self._on_finish = on_finish
         self._prepared = False
         self._cancel_early = False
-        self._launchable: list[tuple[LayerInFlight, Exchange]] = []
+        self._launchable: list[tuple[LayerInFlight, int, PreparedExchange]] = []
         self._num_launched = 0
         self._num_planned = 0
         self._staged: list[LayerInFlight] = []
@@ -320,7 +320,7 @@ class UpdateRun:
                 with self._watchdog.doing("transfer", index, "copying own slots"):
                     layer = await self.stages.load(planned_layer, buffer)
                 if self._launches_at_steps:
-                    self._launchable += [(layer, part) for part in layer.parts]
+                    self._launchable += [(layer, hop, part) for hop, part in layer.parts]
                     driver.offer(len(layer.parts))
                 elif self.stages.launch_rule.needs_grant:
                     driver.offer(1)
@@ -382,7 +382,7 @@ class UpdateRun:
     @property
     def _launches_at_steps(self) -> bool:
         """Whether transfers begin at agreed boundaries, on the serving thread."""
-        return self.stages.launch_rule.needs_order and self.stages.mode is Mode.SERVING
+        return self.stages.launches_at_steps
 
     async def _is_launched(self, layer: LayerInFlight, index: int) -> bool:
         """Launch a layer, or see it launched; return whether that was, or False if it will not be moved."""

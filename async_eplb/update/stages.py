@@ -24,7 +24,8 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan, PostedLayer, PostedUpdate, SlotSource, plan_update
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
-from async_eplb.transport.base import Exchange, Message, MessageGroup, PendingExchange, Pull, Pulls, Transport
+from async_eplb.transport.base import PendingExchange, PreparedExchange, Transport
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull, Pulls
 from async_eplb.update.journal import transfer_event
 from async_eplb.update.summary import Tally
 from async_eplb.update.watchdog import Activity
@@ -54,8 +55,8 @@ class LayerInFlight:
 
     planned: PlannedLayer
     buffer: StagingBuffer
-    hops: tuple[Exchange, ...]
-    """What is exchanged, and then, where the planner relays, what is passed on."""
+    hops: tuple[tuple[PreparedExchange, ...], ...]
+    """The transfer and then, where the planner relays, the relays: each as the parts that are launched one by one."""
     commit: Callable[[], int]
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Started anew when its transfer's turn came, and when it was staged."""
@@ -72,13 +73,13 @@ class LayerInFlight:
         self.pending = tuple([] for _ in self.hops)
 
     @property
-    def parts(self) -> tuple[Exchange, ...]:
-        """What is launched at boundaries, one part at each."""
-        return tuple(part for hop in self.hops for part in hop.parts())
+    def parts(self) -> tuple[tuple[int, PreparedExchange], ...]:
+        """Hop and exchange of each part, in the order of launches."""
+        return tuple((hop, part) for hop, parts in enumerate(self.hops) for part in parts)
 
     def is_launched(self, hop: int) -> bool:
-        """Whether all parts of a hop are, where these are launched one by one."""
-        return len(self.pending[hop]) == len(self.hops[hop].parts())
+        """Whether all parts of a hop are."""
+        return len(self.pending[hop]) == len(self.hops[hop])
 
 
 class LayerStages:
@@ -137,6 +138,11 @@ class LayerStages:
     def launch_rule(self) -> LaunchRule:
         """When a layer's exchange may be launched."""
         return self._transport.launch_rule
+
+    @property
+    def launches_at_steps(self) -> bool:
+        """Whether exchanges are launched part by part at agreed boundaries."""
+        return self.launch_rule.needs_order and self.mode is Mode.SERVING
 
     async def prepare(self, pool: StagingPool, rows: Sequence[int]) -> None:
         """Plan all of an update's layers, ``rows``, and make staging hold the slots that change in any of them.
@@ -252,40 +258,39 @@ class LayerStages:
     async def load(self, planned: PlannedLayer, buffer: StagingBuffer) -> LayerInFlight:
         """Lay out a layer's staging, fill it from this rank's own slots, and prepare its exchange."""
 
-        def fill() -> tuple[tuple[Exchange, ...], Callable[[], int]]:
+        def fill() -> tuple[tuple[tuple[PreparedExchange, ...], ...], Callable[[], int]]:
             buffer.lay_out(
                 planned.plan.staged_slots,
                 self._weights.slot_nbytes(planned.row),
                 spare_nbytes=self._committer.spare_nbytes(planned.row),
             )
-            hops = self._hops(planned, buffer)
+            hops = [hop.parts() if self.launches_at_steps else (hop,) for hop in self._hops(planned, buffer)]
             with self._device.transferring(), torch.no_grad():
                 self._device.wait(self.callers_work)
                 self._device.wait(buffer.consumed)
-                for hop in hops:
-                    self._transport.prepare(hop)
+                prepared = tuple(tuple(self._transport.prepare(part) for part in parts) for parts in hops)
                 self._mark(planned)
                 commit = self._committer.prepare(planned.row, planned.plan, buffer, planned.maps)
                 if self.launch_rule is not LaunchRule.ORDERED:
                     self._device.record().synchronize()
-            return hops, commit
+            return prepared, commit
 
         return LayerInFlight(planned, buffer, *await self._workers.run("transfer", fill))
 
-    def launch(self, layer: LayerInFlight, part: Exchange) -> None:
+    def launch(self, layer: LayerInFlight, hop: int, part: PreparedExchange) -> None:
         """Post one part of a layer's exchange, behind the transfer stream, in the thread whose launches are ordered.
 
         :raises BrokenTransport: if the transport is not open
         """
         with self._device.transferring():
-            layer.pending[part.hop].append(self._transport.launch(part))
+            layer.pending[hop].append(part.launch())
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
         """Post a layer's hops beside whatever the model does."""
 
         def launch_all() -> None:
-            for hop in layer.hops:
-                self.launch(layer, hop)
+            for hop, part in layer.parts:
+                self.launch(layer, hop, part)
 
         if self.launch_rule.needs_order:
             await self._workers.run("transfer", launch_all)

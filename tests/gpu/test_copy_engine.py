@@ -114,7 +114,7 @@ def traced_exchange(world: WorldRank, folder: Path, in_turn: bool, in_batches: b
 
     def memory(torch_device: torch.device) -> CudaIpc:
         ipc = CudaIpc(torch_device)
-        ipc._has_batches &= in_batches
+        ipc.in_batches &= in_batches
         return ipc
 
     torch.cuda.synchronize()
@@ -125,9 +125,9 @@ def traced_exchange(world: WorldRank, folder: Path, in_turn: bool, in_batches: b
         weights = ExpertWeights({0: live})
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         torch.distributed.barrier()
-        await transport.launch(exchange).wait(60)
+        await transport.prepare(exchange).launch().wait(60)
         with torch.profiler.profile(activities=activities) as profile:
-            await transport.launch(exchange).wait(60)
+            await transport.prepare(exchange).launch().wait(60)
         profile.export_chrome_trace(str(file))
         torch.distributed.barrier()
         await transport.aclose()
@@ -158,19 +158,19 @@ def wait_alone(world: WorldRank) -> tuple[float, bool]:
     staging.lay_out([0], [1 << 20])
 
     async def main() -> tuple[float, bool]:
-        transport = CopyEngineTransport()
+        memory = CudaIpc(device.torch_device)
+        transport = CopyEngineTransport(memory=lambda _: memory)
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         waited_s, ended = 0.0, False
         if world.rank == 0:
-            peers = transport._peers
-            assert peers is not None
-            pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+            prepared = transport.prepare(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+            pending = prepared.launch()
             start = anyio.current_time()
             with pytest.raises(TransferTimeout):
                 await pending.wait(0.5)
             waited_s = anyio.current_time() - start
-            await anyio.to_thread.run_sync(until_passed, peers.end, time.monotonic() + 5)
-            ended = peers.end.query()
+            await anyio.to_thread.run_sync(until_passed, memory.end(), time.monotonic() + 5)
+            ended = memory.end().query()
         torch.distributed.barrier()
         await transport.aclose()
         return waited_s, ended

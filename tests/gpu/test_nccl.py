@@ -90,7 +90,7 @@ def receive_while_a_second_hop_is_late(world: WorldRank) -> list[int]:
             sends = () if to is None else (Message(to, 0, data[hop]),)
             recvs = () if of is None else (Message(of, 0, data[hop]),)
             with device.transferring():
-                return transport.launch(Exchange(1 - hop, (MessageGroup(sends, recvs),), hop))
+                return transport.prepare(Exchange(1 - hop, (MessageGroup(sends, recvs),), hop)).launch()
 
         second = launch(1, of=1) if world.rank == 0 else None
         if world.rank in (0, 2):
@@ -175,8 +175,8 @@ def time_out(world: WorldRank) -> tuple[str, str, int]:
         if world.rank == 0:
             message = Message(1, 0, device.allocate(1 << 20))
             with device.transferring():
-                pending = transport.launch(Exchange(3, (MessageGroup((), (message,)),)))
-            for act in (lambda: pending.wait(0.5), lambda: transport.launch(Exchange(3, ()))):
+                pending = transport.prepare(Exchange(3, (MessageGroup((), (message,)),))).launch()
+            for act in (lambda: pending.wait(0.5), lambda: transport.prepare(Exchange(3, ()))):
                 try:
                     await act()  # type: ignore[misc]
                 except (TransferTimeout, BrokenTransport) as error:

@@ -2,10 +2,13 @@
 
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import anyio
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.transport.control import GlooControlGroup
@@ -39,16 +42,20 @@ class Counting:
 def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
     """Rank 1 has given rank 0 its last row, and rank 2 none: both others name rank 1, and neither the other."""
     groups: dict[int, GlooControlGroup] = {}
+    dying: list[ProcessGroupGloo] = []
 
     def connect(rank: int) -> None:
         store = dist.FileStore(str(tmp_path / "store"), 3)  # type: ignore[attr-defined]
-        groups[rank] = GlooControlGroup(store, rank, 3, ThreadWorkers(), timeout_s=20.0)
+        if rank == 1:
+            dying.append(ProcessGroupGloo(store, rank, 3, timedelta(seconds=20)))
+        else:
+            groups[rank] = GlooControlGroup(store, rank, 3, ThreadWorkers(), timeout_s=20.0)
 
     together([threading.Thread(target=connect, args=(rank,)) for rank in range(3)])
     voters = {rank: Counting(5) for rank in (0, 2)}
 
     def give_rank_0_a_row_and_die() -> None:
-        group = groups.pop(1)._group
+        group = dying.pop()
         row, received = torch.tensor(ROW), torch.empty(len(ROW), dtype=torch.int64)
         group.send([row], 0, 0).wait()  # type: ignore[attr-defined]
         group.recv([received], 0, 0).wait()  # type: ignore[attr-defined]
@@ -56,7 +63,7 @@ def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
     together(
         [
             threading.Thread(target=give_rank_0_a_row_and_die),
-            *(threading.Thread(target=groups[rank]._hold_rounds, args=(voters[rank],)) for rank in (0, 2)),
+            *(threading.Thread(target=anyio.run, args=(groups[rank].run, voters[rank])) for rank in (0, 2)),
         ]
     )
     for rank in (0, 2):

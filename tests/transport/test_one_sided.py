@@ -72,7 +72,7 @@ def test_slots_are_pulled_once() -> None:
 def test_it_asks_for_grants() -> None:
     """It reads peers' live weights, and nobody orders that with the model's collectives."""
     assert CopyEngineTransport.launch_rule is LaunchRule.GRANTED
-    assert not CopyEngineTransport.needs_ordered_launch
+    assert not CopyEngineTransport.launch_rule.needs_order
 
 
 def update_many_times(world: WorldRank, num_updates: int, ranks_per_host: int | None = None) -> int:
@@ -145,7 +145,7 @@ async def refuse(
     with pytest.raises(IpcUnavailable) as caught:
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=30)
     with pytest.raises(BrokenTransport):
-        transport.launch(Exchange(0, ()))
+        transport.prepare(Exchange(0, ()))
     await transport.aclose()
     assert transport.rank == rank
     return caught.value.ranks, str(caught.value)
@@ -218,12 +218,12 @@ async def be_stuck() -> None:
     weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
     await transport.open(memory, workers, weights, control_timeout_s=30)
     memory.stuck = True
-    pending = transport.launch(Exchange(0, ()))
+    pending = transport.prepare(Exchange(0, ())).launch()
     with pytest.raises(TransferTimeout) as caught:
         await pending.wait(0.05)
     assert (caught.value.layer, caught.value.timeout_s) == (0, 0.05)
     with pytest.raises(BrokenTransport):
-        transport.launch(Exchange(0, ()))
+        transport.prepare(Exchange(0, ()))
     await transport.aclose()
 
 
@@ -247,7 +247,8 @@ async def wait_for_a_turn(rank: int) -> float:
     staging.lay_out([0], [4])
     took_s = 0.0
     if rank == 0:
-        pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        prepared = transport.prepare(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        pending = prepared.launch()
         started = anyio.Event()
 
         async def start_it() -> None:
@@ -288,7 +289,7 @@ async def send_messages() -> None:
     await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
     message = Message(0, 0, memory.allocate(4))
     with pytest.raises(BrokenTransport, match="moves no messages"):
-        transport.launch(Exchange(0, (MessageGroup((message,), ()),)))
+        transport.prepare(Exchange(0, (MessageGroup((message,), ()),)))
     await transport.aclose()
 
 
@@ -303,15 +304,18 @@ def test_messages_are_refused() -> None:
 
 
 async def abort_before_the_end() -> None:
-    """Abort between launch and wait."""
+    """Abort between launch and wait, and between preparation and launch."""
     memory = SharedMemory()
     transport = CopyEngineTransport(memory=lambda _: memory)
     weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
     await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
-    pending = transport.launch(Exchange(0, ()))
+    pending = transport.prepare(Exchange(0, ())).launch()
+    prepared = transport.prepare(Exchange(1, ()))
     transport.abort()
     with pytest.raises(BrokenTransport):
         await pending.wait(30)
+    with pytest.raises(BrokenTransport):
+        prepared.launch()
     await transport.aclose()
 
 
@@ -321,5 +325,5 @@ def aborted_in_world(_: WorldRank) -> None:
 
 
 def test_an_aborted_transport_pulls_nothing() -> None:
-    """What was launched and not yet pulled ends with an error."""
+    """What was launched and not yet pulled ends with an error, and what was prepared is not launched."""
     run_world(aborted_in_world, 1)
