@@ -1,4 +1,4 @@
-"""The contract between the updater and whatever moves bytes between ranks.
+"""The contract between the updater and the transports that move bytes between ranks.
 
 An exchange is prepared (:meth:`Transport.prepare`), launched (:meth:`PreparedExchange.launch`), and waited for
 (:meth:`PendingExchange.wait`). Who may touch what, and when:
@@ -32,7 +32,7 @@ class PendingExchange(Protocol):
     """A launched exchange."""
 
     async def start(self) -> None:
-        """Do what the launch has left undone because it would hold up its thread; else :meth:`wait` does it first.
+        """Do the work that the launch left undone because it would delay its thread; else :meth:`wait` does it first.
 
         Exchanges of earlier rows may be under way. Called once; a started exchange must be waited for.
 

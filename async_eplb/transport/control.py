@@ -65,7 +65,7 @@ class GlooControlGroup:
             voter.lose(error)
 
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
-        """Exchange rows with each rank by itself, so that it is known whose row is missing."""
+        """Exchange rows with each rank by itself, so that the ranks of missing rows are known."""
         given = torch.tensor(row, dtype=torch.int64)
         rows = [given if rank == self._rank else torch.empty_like(given) for rank in range(self._num_ranks)]
         deadline = time.monotonic() + self._timeout_s

@@ -155,7 +155,7 @@ class _RenumberedPending:
 
 @contextmanager
 def _renumbered(members: tuple[int, ...]) -> Iterator[None]:
-    """Translate what the body raises from places to ranks of the EP group."""
+    """Translate errors of the body from places to ranks of the EP group."""
     try:
         yield
     except BrokenTransport as error:
@@ -164,7 +164,7 @@ def _renumbered(members: tuple[int, ...]) -> Iterator[None]:
 
 
 def _renumber(error: BrokenControlGroup | BrokenTransport, members: tuple[int, ...]) -> None:
-    """Translate an error's facts from places to ranks of the EP group; its message keeps places, and says so."""
+    """Translate an error's facts from places to ranks of the EP group; its message keeps places, with a note of it."""
     error.rank = members[error.rank]
     if isinstance(error, BrokenControlGroup):
         error.missing = tuple(members[place] for place in error.missing)

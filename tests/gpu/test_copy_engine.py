@@ -26,7 +26,7 @@ _NUM_SLOTS = 4
 
 
 class NotedIpc(CudaIpc):
-    """Remembers what it has mapped."""
+    """Records its mappings."""
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
@@ -67,7 +67,7 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
 
 
 def conform_across_hosts(world: WorldRank) -> LaunchRule:
-    """Run the conformance suite as one of two ranks of a host; return what the transport asks for."""
+    """Run the conformance suite as one of two ranks of a host; return the launch rule."""
     be_on_host(world.rank // 2)
     device, transport = device_of(world), HybridTransport()
     anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))
@@ -186,7 +186,7 @@ def test_a_device_waits_for_its_turn_and_can_give_up() -> None:
 
 
 async def refused(transport: CopyEngineTransport, device: CudaDevice) -> tuple[tuple[int, ...], str]:
-    """Open a transport that cannot be; return whom the error names and what it says."""
+    """Open a transport that cannot be opened; return the ranks that the error names, and its message."""
     weights = ExpertWeights({0: [device.allocate(1 << 20).view(4, -1)]})
     with pytest.raises(IpcUnavailable) as caught:
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
@@ -202,7 +202,7 @@ def be_expandable(world: WorldRank) -> tuple[tuple[int, ...], str]:
 
 
 def test_expandable_segments_are_refused() -> None:
-    """All ranks are told which rank has them, before anything moves."""
+    """All ranks raise which rank has them, before anything moves."""
     for ranks, message in run_world(be_expandable, 2):
         assert ranks == (1,)
         assert "rank 1: weights are in memory without CUDA IPC handles" in message

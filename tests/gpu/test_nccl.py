@@ -64,7 +64,7 @@ def test_every_pass_sees_whole_layers(operations_per_group: int) -> None:
 
 @pytest.mark.parametrize("staging_depth", [2, 3])
 def test_relays_keep_layers_whole(staging_depth: int) -> None:
-    """What crosses nodes once is passed on inside the node, from staging, beside the next layer's first hop."""
+    """Slots cross nodes once and are relayed inside the node, from staging, beside the next layer's first hop."""
     options = UpdateOptions(verify="checksum", planner=Planner("relayed"), staging_depth=staging_depth)
     soak = Soak(backend="nccl", num_nodes=2, num_updates=8, options=options)
     for result in run_world(soak_rank, 4, soak):
@@ -161,7 +161,7 @@ def test_second_hops_run_beside_first_hops(tmp_path: Path) -> None:
 
 
 def time_out(world: WorldRank) -> tuple[str, str, int]:
-    """Receive what nobody sends; return what that raises, then what a launch does, and the model's sum after it."""
+    """Receive a message that nobody sends; return the error, that of a later exchange, and the model's sum after it."""
     device = device_of(world)
     model_group = dist.new_group(backend="nccl")
     live = torch.zeros(1, 1 << 20, dtype=torch.uint8, device=device.torch_device)

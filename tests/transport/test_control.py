@@ -1,4 +1,4 @@
-"""Control rounds over gloo, between threads of one process: who is missing is told to ranks that are a round ahead."""
+"""Control rounds over gloo, between threads of one process: ranks that are a round ahead learn which rank is missing."""
 
 import threading
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ROW = (1, 2, 3, 4)
 
 
 class Counting:
-    """A voter that takes part in so many rounds, and remembers how they ended."""
+    """A voter that takes part in so many rounds, and records their end."""
 
     def __init__(self, rounds: int) -> None:
         self.left = rounds
@@ -39,8 +39,8 @@ class Counting:
         self.error = error
 
 
-def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
-    """Rank 1 has given rank 0 its last row, and rank 2 none: both others name rank 1, and neither the other."""
+def test_a_rank_that_is_ahead_learns_which_rank_is_missing(tmp_path: Path) -> None:
+    """Rank 1 has given rank 0 its last row, and rank 2 none: both name rank 1, and not each other."""
     groups: dict[int, GlooControlGroup] = {}
     dying: list[ProcessGroupGloo] = []
 

@@ -32,7 +32,7 @@ MODEL = SampleModel(hidden=32, intermediate=16)
 
 
 def conform(world: WorldRank) -> int:
-    """Run the conformance suite; return what is still mapped."""
+    """Run the conformance suite; return how much is still mapped."""
     memory = SharedMemory()
     transport = CopyEngineTransport(memory=lambda _: memory)
     anyio.run(lambda: check_transport(transport, device=memory, seed=world.num_ranks))
@@ -46,7 +46,7 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
 
 
 def conform_across_hosts(world: WorldRank) -> tuple[LaunchRule, int]:
-    """Run the conformance suite as one of two ranks of a host; return what the transport asks for, and is mapped."""
+    """Run the conformance suite as one of two ranks of a host; return the launch rule, and how much is mapped."""
     be_on_host(world.rank // 2)
     memory = SharedMemory()
     transport = HybridTransport(memory=lambda _: memory)
@@ -122,7 +122,7 @@ def test_many_updates_between_processes(num_ranks: int) -> None:
 
 
 def test_many_updates_between_hosts() -> None:
-    """Only what ranks of this host have is mapped, and takes turns; every byte is right all the same."""
+    """Only weights of ranks of this host are mapped, and read in turn; every byte is right all the same."""
     num_rows = 3
     assert run_world(update_many_times, 6, 30, 3) == [2 * num_rows] * 6
 
@@ -139,7 +139,7 @@ def test_every_pass_sees_whole_layers(transport: Literal["copy", "hybrid"], num_
 async def refuse(
     rank: int, memory: Callable[[torch.device], SharedMemory] | None, device: CpuDevice
 ) -> tuple[tuple[int, ...], str]:
-    """Open a transport for small weights; return whom its error names, and what it says."""
+    """Open a transport for small weights; return the ranks that its error names, and its message."""
     weights = ExpertWeights({0: [device.allocate(8).view(2, 4)]})
     transport = CopyEngineTransport() if memory is None else CopyEngineTransport(memory=memory)
     with pytest.raises(IpcUnavailable) as caught:
@@ -186,7 +186,7 @@ def test_what_cannot_be_shared_is_refused_by_all_ranks(
     ranks: tuple[int, ...],
     reason: str,
 ) -> None:
-    """Before anything moves, every rank is told which ranks cannot read, and why; nothing stays mapped."""
+    """Before anything moves, all ranks raise which ranks cannot read, and why; nothing stays mapped."""
     for named, message in run_world(refuse_in_world, 2, what):
         assert named == ranks
         assert reason in message
@@ -325,5 +325,5 @@ def aborted_in_world(_: WorldRank) -> None:
 
 
 def test_an_aborted_transport_pulls_nothing() -> None:
-    """What was launched and not yet pulled ends with an error, and what was prepared is not launched."""
+    """Launched pulls that were not enqueued end with an error, and prepared ones are not launched."""
     run_world(aborted_in_world, 1)

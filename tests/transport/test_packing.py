@@ -1,4 +1,4 @@
-"""How an NCCL link packs and posts messages, and what it makes of works that NCCL says are done."""
+"""An NCCL link packs and posts messages, and asks NCCL for errors of works that are done."""
 
 from random import Random
 
@@ -99,7 +99,7 @@ class _Work:
 
 
 class _NotingGroup:
-    """A group that notes what is posted."""
+    """A group that records its posts."""
 
     def __init__(self, *works: _Work) -> None:
         self.posted: list[int] = []
@@ -118,7 +118,7 @@ class _NotingGroup:
 
 
 class _NotingDevice(CpuDevice):
-    """Notes what was allocated last."""
+    """Records its allocations."""
 
     def __init__(self) -> None:
         self.allocated: list[torch.Tensor] = []
@@ -129,7 +129,7 @@ class _NotingDevice(CpuDevice):
 
 
 def link_of(group: object, device: CpuDevice) -> NcclLink:
-    """Return a link of ranks 0 and 1 over a group that stands in for torch's."""
+    """Return a link of ranks 0 and 1 over a replacement of torch's group."""
     return NcclLink(group, lambda: None, device, {0: 0, 1: 1})  # type: ignore[arg-type]
 
 

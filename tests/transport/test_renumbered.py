@@ -18,7 +18,7 @@ from async_eplb.transport.renumbered import RenumberedTransport
 
 
 class _Broken(MemoryTransport):
-    """Remembers what it is given to prepare; its launches fail."""
+    """Records prepared exchanges; its launches fail."""
 
     def __init__(self) -> None:
         self.seen: list[Exchange] = []
@@ -48,7 +48,7 @@ def test_ranks_become_places() -> None:
 
 
 def test_places_in_errors_become_ranks() -> None:
-    """In the facts; the message says how its own are counted."""
+    """In the facts; the message has a note of how its own are counted."""
     prepared = RenumberedTransport(_Broken(), (1, 3), 4).prepare(Exchange(0, ()))
     with pytest.raises(BrokenTransport) as caught:
         prepared.launch()

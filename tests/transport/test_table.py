@@ -9,7 +9,7 @@ from async_eplb.transport import TRANSPORTS, TransportOptions
 
 
 def conform(world: WorldRank, name: str, ranks_per_host: int) -> int:
-    """Run the conformance suite on CPUs; return what is still mapped."""
+    """Run the conformance suite on CPUs; return how much is still mapped."""
     be_on_host(world.rank // ranks_per_host)
     memory = SharedMemory()
     transport = TRANSPORTS[name](TransportOptions(backend="gloo", memory=lambda _: memory))

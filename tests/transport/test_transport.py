@@ -72,7 +72,7 @@ class _Ending:
 
 
 def test_a_launch_that_fails_is_a_broken_transport() -> None:
-    """So that whoever hears of it looks for the rank that is lost."""
+    """So that a recovery looks for the lost rank."""
     link = OpenLink(_Gone(), 2, ThreadWorkers())
     with pytest.raises(BrokenTransport) as caught:
         link.prepare(Exchange(3, ())).launch()
@@ -81,7 +81,7 @@ def test_a_launch_that_fails_is_a_broken_transport() -> None:
 
 
 def test_an_exchange_is_launched_once() -> None:
-    """Its scratch memory is another's then."""
+    """After that, its scratch memory is another exchange's."""
     prepared = OpenLink(_Ending(), 0, ThreadWorkers()).prepare(Exchange(0, ()))
     prepared.launch()
     with pytest.raises(RuntimeError, match="launched before"):
@@ -107,9 +107,9 @@ async def test_what_an_abort_ends_is_no_arrival() -> None:
 
 
 def aborts_in_two_hops(world: WorldRank) -> tuple[bool, str]:
-    """Wait for what the peer never sends, in a hop that it does not wait in; abort; return how that ended.
+    """Wait for a message that the peer never sends, in another hop than the peer waits in; abort; return the end of it.
 
-    :returns: whether it ended before its deadline, and what it was told
+    :returns: whether it ended before its deadline, and the error's message
     """
     link = GlooLink(_store(), world.rank, 2, CpuDevice(), timeout=timedelta(seconds=60))
     nothing = Message(1 - world.rank, 5, torch.zeros(8, dtype=torch.uint8))
@@ -135,6 +135,6 @@ def _store() -> Store:
     return PrefixStore("link", dist.distributed_c10d._get_default_store())
 
 
-def test_an_abort_frees_who_waits_in_either_hop() -> None:
+def test_an_abort_ends_waits_in_either_hop() -> None:
     """Neither rank keeps connections open that the other waits on."""
     assert all(in_time and told for in_time, told in run_world(aborts_in_two_hops, 2))

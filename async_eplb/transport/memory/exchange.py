@@ -25,7 +25,7 @@ class PreparedInMemory:
         self._exchange = exchange
 
     def launch(self) -> "MemoryExchange":
-        """Offer this rank's messages to their peers; or take its turns at what it pulls, if that is in turn."""
+        """Return the exchange. Pulls in turn are numbered in the order of launches."""
         self._world.require_open(self._rank)
         kind = OneSidedExchange if self._world.schedule.launch_rule.needs_grant else MemoryExchange
         return kind(self._world, self._rank, self._exchange)

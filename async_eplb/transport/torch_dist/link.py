@@ -1,4 +1,4 @@
-"""What a backend of torch.distributed does for the transport."""
+"""The protocol of the backends of torch.distributed that move the data."""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -40,7 +40,7 @@ class NcclOptions:
 
 
 class NcclLink:
-    """Exchanges over a communicator that nothing else uses. What it launches goes behind the current stream.
+    """Exchanges over a communicator that nothing else uses. Launches go behind the current stream.
 
     :param group: torch's group over the communicator
     :param abort: aborts the communicator; kernels that wait for a peer end
@@ -115,7 +115,7 @@ class NcclLink:
         return partial(self._finish, works, self._device.record())
 
     def _finish(self, works: Sequence[Work], event: DeviceEvent, deadline: float) -> None:
-        """Wait for the device, and then ask NCCL: kernels end too when a peer is gone, and what they left is no data.
+        """Wait for the device, and then ask NCCL: kernels also end when a peer is gone, and then leave no data.
 
         :raises TimeoutError: at the deadline
         :raises RuntimeError: if NCCL has met with an error
