@@ -1,4 +1,4 @@
-"""What a transport must do, as a check that all of them go through."""
+"""The contract of transports as a check that every transport must pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,8 @@ import torch
 from async_eplb.device import Device, device_for
 from async_eplb.errors import BrokenControlGroup, BrokenTransport, BusyTransport
 from async_eplb.staging import StagingBuffer, StagingPool
-from async_eplb.transport.base import ControlGroup, Exchange, Message, MessageGroup, Pull, Pulls, Transport
+from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull, Pulls
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import ThreadWorkers, Workers
 
@@ -26,10 +27,10 @@ async def check_transport(
     """Check that a transport keeps its contract; all ranks call this together, each with its unused transport.
 
     It moves messages of many sizes from live weights that change between exchanges, between all pairs of ranks, in
-    several groups, and compares every byte; holds control rounds; and checks that a transport is opened once and
-    refuses work when it is not open. A layer is granted by a control round to transports that ask for it, and every
-    other one is pulled in turn; other transports must find out for themselves when a peer has sent, and move the second
-    hop of a row beside the first of the next.
+    several groups, and compares every byte; runs control rounds; and checks that a transport is opened once and refuses
+    work when it is closed. For transports that need grants, a control round grants each layer, and every other layer is
+    pulled in turn. Other transports must find out for themselves when a peer has sent, and move the second hop of a row
+    beside the first of the next.
 
     :param seed: of the messages, equal on all ranks
     :raises AssertionError: if the contract is broken, with what and where
@@ -52,8 +53,7 @@ async def check_transport(
         if exchange.pulls is not None and number % 2:
             exchange = replace(exchange, pulls=replace(exchange.pulls, in_turn=True))
         with device.transferring():
-            transport.prepare(exchange)
-            pending = transport.launch(exchange)
+            pending = transport.prepare(exchange).launch()
         await pending.wait(timeout_s)
         _compare(f"exchange {number}", expected)
     if not transport.launch_rule.needs_grant:
@@ -63,25 +63,26 @@ async def check_transport(
     for number, rows in enumerate(voter.rounds):
         assert rows == [[rank, number] for rank in range(transport.num_ranks)], rows  # noqa: S101
     assert len(voter.rounds) == num_exchanges, f"{len(voter.rounds)} control rounds were held"  # noqa: S101
+    prepared = transport.prepare(Exchange(0, ()))
     await transport.aclose()
-    try:
-        transport.launch(Exchange(0, ()))
-    except BrokenTransport:
-        return
-    raise AssertionError("a closed transport took an exchange")
+    for what, act in (("prepared", lambda: transport.prepare(Exchange(0, ()))), ("launched", prepared.launch)):
+        try:
+            act()
+        except BrokenTransport:
+            continue
+        raise AssertionError(f"a closed transport {what} an exchange")
 
 
 async def _check_hops(
     transport: Transport, device: Device, weights: ExpertWeights, control: ControlGroup, *, seed: int, timeout_s: float
 ) -> None:
-    """Move a row's second hop and the next row's first at once, with equal tags; ranks wait in either order."""
+    """Move a row's second hop and the next row's first at once, with equal tags; odd ranks wait in reverse order."""
     await control.run(CountingVoter(transport.rank, 1))  # all ranks have done with both rows
     (second, expected), (first, expected_first) = (_exchange(transport, device, weights, seed + n) for n in range(2))
     second = replace(second, hop=1)
     with device.transferring():
-        for exchange in (second, first):
-            transport.prepare(exchange)
-        pending = [transport.launch(second), transport.launch(first)]
+        prepared = [transport.prepare(exchange) for exchange in (second, first)]
+        pending = [each.launch() for each in prepared]
     if transport.rank % 2:
         pending.reverse()
     async with anyio.create_task_group() as tasks:
@@ -94,7 +95,7 @@ async def _check_hops(
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What must be in memory after an exchange, and where it is from."""
+    """The expected content of memory after an exchange, and its origin."""
 
     where: str
     memory: torch.Tensor
@@ -123,7 +124,7 @@ class CountingVoter:
         return [self._rank, len(self.rounds)]
 
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Keep what all gave."""
+        """Record the ballots of all ranks."""
         self.rounds.append([list(row) for row in rows])
         return len(self.rounds) < self._num_rounds
 
@@ -133,10 +134,10 @@ class CountingVoter:
 
 
 _SIZES = (1, 4, 4096, 1_000_003)
-"""Of messages, and so of the tensors of a row, in bytes."""
+"""Bytes of messages, and so of the tensors of a row."""
 _NUM_GROUPS = 2
 _NUM_ROWS = 2
-"""With two rows, the granting round of an exchange says that all ranks have done with the row of the next."""
+"""With two rows, the granting round of an exchange proves that all ranks are done with the row of the next."""
 
 
 def _weights(transport: Transport, device: Device) -> ExpertWeights:
@@ -150,7 +151,7 @@ def _weights(transport: Transport, device: Device) -> ExpertWeights:
 def _exchange(
     transport: Transport, device: Device, weights: ExpertWeights, seed: int
 ) -> tuple[Exchange, list[_Expected]]:
-    """Fill a row, and return an exchange by which all ranks get it from all others, and what they must get."""
+    """Fill a row; return an exchange in which each rank gets slots from all others, and the expected content."""
     row, num_ranks = seed % _NUM_ROWS, transport.num_ranks
     peers = [peer for peer in range(num_ranks) if peer != transport.rank]
     pulls = tuple(

@@ -18,7 +18,7 @@ from async_eplb.transport.one_round import require_recent
 from async_eplb.workers import Workers
 
 _SETTLE_S = 0.5
-"""By which ranks can notice a loss sooner and later."""
+"""How much later than another a rank can notice a loss."""
 _NEVER_SENT = 2**31 - 1
 """A tag of no message."""
 _LEAST_WAIT_S = 0.005
@@ -41,10 +41,10 @@ class GlooControlGroup:
         self._timeout_s = timeout_s
         self._news = threading.Event()
         self._unfinished: object = None
-        """What a broken round may still write to."""
+        """Memory that a broken round may still write to."""
 
     async def run(self, voter: Voter) -> None:
-        """Hold rounds in the control thread, from now until the last one."""
+        """Run rounds in the control thread, from now until the last one."""
         await self._workers.run("control", partial(self._hold_rounds, voter))
 
     def wake(self) -> None:
@@ -65,7 +65,7 @@ class GlooControlGroup:
             voter.lose(error)
 
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
-        """Exchange rows with each rank by itself, so that it is known whose row is missing."""
+        """Exchange rows with each rank by itself, so that the ranks of missing rows are known."""
         given = torch.tensor(row, dtype=torch.int64)
         rows = [given if rank == self._rank else torch.empty_like(given) for rank in range(self._num_ranks)]
         deadline = time.monotonic() + self._timeout_s
@@ -92,12 +92,12 @@ class GlooControlGroup:
         )
 
     def _give_up(self, silent: set[int], *, in_time: bool) -> list[int]:
-        """Tell the others, and return who of the silent ranks has not given up too, for want of somebody else.
+        """Publish that this rank gives up; return the silent ranks that did not give up for want of another rank.
 
-        A rank that is a round ahead waits for one that has given up already. So that says why in the store, and then
-        closes its connections, which is noticed at once.
+        A rank that is a round ahead waits for one that has given up already. So a rank writes to the store whose
+        ballots it misses, and then closes its connections, which is noticed at once.
 
-        :param in_time: this did not take until the deadline, so that whoever gave up has said so by now
+        :param in_time: whether the failure came before the deadline, so that ranks that gave up have written so by now
         """
         deadline = time.monotonic() + (_SETTLE_S / 10 if in_time else 2 * _SETTLE_S)
         missing: set[int] = set()
@@ -109,9 +109,9 @@ class GlooControlGroup:
                 peer = min(silent - looked_at)
                 looked_at.add(peer)
                 key = f"gave up/{peer}"
-                while not (said := self._store.check([key])) and time.monotonic() < deadline:
+                while not (gave_up := self._store.check([key])) and time.monotonic() < deadline:
                     time.sleep(_LEAST_WAIT_S)
-                if said:
+                if gave_up:
                     silent |= set(json.loads(self._store.get(key)))
                 else:
                     missing.add(peer)
@@ -121,7 +121,7 @@ class GlooControlGroup:
 
 
 def close_connections(group: ProcessGroupGloo, peers: Iterable[int]) -> None:
-    """Let gloo close all connections, as when something takes too long; whoever waits on them, here or there, ends."""
+    """Make gloo close all connections, as after a time-out; all waits on them end, here and at peers."""
     nothing = torch.empty(1)
     for peer in peers:
         with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""A transport that pulls within a host and sends between hosts: each link with what suits it."""
+"""A transport that pulls within a host and sends messages between hosts."""
 
 import time
 from collections.abc import Callable, Collection
@@ -9,9 +9,10 @@ from torch.distributed import ProcessGroup
 
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
-from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
+from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.transport import CopyEngineTransport
+from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.torch_dist.nccl import NcclOptions
 from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
 from async_eplb.weights import ExpertWeights
@@ -59,13 +60,8 @@ class HybridTransport:
 
     @property
     def launch_rule(self) -> LaunchRule:
-        """What both parts ask for together."""
-        return LaunchRule.GRANTED_IN_ORDER if self.needs_ordered_launch else LaunchRule.GRANTED
-
-    @property
-    def needs_ordered_launch(self) -> bool:
-        """Whether the part between hosts does."""
-        return self._far.needs_ordered_launch
+        """The rules of both parts together; known once the transport is open."""
+        return LaunchRule.GRANTED_IN_ORDER if self._far.launch_rule.needs_order else LaunchRule.GRANTED
 
     @property
     def one_sided_peers(self) -> frozenset[int]:
@@ -89,16 +85,12 @@ class HybridTransport:
         await self._far.open(device, workers, weights, control_timeout_s=control_timeout_s)
         return control
 
-    def prepare(self, exchange: Exchange) -> None:
-        """Prepare what goes between hosts."""
-        self._far.prepare(replace(exchange, pulls=None))
-
-    def launch(self, exchange: Exchange) -> PendingExchange:
-        """Post what goes between hosts, and prepare to pull the rest."""
-        far = self._far.launch(replace(exchange, pulls=None))
+    def prepare(self, exchange: Exchange) -> PreparedExchange:
+        """Prepare messages between hosts and pulls within this one."""
+        far = self._far.prepare(replace(exchange, pulls=None))
         if exchange.pulls is None:
             return far
-        return _Both(self, self._near.launch(replace(exchange, groups=())), far)
+        return _PreparedBoth(self, self._near.prepare(replace(exchange, groups=())), far)
 
     def abort(self) -> None:
         """Break both parts."""
@@ -113,7 +105,18 @@ class HybridTransport:
             await self._near.aclose()
 
 
-class _Both:
+class _PreparedBoth:
+    def __init__(self, transport: HybridTransport, near: PreparedExchange, far: PreparedExchange) -> None:
+        self._transport = transport
+        self._near = near
+        self._far = far
+
+    def launch(self) -> PendingExchange:
+        far = self._far.launch()
+        return _PendingBoth(self._transport, self._near.launch(), far)
+
+
+class _PendingBoth:
     def __init__(self, transport: HybridTransport, near: PendingExchange, far: PendingExchange) -> None:
         self._transport = transport
         self._near = near

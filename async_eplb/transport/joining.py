@@ -1,4 +1,4 @@
-"""How a transport finds itself in its group, and keys of its own in the group's store."""
+"""How a transport joins a torch.distributed group: its rank there, and keys of its own in the group's store."""
 
 import uuid
 from typing import NamedTuple
@@ -8,7 +8,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.errors import BrokenTransport, BusyTransport
-from async_eplb.transport.base import Exchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.workers import Workers
 
@@ -43,7 +42,7 @@ def join(group: ProcessGroup | None) -> Membership:
 
 
 class Member:
-    """What transports of a torch.distributed group share: their place in it, a control group, and being opened once."""
+    """Base of the transports of a torch.distributed group: their rank, a control group, and being opened once."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self._rank, self._num_ranks, self._store, self._run_id = join(group)
@@ -65,8 +64,10 @@ class Member:
         """Name of this run in logs: the first rank to join has drawn it."""
         return self._run_id
 
-    def prepare(self, exchange: Exchange) -> None:
-        """Allocate nothing."""
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and neither closed nor aborted."""
+        return self._state == "open"
 
     def _become_open(self) -> None:
         """Become open.
@@ -88,6 +89,6 @@ class Member:
         return self._control
 
     def _become_closed(self) -> None:
-        """Become closed, without a control group."""
+        """Become closed, and drop the control group."""
         self._control = None
         self._state = "closed"

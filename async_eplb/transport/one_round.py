@@ -1,4 +1,4 @@
-"""One control round by itself: every rank gives a row of integers and sees all of them."""
+"""A single control round, in which every rank gives a row of integers and receives the rows of all ranks."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from async_eplb.transport.base import ControlGroup
 
 
 class _OneRound:
-    """Gives a row in one round and keeps what all ranks gave."""
+    """Gives a row in one round and keeps the rows of all ranks."""
 
     def __init__(self, row: Sequence[int]) -> None:
         self._row = row
@@ -29,12 +29,12 @@ class _OneRound:
 
 
 def require_recent(elapsed_s: float, rank: int, timeout_s: float) -> None:
-    """Check that peers cannot have given this rank up, and moved on, since the last round.
+    """Raise BrokenControlGroup if peers may have given this rank up, and moved on, since the last round.
 
     Their ballots may be there all the same: a process that was stopped must not join a round that they gave up.
 
-    :param elapsed_s: since this rank had the last round's result
-    :raises BrokenControlGroup: if they can
+    :param elapsed_s: since this rank had the last round's result, in seconds
+    :param timeout_s: how long peers wait for a ballot, in seconds
     """
     if elapsed_s > timeout_s:
         raise BrokenControlGroup(
@@ -45,8 +45,9 @@ def require_recent(elapsed_s: float, rank: int, timeout_s: float) -> None:
 
 
 async def hold_round(control: ControlGroup, row: Sequence[int]) -> list[list[int]]:
-    """Gather a row of each rank, in their order; all rows have the same length.
+    """Return the rows of all ranks, in rank order; all ranks call this together, with rows of the same length.
 
+    :param row: 64-bit integers of this rank
     :raises BrokenControlGroup: if a rank does not answer
     """
     voter = _OneRound(row)

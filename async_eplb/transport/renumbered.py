@@ -4,32 +4,22 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport
-from async_eplb.transport.base import (
-    ControlGroup,
-    Exchange,
-    Message,
-    MessageGroup,
-    PendingExchange,
-    Pull,
-    Transport,
-    Voter,
-)
+from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange, Transport, Voter
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
-E = TypeVar("E", BrokenControlGroup, BrokenTransport)
 M = TypeVar("M", Message, Pull)
 
 
 class RenumberedTransport:
     """Translates the ranks of the EP group into places in a transport's own group.
 
-    :param transport: of the ranks that are left
+    :param transport: of the remaining ranks
     :param members: their ranks in the EP group, by their place in the transport's
     :param num_ranks: of the EP group
     """
@@ -39,8 +29,6 @@ class RenumberedTransport:
         self._members = tuple(members)
         self._place = {rank: place for place, rank in enumerate(members)}
         self._num_ranks = num_ranks
-        self._translated: WeakKeyDictionary[MessageGroup, MessageGroup] = WeakKeyDictionary()
-        """What transports remember of a group between its preparation and its launch is by the group."""
 
     def __repr__(self) -> str:
         return f"<RenumberedTransport of ranks {list(self._members)}: {self._transport!r}>"
@@ -49,11 +37,6 @@ class RenumberedTransport:
     def launch_rule(self) -> LaunchRule:
         """The transport's."""
         return self._transport.launch_rule
-
-    @property
-    def needs_ordered_launch(self) -> bool:
-        """The transport's."""
-        return self._transport.needs_ordered_launch
 
     @property
     def one_sided_peers(self) -> frozenset[int]:
@@ -91,14 +74,15 @@ class RenumberedTransport:
         )
         return RenumberedControlGroup(control, self._members)
 
-    def prepare(self, exchange: Exchange) -> None:
+    def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Prepare an exchange between places."""
-        self._transport.prepare(self._between_places(exchange))
-
-    def launch(self, exchange: Exchange) -> PendingExchange:
-        """Launch an exchange between places."""
+        groups = tuple(
+            MessageGroup(self._to_places(group.sends), self._to_places(group.recvs)) for group in exchange.groups
+        )
+        pulls = exchange.pulls and replace(exchange.pulls, slots=self._to_places(exchange.pulls.slots))
         with _renumbered(self._members):
-            return _RenumberedExchange(self._transport.launch(self._between_places(exchange)), self._members)
+            prepared = self._transport.prepare(replace(exchange, groups=groups, pulls=pulls))
+        return _RenumberedPrepared(prepared, self._members)
 
     def abort(self) -> None:
         """Abort the transport."""
@@ -108,24 +92,14 @@ class RenumberedTransport:
         """Close the transport."""
         await self._transport.aclose()
 
-    def _between_places(self, exchange: Exchange) -> Exchange:
-        groups = tuple(self._group_between_places(group) for group in exchange.groups)
-        pulls = exchange.pulls and replace(exchange.pulls, slots=self._to_places(exchange.pulls.slots))
-        return replace(exchange, groups=groups, pulls=pulls)
-
-    def _group_between_places(self, group: MessageGroup) -> MessageGroup:
-        if group not in self._translated:
-            self._translated[group] = MessageGroup(self._to_places(group.sends), self._to_places(group.recvs))
-        return self._translated[group]
-
     def _to_places(self, entries: Sequence[M]) -> tuple[M, ...]:
         return tuple(entry._replace(peer=self._place[entry.peer]) for entry in entries)
 
 
 class RenumberedControlGroup:
-    """Rounds of some ranks of an EP group, whose errors name ranks of the whole group.
+    """Control rounds of some ranks of an EP group, whose errors name ranks of the whole group.
 
-    :param control: of the ranks that are left
+    :param control: of the remaining ranks
     :param members: their ranks in the EP group
     """
 
@@ -134,7 +108,7 @@ class RenumberedControlGroup:
         self._members = tuple(members)
 
     async def run(self, voter: Voter) -> None:
-        """Hold rounds."""
+        """Run rounds."""
         await self._control.run(_RenumberedVoter(voter, self._members))
 
     def wake(self) -> None:
@@ -151,10 +125,21 @@ class _RenumberedVoter:
         self._members = members
 
     def lose(self, error: BrokenControlGroup) -> None:
-        self._voter.lose(_named(error, self._members))
+        _renumber(error, self._members)
+        self._voter.lose(error)
 
 
-class _RenumberedExchange:
+class _RenumberedPrepared:
+    def __init__(self, prepared: PreparedExchange, members: tuple[int, ...]) -> None:
+        self._prepared = prepared
+        self._members = members
+
+    def launch(self) -> PendingExchange:
+        with _renumbered(self._members):
+            return _RenumberedPending(self._prepared.launch(), self._members)
+
+
+class _RenumberedPending:
     def __init__(self, pending: PendingExchange, members: tuple[int, ...]) -> None:
         self._pending = pending
         self._members = members
@@ -170,20 +155,17 @@ class _RenumberedExchange:
 
 @contextmanager
 def _renumbered(members: tuple[int, ...]) -> Iterator[None]:
-    """Let what a transport raises inside name ranks of the EP group."""
+    """Translate errors of the body from places to ranks of the EP group."""
     try:
         yield
     except BrokenTransport as error:
-        raise _named(error, members) from error
+        _renumber(error, members)
+        raise
 
 
-def _named(error: E, members: tuple[int, ...]) -> E:
-    """Return an error that names ranks of the EP group in its facts, and says which it counts in its message."""
-    facts = dict(vars(error))
-    if "rank" in facts:
-        facts["rank"] = members[facts["rank"]]
-    if "missing" in facts:
-        facts["missing"] = tuple(members[place] for place in facts["missing"])
-    named = type(error)(f"{error} (counted among ranks {list(members)})", **facts)
-    named.__cause__ = error
-    return named
+def _renumber(error: BrokenControlGroup | BrokenTransport, members: tuple[int, ...]) -> None:
+    """Translate an error's facts from places to ranks of the EP group; its message keeps places, with a note of it."""
+    error.rank = members[error.rank]
+    if isinstance(error, BrokenControlGroup):
+        error.missing = tuple(members[place] for place in error.missing)
+    error.args = (f"{error} (counted among ranks {list(members)})",)

@@ -6,7 +6,7 @@ from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.device import DeviceEvent
 from async_eplb.errors import CommitFailed
-from async_eplb.transport.base import Exchange
+from async_eplb.transport.base import PreparedExchange
 from async_eplb.update.layer import Hop, LayerInFlight
 from async_eplb.update.outcome import Failure
 from async_eplb.update.progress import Progress
@@ -26,7 +26,7 @@ class Boundary:
         self._progress = progress
         self._shared = shared
         self._failure = failure
-        self._launchable: list[tuple[Hop, Exchange]] = []
+        self._launchable: list[tuple[Hop, PreparedExchange]] = []
         self._num_parts_launched = 0
 
     def offer(self, layer: LayerInFlight) -> int:

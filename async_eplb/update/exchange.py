@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from async_eplb.staging import StagingBuffer
-from async_eplb.transport.base import Exchange, Message, MessageGroup, Pull, Pulls
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull, Pulls
 from async_eplb.update.layer import PlannedLayer
 from async_eplb.weights import ExpertWeights
 

@@ -6,7 +6,7 @@ from async_eplb.commit.committer import PreparedCommit
 from async_eplb.expert_map import LayerMaps
 from async_eplb.plan import LayerPlan, PostedLayer, SlotSource
 from async_eplb.staging import StagingBuffer
-from async_eplb.transport.base import Exchange, PendingExchange
+from async_eplb.transport.base import PendingExchange, PreparedExchange
 
 MOVING = frozenset({SlotSource.SAME_GPU, SlotSource.FREE_RIDER, SlotSource.SAME_NODE, SlotSource.CROSS_NODE})
 """Sources of slots whose live weights a commit writes."""
@@ -39,7 +39,7 @@ class Hop:
     :param pending: launched parts
     """
 
-    parts: tuple[Exchange, ...]
+    parts: tuple[PreparedExchange, ...]
     pending: list[PendingExchange] = field(default_factory=list)
 
     @property

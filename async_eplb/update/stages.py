@@ -13,7 +13,8 @@ from async_eplb.device import DeviceEvent
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.plan import PostedUpdate, plan_update
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
-from async_eplb.transport.base import Exchange, PendingExchange, Transport
+from async_eplb.transport.base import PendingExchange, PreparedExchange, Transport
+from async_eplb.transport.exchange import Exchange
 from async_eplb.update.admission import Update
 from async_eplb.update.exchange import exchanges
 from async_eplb.update.journal import Journal
@@ -98,7 +99,7 @@ class LayerStages:
         def fill() -> tuple[tuple[Hop, ...], PreparedCommit]:
             spare_nbytes = rank.committer.spare_nbytes(row)
             buffer.lay_out(planned.plan.staged_slots, rank.weights.slot_nbytes(row), spare_nbytes=spare_nbytes)
-            wholes = exchanges(
+            hops = exchanges(
                 planned,
                 buffer,
                 rank.weights,
@@ -108,24 +109,22 @@ class LayerStages:
             with rank.device.transferring(), torch.no_grad():
                 rank.device.wait(self.callers_work)
                 rank.device.wait(buffer.consumed)  # rule 5
-                for whole in wholes:
-                    self._transport.prepare(whole)
+                prepared = tuple(Hop(tuple(map(self._transport.prepare, self._parts(hop)))) for hop in hops)
                 self._mark(planned)
                 commit = rank.committer.prepare(row, planned.plan, buffer, planned.maps)
                 if self.launch_rule is not LaunchRule.ORDERED:
                     rank.device.record().synchronize()  # rule 11: peers may read what this rank offers at once
-            hops = tuple(Hop(whole.parts() if self.launches_at_steps else (whole,)) for whole in wholes)
-            return hops, commit
+            return prepared, commit
 
         return LayerInFlight(planned, buffer, *await rank.workers.run(Work.TRANSFER, fill))
 
-    def launch(self, hop: Hop, part: Exchange) -> None:
+    def launch(self, hop: Hop, part: PreparedExchange) -> None:
         """Post one part of an exchange, behind the transfer stream, in the thread whose launches are ordered.
 
-        :raises BrokenTransport: if the transport is not open
+        :raises BrokenTransport: if the transport failed or is not open any more
         """
         with self._rank.device.transferring():
-            hop.pending.append(self._transport.launch(part))
+            hop.pending.append(part.launch())
 
     async def launch_from_background(self, layer: LayerInFlight) -> None:
         """Post a layer's hops beside whatever the model does."""
@@ -217,6 +216,10 @@ class LayerStages:
         if self._rank.verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():  # rule 3: a look is free
             await self._rank.workers.run(Work.FINISH, complete)
         return self._journal.committed(layer, turn_s)
+
+    def _parts(self, hop: Exchange) -> tuple[Exchange, ...]:
+        """Return what is launched at one boundary each, or the whole hop where launches are not at boundaries."""
+        return hop.parts() if self.launches_at_steps else (hop,)
 
     def _deadline_s(self) -> float:
         return current_time() + self._rank.options.transfer_timeout_s

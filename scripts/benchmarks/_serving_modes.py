@@ -25,7 +25,7 @@ from async_eplb import (
 )
 from async_eplb.device import CpuDevice
 from async_eplb.plan import layer_transfers
-from async_eplb.transport.base import Exchange, Message, MessageGroup
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup
 from async_eplb.workers import ThreadWorkers
 from serving.boundary import NoUpdates
 
@@ -263,7 +263,7 @@ class IntoScratch(Mode):
                 begin_at = self._number + -(-peak_nbytes // self._pace.max_nbytes_per_step)
                 await self._workers.run("transfer", partial(self.experts.copy_own, layer, plan))
                 exchange = Exchange(layer, (self.experts.messages(layer, plan),))
-                await self._transport.launch(exchange).wait(_TIMEOUT_S)
+                await self._transport.prepare(exchange).launch().wait(_TIMEOUT_S)
             begin_at += self._pace.rest
 
     def _tell(self) -> None:

@@ -41,10 +41,8 @@ from async_eplb import (
     ExpertLoad,
     ExpertPlacement,
     ExpertWeights,
-    HybridTransport,
     NcclOptions,
     SyncUpdater,
-    TorchDistTransport,
     Transport,
     UpdateOptions,
 )
@@ -55,6 +53,7 @@ from async_eplb.policy import hierarchical, incremental
 from async_eplb.simulate.models import MODELS
 from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.testing.processes import World, WorldRank, take_gpu
+from async_eplb.transport import TRANSPORTS, TransportOptions
 from async_eplb.transport.copy_engine.cuda_ipc import Copies, CudaIpc, Step
 from benchmarks import gpu_serving
 from benchmarks._expert import EXPERT_NBYTES
@@ -62,10 +61,10 @@ from benchmarks._expert import EXPERT_NBYTES
 _WIDE = 32
 """Thread blocks of NCCL when nobody serves: as many as it takes by itself for a peer on NVLink."""
 _TRANSPORTS: dict[str, Callable[[], Transport]] = {
-    "nccl": TorchDistTransport,
-    "nccl_wide": lambda: TorchDistTransport(nccl=NcclOptions(max_ctas=_WIDE)),
-    "copy_engine": CopyEngineTransport,
-    "hybrid": HybridTransport,
+    "nccl": lambda: TRANSPORTS["dist"](TransportOptions()),
+    "nccl_wide": lambda: TRANSPORTS["dist"](TransportOptions(nccl=NcclOptions(max_ctas=_WIDE))),
+    "copy_engine": lambda: TRANSPORTS["copy"](TransportOptions()),
+    "hybrid": lambda: TRANSPORTS["hybrid"](TransportOptions()),
 }
 _MAX_CTAS = {"nccl": NcclOptions().max_ctas, "nccl_wide": _WIDE}
 _RAW = {"nccl": "nccl_few", "nccl_wide": "nccl", "copy_engine": "ipc", "hybrid": "ipc"}

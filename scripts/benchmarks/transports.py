@@ -34,11 +34,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from async_eplb import CopyEngineTransport, ExpertWeights, TorchDistTransport, Transport
+from async_eplb import ExpertWeights
 from async_eplb.device import CudaDevice
 from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.testing.processes import WorldRank, run_world, take_gpu
-from async_eplb.transport import Exchange, Message, MessageGroup, Pull, Pulls
+from async_eplb.transport import TRANSPORTS, Exchange, Message, MessageGroup, Pull, Pulls, TransportOptions
 from async_eplb.workers import ThreadWorkers
 from benchmarks._expert import EXPERT_NBYTES
 
@@ -111,16 +111,15 @@ class _Bench:
         torch.cuda.synchronize()
 
     async def run(self) -> dict[str, list[float]]:
-        transport: Transport = (
-            CopyEngineTransport() if self._job.kind == "copy_engine" else TorchDistTransport(backend="nccl")
-        )
+        name = "copy" if self._job.kind == "copy_engine" else "dist"
+        transport = TRANSPORTS[name](TransportOptions(backend="nccl"))
         weights, workers = ExpertWeights({0: self._live}), ThreadWorkers()
         await transport.open(self._device, workers, weights, control_timeout_s=_TIMEOUT_S)
         exchange = self._exchange()
 
         async def move() -> None:
             with self._device.transferring():
-                pending = transport.launch(exchange)
+                pending = transport.prepare(exchange).launch()
             await pending.wait(_TIMEOUT_S)
 
         bare = self._raw_copies() if self._job.kind == "copy_engine" else {"batch": self._bare_batch(exchange)}

@@ -26,7 +26,7 @@ _NUM_SLOTS = 4
 
 
 class NotedIpc(CudaIpc):
-    """Remembers what it has mapped."""
+    """Records its mappings."""
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
@@ -67,7 +67,7 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
 
 
 def conform_across_hosts(world: WorldRank) -> LaunchRule:
-    """Run the conformance suite as one of two ranks of a host; return what the transport asks for."""
+    """Run the conformance suite as one of two ranks of a host; return the launch rule."""
     be_on_host(world.rank // 2)
     device, transport = device_of(world), HybridTransport()
     anyio.run(lambda: check_transport(transport, device=device, seed=world.num_ranks))
@@ -114,7 +114,7 @@ def traced_exchange(world: WorldRank, folder: Path, in_turn: bool, in_batches: b
 
     def memory(torch_device: torch.device) -> CudaIpc:
         ipc = CudaIpc(torch_device)
-        ipc._has_batches &= in_batches
+        ipc.in_batches &= in_batches
         return ipc
 
     torch.cuda.synchronize()
@@ -125,9 +125,9 @@ def traced_exchange(world: WorldRank, folder: Path, in_turn: bool, in_batches: b
         weights = ExpertWeights({0: live})
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         torch.distributed.barrier()
-        await transport.launch(exchange).wait(60)
+        await transport.prepare(exchange).launch().wait(60)
         with torch.profiler.profile(activities=activities) as profile:
-            await transport.launch(exchange).wait(60)
+            await transport.prepare(exchange).launch().wait(60)
         profile.export_chrome_trace(str(file))
         torch.distributed.barrier()
         await transport.aclose()
@@ -158,19 +158,19 @@ def wait_alone(world: WorldRank) -> tuple[float, bool]:
     staging.lay_out([0], [1 << 20])
 
     async def main() -> tuple[float, bool]:
-        transport = CopyEngineTransport()
+        memory = CudaIpc(device.torch_device)
+        transport = CopyEngineTransport(memory=lambda _: memory)
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
         waited_s, ended = 0.0, False
         if world.rank == 0:
-            peers = transport._peers
-            assert peers is not None
-            pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+            prepared = transport.prepare(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+            pending = prepared.launch()
             start = anyio.current_time()
             with pytest.raises(TransferTimeout):
                 await pending.wait(0.5)
             waited_s = anyio.current_time() - start
-            await anyio.to_thread.run_sync(until_passed, peers.end, time.monotonic() + 5)
-            ended = peers.end.query()
+            await anyio.to_thread.run_sync(until_passed, memory.end(), time.monotonic() + 5)
+            ended = memory.end().query()
         torch.distributed.barrier()
         await transport.aclose()
         return waited_s, ended
@@ -186,7 +186,7 @@ def test_a_device_waits_for_its_turn_and_can_give_up() -> None:
 
 
 async def refused(transport: CopyEngineTransport, device: CudaDevice) -> tuple[tuple[int, ...], str]:
-    """Open a transport that cannot be; return whom the error names and what it says."""
+    """Open a transport that cannot be opened; return the ranks that the error names, and its message."""
     weights = ExpertWeights({0: [device.allocate(1 << 20).view(4, -1)]})
     with pytest.raises(IpcUnavailable) as caught:
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=60)
@@ -202,7 +202,7 @@ def be_expandable(world: WorldRank) -> tuple[tuple[int, ...], str]:
 
 
 def test_expandable_segments_are_refused() -> None:
-    """All ranks are told which rank has them, before anything moves."""
+    """All ranks raise which rank has them, before anything moves."""
     for ranks, message in run_world(be_expandable, 2):
         assert ranks == (1,)
         assert "rank 1: weights are in memory without CUDA IPC handles" in message

@@ -64,7 +64,7 @@ def test_every_pass_sees_whole_layers(operations_per_group: int) -> None:
 
 @pytest.mark.parametrize("staging_depth", [2, 3])
 def test_relays_keep_layers_whole(staging_depth: int) -> None:
-    """What crosses nodes once is passed on inside the node, from staging, beside the next layer's first hop."""
+    """Slots cross nodes once and are relayed inside the node, from staging, beside the next layer's first hop."""
     options = UpdateOptions(verify="checksum", planner=Planner("relayed"), staging_depth=staging_depth)
     soak = Soak(backend="nccl", num_nodes=2, num_updates=8, options=options)
     for result in run_world(soak_rank, 4, soak):
@@ -90,7 +90,7 @@ def receive_while_a_second_hop_is_late(world: WorldRank) -> list[int]:
             sends = () if to is None else (Message(to, 0, data[hop]),)
             recvs = () if of is None else (Message(of, 0, data[hop]),)
             with device.transferring():
-                return transport.launch(Exchange(1 - hop, (MessageGroup(sends, recvs),), hop))
+                return transport.prepare(Exchange(1 - hop, (MessageGroup(sends, recvs),), hop)).launch()
 
         second = launch(1, of=1) if world.rank == 0 else None
         if world.rank in (0, 2):
@@ -161,7 +161,7 @@ def test_second_hops_run_beside_first_hops(tmp_path: Path) -> None:
 
 
 def time_out(world: WorldRank) -> tuple[str, str, int]:
-    """Receive what nobody sends; return what that raises, then what a launch does, and the model's sum after it."""
+    """Receive a message that nobody sends; return the error, that of a later exchange, and the model's sum after it."""
     device = device_of(world)
     model_group = dist.new_group(backend="nccl")
     live = torch.zeros(1, 1 << 20, dtype=torch.uint8, device=device.torch_device)
@@ -175,8 +175,8 @@ def time_out(world: WorldRank) -> tuple[str, str, int]:
         if world.rank == 0:
             message = Message(1, 0, device.allocate(1 << 20))
             with device.transferring():
-                pending = transport.launch(Exchange(3, (MessageGroup((), (message,)),)))
-            for act in (lambda: pending.wait(0.5), lambda: transport.launch(Exchange(3, ()))):
+                pending = transport.prepare(Exchange(3, (MessageGroup((), (message,)),))).launch()
+            for act in (lambda: pending.wait(0.5), lambda: transport.prepare(Exchange(3, ()))):
                 try:
                     await act()  # type: ignore[misc]
                 except (TransferTimeout, BrokenTransport) as error:

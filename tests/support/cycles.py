@@ -14,18 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from async_eplb import (
-    CopyEngineTransport,
     EPTopology,
     ExpertUpdater,
     ExpertWeights,
-    TorchDistTransport,
-    Transport,
     UpdateOptions,
 )
 from async_eplb.errors import EplbError
 from async_eplb.testing import WorldRank
 from async_eplb.testing.processes import share_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
+from async_eplb.transport import TRANSPORTS, TransportOptions
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc
 from support.shared_memory import SharedMemory
 
@@ -111,11 +109,8 @@ class _Cycle:
         shared = SharedMemory() if (self._cycles.transport, self._cycles.device) == ("copy", "cpu") else None
         if shared is not None:
             tensors = shared.share(tensors)
-        transport: Transport = (
-            TorchDistTransport()
-            if self._cycles.transport == "dist"
-            else CopyEngineTransport(memory=lambda device: CudaIpc(device) if shared is None else shared)
-        )
+        memory = CudaIpc if shared is None else lambda _device: shared
+        transport = TRANSPORTS[self._cycles.transport](TransportOptions(memory=memory))
         updater = ExpertUpdater(
             ExpertWeights(tensors),
             old,

@@ -27,11 +27,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from async_eplb import (
-    CopyEngineTransport,
     EPTopology,
     ExpertUpdater,
     ExpertWeights,
-    TorchDistTransport,
     Transport,
     UpdateOptions,
 )
@@ -43,7 +41,7 @@ from async_eplb.events.schema import LayerTransferred
 from async_eplb.recovery.survivors import on_survivors
 from async_eplb.testing.processes import share_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
-from async_eplb.transport import Exchange, PendingExchange
+from async_eplb.transport import TRANSPORTS, PendingExchange, PreparedExchange, TransportOptions
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
 from support.shared_memory import SharedMemory
@@ -195,6 +193,18 @@ class _Workers(ThreadWorkers):
         return await super().run(kind, reached)
 
 
+class _Reached:
+    """A prepared exchange whose launch is a point of the update."""
+
+    def __init__(self, prepared: PreparedExchange, reach: Callable[[str], None]) -> None:
+        self._prepared = prepared
+        self._reach = reach
+
+    def launch(self) -> PendingExchange:
+        self._reach("launch")
+        return self._prepared.launch()
+
+
 @dataclass
 class _Rank:
     accident: Accident
@@ -266,18 +276,10 @@ class _Rank:
 
     def _transport(self, group: ProcessGroup | None = None) -> Transport:
         shared = self.shared
-        transport: Transport = (
-            TorchDistTransport(group)
-            if self.accident.transport == "dist"
-            else CopyEngineTransport(group, memory=lambda device: CudaIpc(device) if shared is None else shared)
-        )
-        launch = transport.launch
-
-        def reach_launch(exchange: Exchange) -> PendingExchange:
-            self.reach("launch")
-            return launch(exchange)
-
-        transport.launch = reach_launch  # type: ignore[method-assign]
+        memory = CudaIpc if shared is None else lambda _device: shared
+        transport = TRANSPORTS[self.accident.transport](TransportOptions(group, memory=memory))
+        prepare = transport.prepare
+        transport.prepare = lambda exchange: _Reached(prepare(exchange), self.reach)  # type: ignore[method-assign]
         return transport
 
     async def run(self) -> Report:

@@ -19,20 +19,18 @@ from anyio.lowlevel import checkpoint
 from torch import Tensor
 
 from async_eplb import (
-    CopyEngineTransport,
     EPTopology,
     ExpertMap,
     ExpertUpdater,
     ExpertWeights,
-    HybridTransport,
-    TorchDistTransport,
     Transport,
     UpdateOptions,
 )
 from async_eplb.testing import WorldRank
 from async_eplb.testing.processes import take_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
-from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
+from async_eplb.transport import TRANSPORTS, TransportOptions
+from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc
 from support.shared_memory import SharedMemory, be_on_host
 
 _EVERY = 16
@@ -121,16 +119,9 @@ class _Rank:
         self.done = False
 
     def _transport(self) -> Transport:
-        if self.soak.transport == "dist":
-            return TorchDistTransport(backend=self.soak.backend)
         shared = self.shared
-
-        def memory(torch_device: torch.device) -> PeerMemory:
-            return CudaIpc(torch_device) if shared is None else shared
-
-        if self.soak.transport == "copy":
-            return CopyEngineTransport(memory=memory)
-        return HybridTransport(backend=self.soak.backend, memory=memory)
+        memory = CudaIpc if shared is None else lambda _device: shared
+        return TRANSPORTS[self.soak.transport](TransportOptions(backend=self.soak.backend, memory=memory))
 
     def _fingerprints(self) -> Tensor:
         """Return the fingerprint of each expert: int64 ``[layers, experts]``."""

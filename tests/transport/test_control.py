@@ -1,11 +1,14 @@
-"""Control rounds over gloo, between threads of one process: who is missing is told to ranks that are a round ahead."""
+"""Control rounds over gloo, between threads of one process: ranks that are a round ahead learn which rank is missing."""
 
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import anyio
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.transport.control import GlooControlGroup
@@ -15,7 +18,7 @@ ROW = (1, 2, 3, 4)
 
 
 class Counting:
-    """A voter that takes part in so many rounds, and remembers how they ended."""
+    """A voter that takes part in so many rounds, and records their end."""
 
     def __init__(self, rounds: int) -> None:
         self.left = rounds
@@ -36,19 +39,23 @@ class Counting:
         self.error = error
 
 
-def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
-    """Rank 1 has given rank 0 its last row, and rank 2 none: both others name rank 1, and neither the other."""
+def test_a_rank_that_is_ahead_learns_which_rank_is_missing(tmp_path: Path) -> None:
+    """Rank 1 has given rank 0 its last row, and rank 2 none: both name rank 1, and not each other."""
     groups: dict[int, GlooControlGroup] = {}
+    dying: list[ProcessGroupGloo] = []
 
     def connect(rank: int) -> None:
         store = dist.FileStore(str(tmp_path / "store"), 3)  # type: ignore[attr-defined]
-        groups[rank] = GlooControlGroup(store, rank, 3, ThreadWorkers(), timeout_s=20.0)
+        if rank == 1:
+            dying.append(ProcessGroupGloo(store, rank, 3, timedelta(seconds=20)))
+        else:
+            groups[rank] = GlooControlGroup(store, rank, 3, ThreadWorkers(), timeout_s=20.0)
 
     together([threading.Thread(target=connect, args=(rank,)) for rank in range(3)])
     voters = {rank: Counting(5) for rank in (0, 2)}
 
     def give_rank_0_a_row_and_die() -> None:
-        group = groups.pop(1)._group
+        group = dying.pop()
         row, received = torch.tensor(ROW), torch.empty(len(ROW), dtype=torch.int64)
         group.send([row], 0, 0).wait()  # type: ignore[attr-defined]
         group.recv([received], 0, 0).wait()  # type: ignore[attr-defined]
@@ -56,7 +63,7 @@ def test_a_rank_that_is_ahead_hears_who_is_missing(tmp_path: Path) -> None:
     together(
         [
             threading.Thread(target=give_rank_0_a_row_and_die),
-            *(threading.Thread(target=groups[rank]._hold_rounds, args=(voters[rank],)) for rank in (0, 2)),
+            *(threading.Thread(target=anyio.run, args=(groups[rank].run, voters[rank])) for rank in (0, 2)),
         ]
     )
     for rank in (0, 2):

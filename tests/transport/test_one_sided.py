@@ -32,7 +32,7 @@ MODEL = SampleModel(hidden=32, intermediate=16)
 
 
 def conform(world: WorldRank) -> int:
-    """Run the conformance suite; return what is still mapped."""
+    """Run the conformance suite; return how much is still mapped."""
     memory = SharedMemory()
     transport = CopyEngineTransport(memory=lambda _: memory)
     anyio.run(lambda: check_transport(transport, device=memory, seed=world.num_ranks))
@@ -46,7 +46,7 @@ def test_it_keeps_the_contract(num_ranks: int) -> None:
 
 
 def conform_across_hosts(world: WorldRank) -> tuple[LaunchRule, int]:
-    """Run the conformance suite as one of two ranks of a host; return what the transport asks for, and is mapped."""
+    """Run the conformance suite as one of two ranks of a host; return the launch rule, and how much is mapped."""
     be_on_host(world.rank // 2)
     memory = SharedMemory()
     transport = HybridTransport(memory=lambda _: memory)
@@ -72,7 +72,7 @@ def test_slots_are_pulled_once() -> None:
 def test_it_asks_for_grants() -> None:
     """It reads peers' live weights, and nobody orders that with the model's collectives."""
     assert CopyEngineTransport.launch_rule is LaunchRule.GRANTED
-    assert not CopyEngineTransport.needs_ordered_launch
+    assert not CopyEngineTransport.launch_rule.needs_order
 
 
 def update_many_times(world: WorldRank, num_updates: int, ranks_per_host: int | None = None) -> int:
@@ -122,7 +122,7 @@ def test_many_updates_between_processes(num_ranks: int) -> None:
 
 
 def test_many_updates_between_hosts() -> None:
-    """Only what ranks of this host have is mapped, and takes turns; every byte is right all the same."""
+    """Only weights of ranks of this host are mapped, and read in turn; every byte is right all the same."""
     num_rows = 3
     assert run_world(update_many_times, 6, 10, 3) == [2 * num_rows] * 6
 
@@ -139,13 +139,13 @@ def test_every_pass_sees_whole_layers(transport: Literal["copy", "hybrid"], num_
 async def refuse(
     rank: int, memory: Callable[[torch.device], SharedMemory] | None, device: CpuDevice
 ) -> tuple[tuple[int, ...], str]:
-    """Open a transport for small weights; return whom its error names, and what it says."""
+    """Open a transport for small weights; return the ranks that its error names, and its message."""
     weights = ExpertWeights({0: [device.allocate(8).view(2, 4)]})
     transport = CopyEngineTransport() if memory is None else CopyEngineTransport(memory=memory)
     with pytest.raises(IpcUnavailable) as caught:
         await transport.open(device, ThreadWorkers(), weights, control_timeout_s=30)
     with pytest.raises(BrokenTransport):
-        transport.launch(Exchange(0, ()))
+        transport.prepare(Exchange(0, ()))
     await transport.aclose()
     assert transport.rank == rank
     return caught.value.ranks, str(caught.value)
@@ -186,7 +186,7 @@ def test_what_cannot_be_shared_is_refused_by_all_ranks(
     ranks: tuple[int, ...],
     reason: str,
 ) -> None:
-    """Before anything moves, every rank is told which ranks cannot read, and why; nothing stays mapped."""
+    """Before anything moves, all ranks raise which ranks cannot read, and why; nothing stays mapped."""
     for named, message in run_world(refuse_in_world, 2, what):
         assert named == ranks
         assert reason in message
@@ -218,12 +218,12 @@ async def be_stuck() -> None:
     weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
     await transport.open(memory, workers, weights, control_timeout_s=30)
     memory.stuck = True
-    pending = transport.launch(Exchange(0, ()))
+    pending = transport.prepare(Exchange(0, ())).launch()
     with pytest.raises(TransferTimeout) as caught:
         await pending.wait(0.05)
     assert (caught.value.layer, caught.value.timeout_s) == (0, 0.05)
     with pytest.raises(BrokenTransport):
-        transport.launch(Exchange(0, ()))
+        transport.prepare(Exchange(0, ()))
     await transport.aclose()
 
 
@@ -247,7 +247,8 @@ async def wait_for_a_turn(rank: int) -> float:
     staging.lay_out([0], [4])
     took_s = 0.0
     if rank == 0:
-        pending = transport.launch(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        prepared = transport.prepare(Exchange(0, (), pulls=Pulls((Pull(2, 0, 0),), staging, in_turn=True)))
+        pending = prepared.launch()
         started = anyio.Event()
 
         async def start_it() -> None:
@@ -288,7 +289,7 @@ async def send_messages() -> None:
     await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
     message = Message(0, 0, memory.allocate(4))
     with pytest.raises(BrokenTransport, match="moves no messages"):
-        transport.launch(Exchange(0, (MessageGroup((message,), ()),)))
+        transport.prepare(Exchange(0, (MessageGroup((message,), ()),)))
     await transport.aclose()
 
 
@@ -303,15 +304,18 @@ def test_messages_are_refused() -> None:
 
 
 async def abort_before_the_end() -> None:
-    """Abort between launch and wait."""
+    """Abort between launch and wait, and between preparation and launch."""
     memory = SharedMemory()
     transport = CopyEngineTransport(memory=lambda _: memory)
     weights = ExpertWeights({0: [memory.allocate(8).view(2, 4)]})
     await transport.open(memory, ThreadWorkers(), weights, control_timeout_s=30)
-    pending = transport.launch(Exchange(0, ()))
+    pending = transport.prepare(Exchange(0, ())).launch()
+    prepared = transport.prepare(Exchange(1, ()))
     transport.abort()
     with pytest.raises(BrokenTransport):
         await pending.wait(30)
+    with pytest.raises(BrokenTransport):
+        prepared.launch()
     await transport.aclose()
 
 
@@ -321,5 +325,5 @@ def aborted_in_world(_: WorldRank) -> None:
 
 
 def test_an_aborted_transport_pulls_nothing() -> None:
-    """What was launched and not yet pulled ends with an error."""
+    """Launched pulls that were not enqueued end with an error, and prepared ones are not launched."""
     run_world(aborted_in_world, 1)

@@ -1,7 +1,6 @@
-"""What an NCCL link makes of messages, and of works that NCCL says are done."""
+"""An NCCL link packs and posts messages, and asks NCCL for errors of works that are done."""
 
 from random import Random
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from async_eplb.device import CpuDevice
 from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.transport.torch_dist.nccl import NcclLink
-from async_eplb.transport.torch_dist.packing import pack
+from async_eplb.transport.torch_dist.packing import Packer, pack
 
 SIZES = st.sampled_from([1, 4096, 1 << 17, 1 << 18, 1 << 20])
 ENDS = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda ends: ends[0] != ends[1])
@@ -56,38 +55,33 @@ def _of(
     )
 
 
-def unconnected_link() -> NcclLink:
-    link = NcclLink.__new__(NcclLink)
-    link._device = CpuDevice()
-    link._scratch = {side: link._device.allocate(0) for side in ("sends", "recvs")}
-    link._prepared = WeakKeyDictionary()
-    return link
-
-
 def test_a_prepared_exchange_needs_no_memory() -> None:
-    """All is packed that is small, in scratch memory; what is never launched is forgotten."""
-    link = unconnected_link()
+    """All small messages are packed, in scratch memory that all groups share."""
+    allocated: list[int] = []
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        allocated.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def group(num_peers: int) -> MessageGroup:
         messages = tuple(Message(peer, tag, torch.zeros(100)) for peer in range(num_peers) for tag in range(3))
         return MessageGroup(messages, messages[:6])
 
-    exchange = Exchange(0, (group(2), group(5), group(1)))
-    link.prepare(exchange)
-    scratch = {side: memory.data_ptr() for side, memory in link._scratch.items()}
-    link.prepare(exchange)
-    assert {side: memory.data_ptr() for side, memory in link._scratch.items()} == scratch
-    for number, each in enumerate(exchange.groups):
-        (launched,) = exchange.parts()[number].groups
-        posts = link._prepared[launched]
+    packer = Packer(allocate)
+    groups = (group(2), group(5), group(1))
+    for each in groups:
+        packer.posts(each)
+    num_allocated = len(allocated)
+    for each in groups:
+        posts = packer.posts(each)
         for messages, posted, pairs in (
             (each.sends, posts.sends, posts.packing),
             (each.recvs, posts.recvs, posts.unpacking),
         ):
             assert len(posted) == len({message.peer for message in messages})
             assert [data for _, data in pairs] == [message.data for message in messages]
-    del exchange, each, launched, messages
-    assert len(link._prepared) == 0
+            assert posted[0].data.data_ptr() == pairs[0][0].data_ptr()
+    assert len(allocated) == num_allocated
 
 
 class _Work:
@@ -100,32 +94,22 @@ class _Work:
         if self._error:
             raise RuntimeError(self._error)
 
-
-def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
-    """NCCL is asked about every group, once the device is past them all."""
-    link = NcclLink.__new__(NcclLink)
-    link._device = CpuDevice()
-    works = [_Work(), _Work("remote process exited"), _Work()]
-    past = link._device.record()
-    link._finish([works[0], works[2]], past, deadline=0.0)  # type: ignore[list-item]
-    with pytest.raises(RuntimeError, match="remote process exited"):
-        link._finish(works, past, deadline=0.0)  # type: ignore[arg-type]
+    def synchronize(self) -> None:
+        """Let the current stream wait."""
 
 
 class _NotingGroup:
-    """A group that notes what is posted."""
+    """A group that records its posts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *works: _Work) -> None:
         self.posted: list[int] = []
+        self._works = iter(works)
 
     def _start_coalescing(self, _device: torch.device) -> None:
         pass
 
-    def _end_coalescing(self, _device: torch.device) -> "_NotingGroup":
-        return self
-
-    def synchronize(self) -> None:
-        pass
+    def _end_coalescing(self, _device: torch.device) -> _Work:
+        return next(self._works)
 
     def recv(self, data: list[torch.Tensor], _peer: int, _tag: int) -> None:
         self.posted.append(data[0].data_ptr())
@@ -133,20 +117,51 @@ class _NotingGroup:
     send = recv
 
 
+class _NotingDevice(CpuDevice):
+    """Records its allocations."""
+
+    def __init__(self) -> None:
+        self.allocated: list[torch.Tensor] = []
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        self.allocated.append(super().allocate(nbytes))
+        return self.allocated[-1]
+
+
+def link_of(group: object, device: CpuDevice) -> NcclLink:
+    """Return a link of ranks 0 and 1 over a replacement of torch's group."""
+    return NcclLink(group, lambda: None, device, {0: 0, 1: 1})  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
+    """NCCL is asked about every group, once the device is past them all."""
+    message = Message(1, 0, torch.zeros(8, dtype=torch.uint8))
+    exchange = Exchange(0, (MessageGroup((message,), ()),) * 3)
+    arrived = link_of(_NotingGroup(_Work(), _Work(), _Work()), CpuDevice()).prepare(exchange)()
+    arrived(0.0)
+    lost = link_of(_NotingGroup(_Work(), _Work("remote process exited"), _Work()), CpuDevice()).prepare(exchange)()
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        lost(0.0)
+
+
 def test_a_launch_posts_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And packs nothing on the serving thread; what was not prepared is packed there. Once each."""
-    link = unconnected_link()
-    link._place = {1: 1}
-    link._group = group = _NotingGroup()  # type: ignore[assignment]
-    messages = tuple(Message(1, tag, torch.zeros(8, dtype=torch.uint8)) for tag in range(3))
-    exchange = Exchange(0, (MessageGroup(messages, messages),))
-    link.prepare(exchange)
-    with monkeypatch.context() as patch:
-        patch.setattr(link, "_posts", None)
-        link.launch(exchange)
-    assert group.posted == [link._scratch[side].data_ptr() for side in ("recvs", "sends")]
-    assert len(link._prepared) == 0
-    link.launch(exchange)
+    """And packs nothing on the serving thread: scratch memory is written, posted, and read back."""
+    group, device = _NotingGroup(_Work(), _Work()), _NotingDevice()
+    link = link_of(group, device)
+    sends, recvs = (
+        tuple(Message(1, tag, torch.full((8,), tag + 10 * side, dtype=torch.uint8)) for tag in range(3))
+        for side in range(2)
+    )
+    exchange = Exchange(0, (MessageGroup(sends, recvs),))
+    launches = [link.prepare(exchange) for _ in range(2)]
+    sent, received = device.allocated[-2:]
+    received.fill_(7)
+    monkeypatch.setattr(Packer, "posts", None)
+    launches[0]()
+    assert group.posted == [received.data_ptr(), sent.data_ptr()]
+    assert sent.view(3, 16)[:, :8].tolist() == [[tag] * 8 for tag in range(3)]
+    assert [message.data.tolist() for message in recvs] == [[7] * 8] * 3
+    launches[1]()
     assert group.posted[2:] == group.posted[:2]
 
 
@@ -173,10 +188,9 @@ class _FailingGroup:
 
 def test_a_failed_launch_leaves_its_thread_in_no_group() -> None:
     """Or the next transport's operations, and the model's, would be taken for more of it, and never begin."""
-    link = unconnected_link()
-    link._place = {1: 1}
-    link._group = group = _FailingGroup()  # type: ignore[assignment]
+    group = _FailingGroup()
     message = Message(1, 0, torch.zeros(8, dtype=torch.uint8))
+    launch = link_of(group, CpuDevice()).prepare(Exchange(0, (MessageGroup((message,), (message,)),)))
     with pytest.raises(RuntimeError, match="remote process exited"):
-        link._post(MessageGroup((message,), (message,)))
+        launch()
     assert group.depth == 0

@@ -1,4 +1,4 @@
-"""What a pull has enqueued, whatever became of the rest: who waits for it, and what is kept for it."""
+"""Copies that a pull has enqueued, even if the rest failed: they are waited for, and their memory is kept."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ class LateMemory(SharedMemory):
 
 
 def weights_of_two() -> tuple[LateMemory, PeerWeights, Exchange]:
-    """Return what has mapped one peer, and an exchange that pulls three slots from it."""
+    """Return memory, the mapped weights of one peer, and an exchange that pulls three slots from it."""
     memory = LateMemory()
     weights = ExpertWeights({0: [memory.allocate(32).view(4, 8)]})
     peers = PeerWeights(memory, memory, ThreadWorkers(), 0, 2)

@@ -1,30 +1,56 @@
-"""A transport between some ranks, and what it hands on to the transport inside."""
+"""A transport between some ranks: exchanges and errors are translated between ranks and places."""
 
+import pytest
 import torch
 
-from async_eplb.transport import Exchange, MemoryTransport, Message, MessageGroup
-from async_eplb.transport.base import PendingExchange
+from async_eplb.errors import BrokenTransport
+from async_eplb.transport import (
+    Exchange,
+    MemoryTransport,
+    Message,
+    MessageGroup,
+    PendingExchange,
+    PreparedExchange,
+    Pull,
+    Pulls,
+)
 from async_eplb.transport.renumbered import RenumberedTransport
 
 
-def test_a_group_is_prepared_and_launched_as_one_and_the_same() -> None:
-    """What a transport has worked out for it is found by the group."""
-    inner = MemoryTransport.world(2)[0]
-    seen: list[MessageGroup] = []
+class _Broken(MemoryTransport):
+    """Records prepared exchanges; its launches fail."""
 
-    def launch(exchange: Exchange) -> PendingExchange:
-        seen.extend(exchange.groups)
-        return None  # type: ignore[return-value]
+    def __init__(self) -> None:
+        self.seen: list[Exchange] = []
 
-    inner.prepare = inner.launch = launch  # type: ignore[method-assign,assignment]
-    transport = RenumberedTransport(inner, (1, 3), 4)
-    message = Message(3, 0, torch.zeros(1, dtype=torch.uint8))
-    exchange = Exchange(0, (MessageGroup((message,), ()), MessageGroup((), (message,))))
-    transport.prepare(exchange)
-    for part in exchange.parts():
-        transport.launch(part)
-    assert [id(group) for group in seen[:2]] == [id(group) for group in seen[2:]]
-    assert [entry.peer for group in seen[:2] for entry in (*group.sends, *group.recvs)] == [1, 1]
-    seen.clear()
-    del exchange, part
-    assert len(transport._translated) == 0
+    def prepare(self, exchange: Exchange) -> PreparedExchange:
+        self.seen.append(exchange)
+        return self
+
+    def launch(self) -> PendingExchange:
+        raise BrokenTransport("rank 1 is gone", rank=1)
+
+
+def test_ranks_become_places() -> None:
+    """Of messages and pulls; all else stays as it is."""
+    inner = _Broken()
+    message = Message(3, 5, torch.zeros(1, dtype=torch.uint8))
+    pulls = Pulls((Pull(3, 2, 0),), None, in_turn=True)  # type: ignore[arg-type]
+    exchange = Exchange(7, (MessageGroup((message,), ()), MessageGroup((), (message,))), hop=1, pulls=pulls)
+    RenumberedTransport(inner, (1, 3), 4).prepare(exchange)
+    (seen,) = inner.seen
+    assert [(group.sends, group.recvs) for group in seen.groups] == [
+        ((message._replace(peer=1),), ()),
+        ((), (message._replace(peer=1),)),
+    ]
+    assert seen.pulls is not None
+    assert (seen.row, seen.hop, seen.pulls.slots, seen.pulls.in_turn) == (7, 1, (Pull(1, 2, 0),), True)
+
+
+def test_places_in_errors_become_ranks() -> None:
+    """In the facts; the message has a note of how its own are counted."""
+    prepared = RenumberedTransport(_Broken(), (1, 3), 4).prepare(Exchange(0, ()))
+    with pytest.raises(BrokenTransport) as caught:
+        prepared.launch()
+    assert caught.value.rank == 3
+    assert str(caught.value) == "rank 1 is gone (counted among ranks [1, 3])"

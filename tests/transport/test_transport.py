@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
@@ -13,14 +12,15 @@ import torch.distributed as dist
 from support.helpers import together
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from async_eplb import MemoryTransport, TorchDistTransport
+from async_eplb import MemoryTransport
 from async_eplb.device import CpuDevice
 from async_eplb.errors import BrokenTransport
 from async_eplb.testing import check_transport
 from async_eplb.testing.processes import WorldRank, run_world
-from async_eplb.transport import LaunchRule, MemorySchedule
-from async_eplb.transport.base import Exchange, Message, MessageGroup
+from async_eplb.transport import Exchange, LaunchRule, MemorySchedule, Message, MessageGroup
+from async_eplb.transport.torch_dist.exchange import OpenLink
 from async_eplb.transport.torch_dist.gloo import GlooLink
+from async_eplb.transport.torch_dist.link import Finish, Launch
 from async_eplb.workers import ThreadWorkers
 
 pytestmark = pytest.mark.anyio
@@ -39,19 +39,24 @@ async def test_memory_keeps_the_contract(num_ranks: int, jitter_s: float, launch
 class _Gone:
     """A link that has noticed, before a launch, that a peer is gone."""
 
-    def launch(self, exchange: Exchange) -> Callable[[float], None]:
-        raise RuntimeError(f"row {exchange.row}: remote process exited")
+    def prepare(self, exchange: Exchange) -> Launch:
+        def launch() -> Finish:
+            raise RuntimeError(f"row {exchange.row}: remote process exited")
+
+        return launch
+
+    def abort(self) -> None:
+        pass
 
 
 class _Ending:
     """A link whose kernels end when it is aborted, while that is still under way."""
 
     def __init__(self) -> None:
-        self.workers = ThreadWorkers()
         self._aborting, self._seen = threading.Event(), threading.Event()
 
-    def launch(self, exchange: Exchange) -> Callable[[float], None]:  # noqa: ARG002
-        return lambda _deadline: self._require(self._aborting)
+    def prepare(self, exchange: Exchange) -> Launch:  # noqa: ARG002
+        return lambda: lambda _deadline: self._require(self._aborting)
 
     def abort(self) -> None:
         self._aborting.set()
@@ -67,56 +72,49 @@ class _Ending:
             raise AssertionError("the other side did not come")
 
 
-def aborts_while_waiting(world: WorldRank) -> str:
-    """Abort, from another thread as a serving one, while the loop waits for an exchange; return what it is told."""
-    transport, link = TorchDistTransport(backend="gloo"), _Ending()
-    transport._link = link  # type: ignore[assignment]
-
-    async def wait_for_it() -> str:
-        pending = transport.launch(Exchange(world.rank, ()))
-        aborting = threading.Thread(target=transport.abort)
-        aborting.start()
-        try:
-            await pending.wait(30)
-        except BrokenTransport as error:
-            return str(error)
-        finally:
-            link.see()
-            aborting.join()
-        return "it arrived"
-
-    return anyio.run(wait_for_it)
-
-
-def cannot_launch(world: WorldRank) -> str:
-    """Launch over a link that is broken; return what is said of it."""
-    transport = TorchDistTransport(backend="gloo")
-    transport._link = _Gone()  # type: ignore[assignment]
-    with pytest.raises(BrokenTransport) as caught:
-        transport.launch(Exchange(3, ()))
-    assert caught.value.rank == world.rank
-    return str(caught.value)
-
-
 def test_a_launch_that_fails_is_a_broken_transport() -> None:
-    """So that whoever hears of it looks for the rank that is lost."""
-    assert run_world(cannot_launch, 1) == ["rank 0, row 3: row 3: remote process exited"]
+    """So that a recovery looks for the lost rank."""
+    link = OpenLink(_Gone(), 2, ThreadWorkers())
+    with pytest.raises(BrokenTransport) as caught:
+        link.prepare(Exchange(3, ())).launch()
+    assert caught.value.rank == 2
+    assert str(caught.value) == "rank 2, row 3: row 3: remote process exited"
 
 
-def test_what_an_abort_ends_is_no_arrival() -> None:
-    """Also while the abort is still under way."""
-    (said,) = run_world(aborts_while_waiting, 1)
-    assert "aborted" in said
+def test_an_exchange_is_launched_once() -> None:
+    """After that, its scratch memory is another exchange's."""
+    prepared = OpenLink(_Ending(), 0, ThreadWorkers()).prepare(Exchange(0, ()))
+    prepared.launch()
+    with pytest.raises(RuntimeError, match="launched before"):
+        prepared.launch()
+
+
+async def test_what_an_abort_ends_is_no_arrival() -> None:
+    """Also while the abort, by another thread such as a serving one, is still under way."""
+    ending = _Ending()
+    link = OpenLink(ending, 0, ThreadWorkers())
+    prepared, pending = link.prepare(Exchange(1, ())), link.prepare(Exchange(0, ())).launch()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.to_thread.run_sync, link.abort)
+        try:
+            with pytest.raises(BrokenTransport, match="aborted"):
+                await pending.wait(30)
+            with pytest.raises(BrokenTransport, match="aborted"):
+                prepared.launch()
+            with pytest.raises(BrokenTransport, match="aborted"):
+                link.prepare(Exchange(2, ()))
+        finally:
+            ending.see()
 
 
 def aborts_in_two_hops(world: WorldRank) -> tuple[bool, str]:
-    """Wait for what the peer never sends, in a hop that it does not wait in; abort; return how that ended.
+    """Wait for a message that the peer never sends, in another hop than the peer waits in; abort; return the end of it.
 
-    :returns: whether it ended before its deadline, and what it was told
+    :returns: whether it ended before its deadline, and the error's message
     """
-    link = GlooLink(_store(), world.rank, 2, CpuDevice(), ThreadWorkers(), timeout=timedelta(seconds=60))
+    link = GlooLink(_store(), world.rank, 2, CpuDevice(), timeout=timedelta(seconds=60))
     nothing = Message(1 - world.rank, 5, torch.zeros(8, dtype=torch.uint8))
-    finish = link.launch(Exchange(0, (MessageGroup((), (nothing,)),), hop=world.rank))
+    finish = link.prepare(Exchange(0, (MessageGroup((), (nothing,)),), hop=world.rank))()
     told: list[str] = []
 
     def wait_for_it(deadline: float) -> None:
@@ -138,6 +136,6 @@ def _store() -> Store:
     return PrefixStore("link", dist.distributed_c10d._get_default_store())
 
 
-def test_an_abort_frees_who_waits_in_either_hop() -> None:
+def test_an_abort_ends_waits_in_either_hop() -> None:
     """Neither rank keeps connections open that the other waits on."""
     assert all(in_time and told for in_time, told in run_world(aborts_in_two_hops, 2))

@@ -1,4 +1,4 @@
-"""Turns at sources: who comes after whom, and cells in memory that ranks share."""
+"""Turns at sources: the order of readers, and cells in memory that ranks share."""
 
 import ctypes
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_readers_of_a_source_follow_the_ring(members: tuple[int, ...]) -> None:
 
 
 class Ranks:
-    """Turns of several ranks of one process, to whose device host memory is elsewhere."""
+    """Turns of several ranks of one process, with a device that has other addresses for host memory."""
 
     SHIFT = 1 << 40
 

@@ -48,8 +48,8 @@ class Copies(NamedTuple):
 class Step(NamedTuple):
     """Copies from one peer.
 
-    :param after: what a cell must have reached before them
-    :param then: what is written to a cell after them
+    :param after: the cell and number that the device waits for before the copies
+    :param then: the cell and number that the device writes after them
     """
 
     copies: Copies
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 class PeerMemory(Protocol):
-    """How one process reads the memory of others. All of it raises RuntimeError, with the reason."""
+    """How one process reads the memory of others. All methods raise RuntimeError, with the reason."""
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return the first address of the allocation that ``address`` is in, and a handle for other processes."""
@@ -73,7 +73,7 @@ class PeerMemory(Protocol):
         ...
 
     def map_host(self, address: int, nbytes: int) -> int:
-        """Let the device wait for and write to host memory; return its first address there."""
+        """Make host memory accessible to the device; return its first address there."""
         ...
 
     def unmap_host(self, address: int) -> None:
@@ -94,7 +94,7 @@ class _Handle(ctypes.Structure):
 
 
 class _BatchAttributes(ctypes.Structure):
-    """Of all copies of a batch; zeros are hints that there are not."""
+    """Attributes of all copies of a batch; hints that are zero are not given."""
 
     _fields_ = (("order", ctypes.c_int), ("hints", ctypes.c_int * 4), ("flags", ctypes.c_uint))
 
@@ -130,7 +130,7 @@ _UNTIL_REACHED = 0
 _IN_STREAM_ORDER = 1
 _BESIDE_KERNELS = 1
 _MANY_COPIES = 400
-"""A stream takes about 1,000 before it blocks who enqueues more, and two layers can be under way."""
+"""A stream takes about 1,000 before it blocks the thread that enqueues more, and two layers can be under way."""
 
 
 class CudaIpc:
@@ -147,10 +147,11 @@ class CudaIpc:
         except OSError as error:
             raise RuntimeError(f"there is no CUDA driver ({error})") from error
         self._driver_with_lock = ctypes.PyDLL("libcuda.so.1")
-        self._has_batches = hasattr(self._driver, _BATCH)  # since CUDA 13
+        self.in_batches = hasattr(self._driver, _BATCH)
+        """Whether copies are enqueued in batches, which drivers can since CUDA 13."""
         for driver in (self._driver, self._driver_with_lock):
             for function, arguments in _SIGNATURES.items():
-                if function != _BATCH or self._has_batches:
+                if function != _BATCH or self.in_batches:
                     getattr(driver, function).argtypes = arguments
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         device, context = ctypes.c_int(), ctypes.c_void_p()
@@ -198,7 +199,7 @@ class CudaIpc:
         return mapped.value
 
     def unmap_host(self, address: int) -> None:
-        """Take host memory back from the driver."""
+        """Unregister host memory from the driver."""
         with self._entered():
             self._call("cuMemHostUnregister", address)
 
@@ -209,7 +210,7 @@ class CudaIpc:
             for copies, after, then in steps:
                 if after is not None:
                     self._call("cuStreamWaitValue32_v2", stream, *after, _UNTIL_REACHED)
-                if self._has_batches:
+                if self.in_batches:
                     self._enqueue_batch(copies, stream)
                 else:
                     self._enqueue_each(copies, stream, may_block=may_block)

@@ -1,4 +1,4 @@
-"""Live weights of the ranks of a host: what each offers, what the others map of it, and how they read it."""
+"""Live weights of the ranks of a host: each rank offers its own, maps the others', and reads them by copies."""
 
 import json
 import socket
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from async_eplb.device import Device, DeviceEvent, until_passed
-from async_eplb.transport.base import Exchange, Pull, Pulls
 from async_eplb.transport.copy_engine.cuda_ipc import Copies, PeerMemory, Step
 from async_eplb.transport.copy_engine.turns import Turns, sources_of
+from async_eplb.transport.exchange import Exchange, Pull, Pulls
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -25,14 +25,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one rank lets others read.
+    """The weights of one rank that others may read.
 
     :param host: equal for processes of one host
     :param host_name: for messages
     :param handles: of allocations
     :param slots: row → for each tensor: number of the allocation, offset of the first slot there and from one slot to
         the next, in bytes
-    :param turns: path of the cells by which peers tell this rank that its turn has come
+    :param turns: path of the cells by which peers signal to this rank that its turn has come
     """
 
     host: str
@@ -47,7 +47,7 @@ class Offer:
 
     @classmethod
     def from_json(cls, text: str) -> "Offer":
-        """Read what :meth:`to_json` wrote.
+        """Return the offer that :meth:`to_json` wrote.
 
         :raises RuntimeError: if it is something else
         """
@@ -66,13 +66,13 @@ class Offer:
 
 
 _HUNG: "list[PeerWeights]" = []
-"""Those that were closed while copies were under way, whose memory must stay for good."""
+"""Objects that were closed while copies were under way; their memory must stay for good."""
 
 
 class PeerWeights:
-    """What this rank has mapped of the others' live weights.
+    """The live weights of other ranks that this rank has mapped.
 
-    :param memory: what maps and copies memory of other processes
+    :param memory: maps and copies memory of other processes
     :param workers: whose threads do all this
     :raises OSError: if there is no shared memory for turns
     """
@@ -106,13 +106,13 @@ class PeerWeights:
 
     @property
     def ranks(self) -> frozenset[int]:
-        """Ranks that something is mapped of."""
+        """Ranks whose weights are mapped."""
         return frozenset(peer for peer, _ in self._places)
 
     def map(self, offers: list[Offer], *, within_host: bool) -> None:
-        """Map what all other ranks offer, or those of this host.
+        """Map the offers of all other ranks, or of those of this host.
 
-        :raises RuntimeError: if that cannot be
+        :raises RuntimeError: if an allocation cannot be mapped, or a rank is on another host and that is not allowed
         """
         here = offers[self._rank]
         for peer, offer in enumerate(offers):
@@ -127,7 +127,7 @@ class PeerWeights:
         self.turns.map({peer: offers[peer].turns for peer in self.ranks}, self._memory.map_host)
 
     def warm_up(self) -> None:
-        """Read a byte of everything that is mapped, and take a turn, which not every system's driver can.
+        """Read a byte of each mapping, and take a turn, which not every system's driver can.
 
         A device's first copy from another takes a tenth of a second.
         """
@@ -138,9 +138,11 @@ class PeerWeights:
         self.end.synchronize()
 
     def pull(self, exchange: Exchange) -> DeviceEvent:
-        """Enqueue all that an exchange pulls, behind the transfer stream; return its end.
+        """Enqueue all pulls of an exchange, behind the transfer stream; return their end.
 
         From one peer after another, the next rank first: so ranks that begin together begin with different ones.
+
+        :raises RuntimeError: if a pull is from a rank that is not mapped, or a copy cannot be enqueued
         """
         steps = [] if exchange.pulls is None else self._steps(exchange.row, exchange.pulls)
         with self._device.transferring():
@@ -148,7 +150,7 @@ class PeerWeights:
         return self.end
 
     def hold_up(self) -> None:
-        """Let the transfer stream, and so who fills staging next, wait for copies that nobody waits for any more."""
+        """Make the transfer stream, and so the next user of staging, wait for copies that nobody waits for any more."""
         self.turns.release()
         with self._device.transferring():
             self._device.wait(self.end)

@@ -2,8 +2,8 @@
 
 Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
 then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. While the model serves, it
-needs nothing of the peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot
-deadlock with anything that the model runs. While no rank serves, all take turns at what they read (:mod:`.turns`).
+needs nothing of the peer but its earlier grant of the layer (:attr:`LaunchRule.GRANTED`). So it cannot deadlock with
+anything that the model runs. While no rank serves, ranks take turns at the sources that they read (:mod:`.turns`).
 """
 
 import time
@@ -18,9 +18,10 @@ from torch.distributed import ProcessGroup
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, Exchange, PendingExchange
+from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer, PeerWeights
+from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
@@ -38,12 +39,11 @@ class CopyEngineTransport(Member):
     :param group: the EP group, of which this process must be a member; the world without it. It is only used to find
         the other ranks
     :param within_host: leave out ranks of other hosts, instead of refusing them
-    :param memory: what maps and copies memory of other processes, for the device of the weights
+    :param memory: makes the object that maps and copies memory of other processes, for the device of the weights
     :raises BrokenTransport: if this process is not in the group
     """
 
     launch_rule = LaunchRule.GRANTED
-    needs_ordered_launch = False
 
     def __init__(
         self,
@@ -112,21 +112,20 @@ class CopyEngineTransport(Member):
             raise IpcUnavailable(f"the copy engine cannot move weights between these ranks: {reasons}", ranks=ranks)
         return control
 
-    def launch(self, exchange: Exchange) -> PendingExchange:
-        """Prepare what an exchange pulls, which :meth:`PendingExchange.start` enqueues.
+    def prepare(self, exchange: Exchange) -> PreparedExchange:
+        """Check an exchange. Its pulls are enqueued when the launched exchange is started.
 
         :raises BrokenTransport: also if it has messages, which nobody would move
         """
-        if self._peers is None or self._state != "open":
-            raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
-        if any(group.sends or group.recvs for group in exchange.groups):
+        peers = self._require_open()
+        if exchange.has_messages:
             raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self._rank)
-        return _Pull(self, self._peers, exchange)
+        return _PreparedPull(self._require_open, partial(_Pull, self, peers, exchange))
 
     def abort(self) -> None:
         """Break the transport. Copies under way end by themselves, and wait for no turn.
 
-        Peers that wait for a turn of this rank's that it had not enqueued do so until they break theirs.
+        Peers that wait for this rank to pass a turn on, which it had not enqueued, do so until they break theirs.
         """
         self._state = "broken"
         if self._peers is not None:
@@ -144,12 +143,27 @@ class CopyEngineTransport(Member):
         with suppress(RuntimeError):  # what dead ranks have mapped is gone with them
             self._gather("closed", "closed", timeout_s=CLOSE_TIMEOUT_S)
 
+    def _require_open(self) -> PeerWeights:
+        if self._peers is None or not self.is_open:
+            raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
+        return self._peers
+
     def _gather(self, what: str, value: str, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> list[str]:
         """Return the values of all ranks, which must all give one."""
         self._store.set(f"{what}/{self._rank}", value)
         keys = [f"{what}/{rank}" for rank in range(self._num_ranks)]
         self._store.wait(keys, timedelta(seconds=timeout_s))
         return [self._store.get(key).decode() for key in keys]
+
+
+class _PreparedPull:
+    def __init__(self, require_open: Callable[[], object], launch: Callable[[], PendingExchange]) -> None:
+        self._require_open = require_open
+        self._launch = launch
+
+    def launch(self) -> PendingExchange:
+        self._require_open()
+        return self._launch()
 
 
 class _Pull:
@@ -190,7 +204,7 @@ class _Pull:
             raise BrokenTransport(f"{self._where}: {error}", rank=self._transport.rank) from error
 
     def _enqueue(self) -> None:
-        if self._transport._state != "open":
+        if not self._transport.is_open:
             raise RuntimeError(f"{self._transport!r} cannot move anything")
         self._end = self._peers.pull(self._exchange)
 
@@ -200,5 +214,5 @@ class _Pull:
         except TimeoutError:
             self._peers.turns.release()  # from this thread: the event loop may be waiting for the device
             raise
-        if self._end is None or self._transport._state != "open":
+        if self._end is None or not self._transport.is_open:
             raise RuntimeError(f"{self._transport!r} did not move everything")

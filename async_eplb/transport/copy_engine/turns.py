@@ -1,4 +1,4 @@
-"""Who reads whose weights when, while all ranks of a host stand still: of each source, one reader at a time.
+"""The order in which ranks of a host read each other's weights while none serves: each source has one reader at a time.
 
 A GPU has one engine for copies between GPUs, so a rank reads from one peer at a time, however many streams it has. Left
 to themselves, ranks meet at a source, where each gets its share, while the links of other sources idle: like any closed
@@ -28,9 +28,9 @@ _FAR = 1 << 30
 
 
 class Cell(NamedTuple):
-    """A number in host memory, and what somebody waits for or writes.
+    """A number in host memory that a device waits for or writes.
 
-    :param address: as the device sees it
+    :param address: on the device
     :param number: unsigned, of 32 bits
     """
 
@@ -39,13 +39,13 @@ class Cell(NamedTuple):
 
 
 def sources_of(rank: int, members: Sequence[int]) -> list[int]:
-    """Return whom a rank reads from, in its order: the next member first, then around the ring."""
+    """Return the ranks that a rank reads from, in its order: the next member first, then around the ring."""
     place = members.index(rank)
     return [*members[place + 1 :], *members[:place]]
 
 
 def next_reader(rank: int, source: int, members: Sequence[int]) -> tuple[int, int]:
-    """Return who reads from ``source`` after ``rank``, and how many layers later: 1 after the last, else 0.
+    """Return the rank that reads from ``source`` after ``rank``, and how many layers later: 1 after the last, else 0.
 
     The first reader of a source is the member before it, and the last one the member behind it.
     """
@@ -57,7 +57,7 @@ class Turns:
     """One rank's turns, layer after layer.
 
     Cells are written by one peer and waited for by their rank. Each of the latest turns has its own: so a peer that
-    writes late cannot take back a :meth:`release`.
+    writes late cannot undo a :meth:`release`.
 
     :param num_ranks: of the EP group; all that share memory have the same
     :raises OSError: if there is no shared memory
@@ -68,7 +68,7 @@ class Turns:
         self._shape = (_NUM_LATEST, num_ranks)
         self._nbytes = 4 * _NUM_LATEST * num_ranks
         file, self.path = mkstemp(prefix="async_eplb-", dir=_SHARED_MEMORY)
-        """Of this rank's cells, for the others to map."""
+        """Path of this rank's cells, for the others to map."""
         try:
             os.posix_fallocate(file, 0, self._nbytes)  # else the first write is a signal if it is full
             self._cells = self._map(file)
@@ -107,16 +107,16 @@ class Turns:
                 self._cells[0, source] = 1
 
     def unlink(self) -> None:
-        """Take the name away, when all peers have mapped the cells or none will."""
+        """Remove the file's name, when all peers have mapped the cells or none will."""
         with suppress(FileNotFoundError):
             Path(self.path).unlink()
 
     def trial(self) -> tuple[Cell, Cell]:
-        """Return what has come already, and what nobody waits for: no rank reads from itself."""
+        """Return a cell that needs no wait and a cell that nobody waits for: no rank reads from itself."""
         return Cell(self._addresses[self._rank] + 4 * self._rank, 0), self._cell(self._rank, self._rank, 0)
 
     def around(self, source: int) -> tuple[Cell, Cell]:
-        """Return what a read from ``source`` is behind, and what it passes on to the next reader."""
+        """Return the cells that a read from ``source`` waits for, and writes for the next reader."""
         reader, later = next_reader(self._rank, source, self._members)
         return self._cell(self._rank, source, self._number), self._cell(reader, source, self._number + later)
 
@@ -125,11 +125,14 @@ class Turns:
         self._number += 1
 
     def release(self) -> None:
-        """Let nothing of this rank wait any more."""
+        """End all waits of this rank for turns, now and later."""
         self._cells[:] = (self._number + _FAR) % (1 << 32)
 
     def unmap(self, from_device: Callable[[int], None]) -> None:
-        """Take all cells back, each by its host address."""
+        """Unmap all cells from the device.
+
+        :param from_device: undoes the mapping of a host address
+        """
         for rank in [*self._addresses]:
             del self._addresses[rank]
             from_device((self._cells if rank == self._rank else self._peers[rank]).ctypes.data)

@@ -6,15 +6,13 @@ import anyio
 from anyio import Event
 
 from async_eplb.errors import BrokenControlGroup
-from async_eplb.transport.base import (
-    Voter,
-)
-from async_eplb.transport.memory.world import CONNECT_TIMEOUTS, MemoryWorld
+from async_eplb.transport.base import Voter
+from async_eplb.transport.memory.world import CONNECT_TIMEOUTS, MemoryWorld, Round
 from async_eplb.transport.one_round import require_recent
 
 
 class MemoryControlGroup:
-    """One rank's part in the rounds of its world; who is waited for wakes."""
+    """One rank's part in the rounds of its world. A ballot ends the pauses of the ranks that have given none yet."""
 
     def __init__(self, world: MemoryWorld, rank: int, timeout_s: float) -> None:
         self._world = world
@@ -25,7 +23,7 @@ class MemoryControlGroup:
         world.wakes[rank] = self.wake
 
     async def run(self, voter: Voter) -> None:
-        """Hold rounds until the voter ends them, or a rank does not answer."""
+        """Run rounds until the voter ends them, or a rank does not answer."""
         last_s = anyio.current_time()
         try:
             while True:
@@ -45,22 +43,21 @@ class MemoryControlGroup:
     async def _gather(self, row: Sequence[int]) -> list[list[int]]:
         world, number = self._world, self._round
         self._round += 1
-        if number not in world.rounds:
-            world.rounds[number], world.complete[number] = {}, Event()
-        rows, complete = world.rounds[number], world.complete[number]
+        this = world.rounds.setdefault(number, Round())
+        rows = this.rows
         rows[self._rank] = list(row)
         for rank, wake in world.wakes.items():
             if rank not in rows:
                 wake()
         self._news = Event()
         if len(rows) == world.num_ranks:
-            del world.rounds[number], world.complete[number]
-            complete.set()
+            del world.rounds[number]
+            this.over.set()
         if world.dead - set(rows):
-            complete.set()
+            this.over.set()
         patience = 1 if number else CONNECT_TIMEOUTS
         with anyio.move_on_after(self._timeout_s * patience):
-            await complete.wait()
+            await this.over.wait()
         await anyio.sleep(world.schedule.control_s + world.random.uniform(0, world.schedule.control_jitter_s))
         lost = (self._rank, number) in world.schedule.lost_results
         if len(rows) < world.num_ranks or lost:

@@ -1,4 +1,4 @@
-"""An exchange between ranks in memory."""
+"""Exchanges between ranks in memory: messages that peers post, and slots that are read from peers."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -8,23 +8,31 @@ from anyio import fail_after
 from torch import Tensor
 
 from async_eplb.errors import BrokenTransport, TransferTimeout
-from async_eplb.transport.base import (
-    Exchange,
-    Message,
-    MessageGroup,
-    Pull,
-    Pulls,
-    SlotMemory,
-)
 from async_eplb.transport.copy_engine.turns import next_reader, sources_of
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull, Pulls, SlotMemory
 from async_eplb.transport.memory.schedule import FaultKind
 from async_eplb.transport.memory.world import MemoryWorld, MessageKey
 
 T = TypeVar("T")
 
 
+class PreparedInMemory:
+    """An exchange of one rank that was not launched yet."""
+
+    def __init__(self, world: MemoryWorld, rank: int, exchange: Exchange) -> None:
+        self._world = world
+        self._rank = rank
+        self._exchange = exchange
+
+    def launch(self) -> "MemoryExchange":
+        """Return the exchange. Pulls in turn are numbered in the order of launches."""
+        self._world.require_open(self._rank)
+        kind = OneSidedExchange if self._world.schedule.launch_rule.needs_grant else MemoryExchange
+        return kind(self._world, self._rank, self._exchange)
+
+
 class MemoryExchange:
-    """Messages of one exchange, delivered as the schedule says."""
+    """Messages of one exchange, delivered according to the schedule."""
 
     def __init__(self, world: MemoryWorld, rank: int, exchange: Exchange) -> None:
         self._world = world
@@ -49,7 +57,7 @@ class MemoryExchange:
             mail.posted.set()
 
     async def start(self) -> None:
-        """Do nothing: what is waited for begins when it is waited for."""
+        """Do nothing: bytes move once the exchange is waited for."""
 
     async def wait(self, timeout_s: float) -> None:
         """Move the bytes."""
@@ -104,13 +112,10 @@ class MemoryExchange:
 
 
 class OneSidedExchange(MemoryExchange):
-    """Reads what peers have in their slots whenever a pull is due, whether they have launched, or have gone.
-
-    What is tagged is a tensor of the slot that is written.
-    """
+    """Reads peers' slots whenever a pull is due, whether the peers have launched or are gone."""
 
     def __init__(self, world: MemoryWorld, rank: int, exchange: Exchange) -> None:
-        if any(group.sends or group.recvs for group in exchange.groups):
+        if exchange.has_messages:
             raise BrokenTransport(f"rank {rank}: one-sided transports move no messages", rank=rank)
         super().__init__(world, rank, exchange)
         self._pulls = exchange.pulls

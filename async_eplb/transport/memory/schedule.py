@@ -7,7 +7,7 @@ from async_eplb.agreement.rules import LaunchRule
 
 
 class FaultKind(Enum):
-    """What can happen to a message."""
+    """A fault of a message."""
 
     DROP = "drop"
     CORRUPT = "corrupt"
@@ -20,7 +20,7 @@ class FaultKind(Enum):
 class Fault:
     """Every message from ``src_rank`` to ``dst_rank`` for ``row`` meets this fault.
 
-    :param tag: only the message with this tag; all without it. Of what is pulled, a tensor of a slot has the tag
+    :param tag: only the message with this tag; all without it. A tensor of a pulled slot has the tag
         ``dst_slot * tensors + tensor``
     :param delay_s: how late a delayed or duplicated message comes, in seconds
     """
@@ -35,7 +35,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class MemorySchedule:
-    """What time a world takes and what goes wrong in it; equal schedules give equal runs.
+    """Delays and faults of a world; equal schedules give equal runs.
 
     :param seed: of all random delays
     :param exchange_s: seconds that an exchange takes at least
@@ -44,9 +44,9 @@ class MemorySchedule:
     :param reorder: messages of an exchange arrive in an order of their own, not in that in which they were posted
     :param control_s: seconds that a control round takes
     :param control_jitter_s: each rank has a round's result up to this many seconds later, at random
-    :param lost_results: (rank, number of the round from 0): that rank does not hear what the round returned
+    :param lost_results: (rank, number of the round from 0): that rank does not get the result of the round
     :param launch_rule: of the transports; granted ones are one-sided: receivers read peers' live weights themselves
-    :param faults: what happens to messages
+    :param faults: of messages
     """
 
     seed: int = 0

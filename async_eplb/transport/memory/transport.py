@@ -3,14 +3,11 @@
 from collections.abc import Collection
 
 from async_eplb.device import Device
-from async_eplb.errors import BrokenTransport, BusyTransport
-from async_eplb.transport.base import (
-    ControlGroup,
-    Exchange,
-    PendingExchange,
-)
+from async_eplb.errors import BusyTransport
+from async_eplb.transport.base import ControlGroup, PreparedExchange
+from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.memory.control import MemoryControlGroup
-from async_eplb.transport.memory.exchange import MemoryExchange, OneSidedExchange
+from async_eplb.transport.memory.exchange import PreparedInMemory
 from async_eplb.transport.memory.schedule import MemorySchedule
 from async_eplb.transport.memory.world import MemoryWorld
 from async_eplb.weights import ExpertWeights
@@ -21,14 +18,13 @@ class MemoryTransport:
     """One rank of a world inside this process; all ranks run in one event loop.
 
     Made by :meth:`world`. Bytes are copied when a message is delivered, so a sender that changes live weights too
-    early is found out.
+    early is noticed.
     """
 
     def __init__(self, world: MemoryWorld, rank: int) -> None:
         self.launch_rule = world.schedule.launch_rule
         self._world = world
         self._rank = rank
-        self._opened = False
 
     @classmethod
     def world(cls, num_ranks: int, schedule: MemorySchedule | None = None) -> "tuple[MemoryTransport, ...]":
@@ -55,11 +51,6 @@ class MemoryTransport:
         return self._world.run_id
 
     @property
-    def needs_ordered_launch(self) -> bool:
-        """Whether the schedule says so."""
-        return self.launch_rule.needs_order
-
-    @property
     def one_sided_peers(self) -> frozenset[int]:
         """All others, if the schedule grants launches."""
         return frozenset(range(self.num_ranks) if self.launch_rule.needs_grant else ()) - {self._rank}
@@ -73,29 +64,23 @@ class MemoryTransport:
         control_timeout_s: float,
         relay_peers: Collection[int] = (),  # noqa: ARG002
     ) -> ControlGroup:
-        """Show this rank's weights to the world and return its control group; there is nothing to connect."""
-        if self._opened:
+        """Add this rank's weights to the world and return its control group; there is nothing to connect."""
+        if self._rank in self._world.weights:
             raise BusyTransport(f"{self!r} is in use; make one transport for each updater")
-        self._opened = True
         self._world.weights[self._rank] = weights
         return MemoryControlGroup(self._world, self._rank, control_timeout_s)
 
-    def prepare(self, exchange: Exchange) -> None:
-        """Allocate nothing."""
-
-    def launch(self, exchange: Exchange) -> PendingExchange:
-        """Offer this rank's messages to their peers."""
-        if not self._opened or self._rank in self._world.gone:
-            raise BrokenTransport(f"{self!r} is not open", rank=self._rank)
-        kind = OneSidedExchange if self.launch_rule.needs_grant else MemoryExchange
-        return kind(self._world, self._rank, exchange)
+    def prepare(self, exchange: Exchange) -> PreparedExchange:
+        """Prepare an exchange, which takes nothing."""
+        self._world.require_open(self._rank)
+        return PreparedInMemory(self._world, self._rank, exchange)
 
     def abort(self) -> None:
         """Leave the world."""
         self._world.leave(self._rank)
 
     def die(self) -> None:
-        """Let peers see what they see when a process dies: all connections of this rank are closed."""
+        """Close all connections of this rank, as when its process dies."""
         self._world.die(self._rank)
 
     async def aclose(self) -> None:

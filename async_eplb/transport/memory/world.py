@@ -1,4 +1,4 @@
-"""What ranks in memory share: mail, rounds, who is gone."""
+"""The state that ranks in memory share: mail, control rounds, and which ranks are gone."""
 
 import random
 import uuid
@@ -28,8 +28,17 @@ class Mail:
         self.data: Tensor | None = None
 
 
+class Round:
+    """One control round: the ballots so far, by rank."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+        self.over = Event()
+        """Set when all ballots are there, or cannot come any more."""
+
+
 class MemoryWorld:
-    """What the transports of a world share."""
+    """The state that the transports of a world share."""
 
     def __init__(self, num_ranks: int, schedule: MemorySchedule) -> None:
         self.num_ranks = num_ranks
@@ -38,20 +47,24 @@ class MemoryWorld:
         self.run_id = uuid.uuid4().hex
         self.weights: dict[int, ExpertWeights] = {}
         self.mail: dict[MessageKey, Mail] = {}
-        self.rounds: dict[int, dict[int, list[int]]] = {}
-        self.complete: dict[int, Event] = {}
+        self.rounds: dict[int, Round] = {}
         self.waits: list[tuple[CancelScope, frozenset[int]]] = []
         self.gone: set[int] = set()
         self.dead: set[int] = set()
         self.wakes: dict[int, Callable[[], None]] = {}
-        """How the pause of each rank's control rounds is ended."""
+        """Ends the pause of a rank's control rounds."""
         self.num_turns = [0] * num_ranks
-        """Exchanges that each rank has launched whose pulls are in turn."""
+        """How many exchanges each rank has launched whose pulls are in turn."""
         self.turns: dict[tuple[int, int, int], Event] = {}
+
+    def require_open(self, rank: int) -> None:
+        """Raise BrokenTransport unless a rank has opened its transport, and neither closed nor aborted it."""
+        if rank not in self.weights or rank in self.gone:
+            raise BrokenTransport(f"the transport of rank {rank} is not open", rank=rank)
 
     @contextmanager
     def interruptible(self, ranks: frozenset[int]) -> Iterator[None]:
-        """Let the body run until one of ``ranks`` is gone, then raise BrokenTransport."""
+        """Run the body until one of ``ranks`` is gone, then raise BrokenTransport."""
         with CancelScope() as scope:
             wait = (scope, ranks)
             self.waits.append(wait)
@@ -66,7 +79,7 @@ class MemoryWorld:
             raise BrokenTransport(f"rank {gone} has gone", rank=gone)
 
     def leave(self, rank: int) -> None:
-        """End whatever waits for a rank that has closed its transport."""
+        """End all waits for a rank that has closed its transport."""
         self.gone.add(rank)
         for scope, ranks in self.waits:
             if rank in ranks:
@@ -76,22 +89,22 @@ class MemoryWorld:
         """Leave, and never answer in a round again."""
         self.dead.add(rank)
         self.leave(rank)
-        for number, rows in list(self.rounds.items()):
-            if rank not in rows:
-                self.complete[number].set()
+        for each in self.rounds.values():
+            if rank not in each.rows:
+                each.over.set()
 
     def turn(self, source: int, reader: int, number: int) -> Event:
-        """Return what happens when the reader's turn of this number has come."""
+        """Return the event of a reader's turn at a source."""
         return self.turns.setdefault((source, reader, number), Event())
 
     def mail_for(self, key: MessageKey) -> Mail:
-        """Return the message, whichever side asks first."""
+        """Return a message, which is made for the side that asks first."""
         if key not in self.mail:
             self.mail[key] = Mail()
         return self.mail[key]
 
     def faults(self, key: MessageKey) -> list[Fault]:
-        """Return what the schedule does to a message."""
+        """Return the faults that the schedule has for a message."""
         src, dst, row, tag = key
         return [
             fault

@@ -10,32 +10,28 @@ from torch.distributed import ProcessGroupGloo
 from torch.distributed.distributed_c10d import Store
 
 from async_eplb.device import Device
-from async_eplb.transport.base import Exchange, Message, MessageGroup
 from async_eplb.transport.control import close_connections
-from async_eplb.transport.torch_dist.link import NUM_HOPS, Finish
-from async_eplb.workers import Workers
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup
+from async_eplb.transport.torch_dist.link import NUM_HOPS, Launch
 
 
 class GlooLink:
-    """Gloo sends from and receives into host memory; tensors of a GPU pass through pinned memory.
+    """Sends from and receives into host memory; tensors of a GPU pass through pinned memory.
 
     Two rows may be under way between a pair, with equal tags, but only in different hops: these have tags of their own.
     """
 
-    def __init__(
-        self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers, *, timeout: timedelta
-    ) -> None:
-        self.workers = workers
+    def __init__(self, store: Store, rank: int, num_ranks: int, device: Device, *, timeout: timedelta) -> None:
         self._device = device
         self._peers = [peer for peer in range(num_ranks) if peer != rank]
         self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, rank, num_ranks, timeout)
 
-    def launch(self, exchange: Exchange) -> Finish:
-        """Defer posting to the exchange's thread: writing to a socket can block."""
-        return partial(self._run, exchange)
+    def prepare(self, exchange: Exchange) -> Launch:
+        """Leave all posting to the exchange's thread: writing to a socket can block."""
+        return lambda: partial(self._run, exchange)
 
     def abort(self) -> None:
-        """Close all connections, so that no thread that is inside the group waits on, here or at a peer."""
+        """Close all connections, so that threads inside the group stop waiting, here and at peers."""
         group, self._group = self._group, None
         if group is not None:
             close_connections(group, self._peers)

@@ -1,10 +1,9 @@
-"""What a backend of torch.distributed does for the transport."""
+"""The protocol of the backends of torch.distributed that move the data."""
 
 from collections.abc import Callable
 from typing import Protocol
 
-from async_eplb.transport.base import Exchange
-from async_eplb.workers import Workers
+from async_eplb.transport.exchange import Exchange
 
 NUM_HOPS = 2
 """Connections that a backend has between two ranks: second hops wait for no first ones."""
@@ -12,16 +11,17 @@ NUM_HOPS = 2
 Finish = Callable[[float], None]
 """Blocks until an exchange has finished, or raises TimeoutError at a deadline of time.monotonic()."""
 
+Launch = Callable[[], Finish]
+"""Posts a prepared exchange without waiting for any peer."""
+
 
 class Link(Protocol):
     """A data communicator."""
 
-    workers: Workers
-
-    def launch(self, exchange: Exchange) -> Finish:
-        """Post an exchange without waiting for any peer."""
+    def prepare(self, exchange: Exchange) -> Launch:
+        """Do all that can be done before the launch, with the stream of the launch current."""
         ...
 
     def abort(self) -> None:
-        """Close all connections; what is under way ends with an error."""
+        """Close all connections; exchanges under way end with an error."""
         ...

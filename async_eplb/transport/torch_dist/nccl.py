@@ -2,25 +2,21 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import Store
 
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import InvalidOptions
-from async_eplb.transport.base import Exchange, Message, MessageGroup
-from async_eplb.transport.torch_dist.packing import _padded, copy_all, pack, packed_nbytes
-from async_eplb.workers import Workers
+from async_eplb.transport.exchange import Exchange, Message, MessageGroup
+from async_eplb.transport.torch_dist.link import Finish, Launch
+from async_eplb.transport.torch_dist.packing import Packer, Posts, copy_all
 
 _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 
@@ -43,51 +39,55 @@ class NcclOptions:
             raise InvalidOptions(f"max_ctas is {self.max_ctas}; it must be at least 1", option="max_ctas")
 
 
-class _Posts(NamedTuple):
-    """What is posted of a group, and what is copied to and from scratch memory before and after that."""
-
-    sends: list[Message]
-    packing: list[tuple[Tensor, Tensor]]
-    recvs: list[Message]
-    unpacking: list[tuple[Tensor, Tensor]]
-
-
 class NcclLink:
-    """A communicator for expert moves. What it launches goes behind the current stream.
+    """Exchanges over a communicator that nothing else uses. Launches go behind the current stream.
 
-    :param store: where ranks find each other; nobody else may use its keys
-    :param members: ranks of the EP group that it connects, ascending
-    :param timeout: of connecting and of aborting
+    :param group: torch's group over the communicator
+    :param abort: aborts the communicator; kernels that wait for a peer end
+    :param place: rank of the EP group -> rank in ``group``
     """
 
     def __init__(
-        self,
+        self, group: ProcessGroup, abort: Callable[[], None], device: Device, place: Mapping[int, int]
+    ) -> None:
+        self.abort = abort
+        self._group = group
+        self._device = device
+        self._place = place
+        self._packer = Packer(device.allocate)
+
+    @classmethod
+    def connect(
+        cls,
         store: Store,
         rank: int,
         members: Sequence[int],
         device: Device,
-        workers: Workers,
         *,
         timeout: timedelta,
         options: NcclOptions,
-    ) -> None:
-        self.workers = workers
-        self._device = device
-        self._scratch = self._no_scratch()
-        self._prepared: WeakKeyDictionary[MessageGroup, _Posts] = WeakKeyDictionary()
+    ) -> "NcclLink":
+        """Make a communicator and connect it to every peer, which must all be connecting.
+
+        :param store: where ranks find each other; nobody else may use its keys
+        :param members: ranks of the EP group that it connects, ascending
+        :param timeout: of connecting and of aborting
+        """
         settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
         settings._timeout = timeout
         settings.config.max_ctas = options.max_ctas
-        self._place = {member: place for place, member in enumerate(members)}
+        place = {member: number for number, member in enumerate(members)}
         with _unwatched():
-            self._nccl = dist.ProcessGroupNCCL(store, self._place[rank], len(members), settings)
-        self._group = ProcessGroup(store, self._place[rank], len(members))
+            nccl = dist.ProcessGroupNCCL(store, place[rank], len(members), settings)
+        group = ProcessGroup(store, place[rank], len(members))
         backend_type = ProcessGroup.BackendType.NCCL
-        self._group._set_default_backend(backend_type)
-        self._group._register_backend(device.torch_device, backend_type, self._nccl)
-        self._connect([member for member in members if member != rank], timeout)
+        group._set_default_backend(backend_type)
+        group._register_backend(device.torch_device, backend_type, nccl)
+        link = cls(group, nccl.abort, device, place)
+        link.warm_up([member for member in members if member != rank], timeout)
+        return link
 
-    def _connect(self, peers: Sequence[int], timeout: timedelta) -> None:
+    def warm_up(self, peers: Sequence[int], timeout: timedelta) -> None:
         """Exchange two bytes with every peer, packed.
 
         Connections made later would allocate memory while serving. Kernels, which CUDA loads when they are first
@@ -100,23 +100,22 @@ class NcclLink:
             for side in data
         )
         with self._device.transferring():
-            self._post(MessageGroup(sends, recvs))
+            self._post(self._packer.posts(MessageGroup(sends, recvs)))
             event = self._device.record()
         until_passed(event, time.monotonic() + timeout.total_seconds())
-        self._scratch = self._no_scratch()  # what launches use must not be from this stream, which may be another
+        self._packer = Packer(self._device.allocate)  # launches may be on another stream than this scratch memory
 
-    def prepare(self, exchange: Exchange) -> None:
+    def prepare(self, exchange: Exchange) -> Launch:
         """Work out how small messages are packed, and make room for them; with the stream of the launch current."""
-        for group in exchange.groups:
-            self._prepared[group] = self._posts(group)
+        return partial(self._launch, [self._packer.posts(group) for group in exchange.groups])
 
-    def launch(self, exchange: Exchange) -> Callable[[float], None]:
+    def _launch(self, groups: Sequence[Posts]) -> Finish:
         """Enqueue all groups behind the current stream of this thread."""
-        works = [work for group in exchange.groups if (work := self._post(group)) is not None]
+        works = [work for posts in groups if (work := self._post(posts)) is not None]
         return partial(self._finish, works, self._device.record())
 
     def _finish(self, works: Sequence[Work], event: DeviceEvent, deadline: float) -> None:
-        """Wait for the device, and then ask NCCL: kernels end too when a peer is gone, and what they left is no data.
+        """Wait for the device, and then ask NCCL: kernels also end when a peer is gone, and then leave no data.
 
         :raises TimeoutError: at the deadline
         :raises RuntimeError: if NCCL has met with an error
@@ -126,15 +125,10 @@ class NcclLink:
             for work in works:
                 work.wait()  # does not wait any more, but raises
 
-    def abort(self) -> None:
-        """Abort the communicator; kernels that wait for a peer end."""
-        self._nccl.abort()
-
-    def _post(self, messages: MessageGroup) -> Work | None:
-        if not messages.sends and not messages.recvs:
+    def _post(self, posts: Posts) -> Work | None:
+        sends, packing, recvs, unpacking = posts
+        if not sends and not recvs:
             return None
-        is_prepared = messages in self._prepared
-        sends, packing, recvs, unpacking = self._prepared.pop(messages) if is_prepared else self._posts(messages)
         torch_device = self._device.torch_device
         copy_all(packing)
         self._group._start_coalescing(torch_device)
@@ -160,45 +154,14 @@ class NcclLink:
             with suppress(RuntimeError):  # the last one that is left reports the failure again
                 self._group._end_coalescing(self._device.torch_device)
 
-    def _posts(self, messages: MessageGroup) -> "_Posts":
-        return _Posts(*self._packed("sends", messages.sends), *self._packed("recvs", messages.recvs))
-
-    def _packed(self, side: str, messages: Sequence[Message]) -> tuple[list[Message], list[tuple[Tensor, Tensor]]]:
-        """Return what is posted, and pairs of a place in scratch memory and the data of a message that belongs there.
-
-        All groups use the same scratch memory: when one is launched, the stream is past the one before.
-        """
-        posted, packs = pack(messages)
-        scratch = self._reserve(side, packed_nbytes(packs))
-        pairs: list[tuple[Tensor, Tensor]] = []
-        end = 0
-        for small in packs:
-            start = end
-            for message in small:
-                pairs.append((scratch[end : end + message.data.nbytes], message.data))
-                end += _padded(message.data.nbytes)
-            posted.append(Message(small[0].peer, small[0].tag, scratch[start:end]))
-        return posted, pairs
-
-    def _no_scratch(self) -> dict[str, Tensor]:
-        return {side: self._device.allocate(0) for side in ("sends", "recvs")}
-
-    def _reserve(self, side: str, nbytes: int) -> Tensor:
-        """Return scratch memory of at least so many bytes. What is too small is in use until the stream is past it."""
-        scratch = self._scratch[side]
-        if scratch.nbytes < nbytes:
-            with torch.inference_mode(mode=False):  # the next launch may be outside of the caller's
-                scratch = self._scratch[side] = self._device.allocate(nbytes)
-        return scratch
-
 
 @contextmanager
 def _unwatched() -> Iterator[None]:
-    """Let torch make a communicator that no thread of torch's watches.
+    """Let the body make communicators that torch's watchdog threads ignore.
 
-    That watchdog ends the process when a peer is gone, and survivors with it, unless it is told otherwise in the
-    environment, which it reads when a communicator is made. Its other choices wait for a minute, and tell all ranks
-    through the store, whose own watchdogs then end them. Deadlines and losses are this package's to notice.
+    A watchdog ends the process when a peer is gone, and so all survivors, unless the environment, which it reads when a
+    communicator is made, forbids that. Its other settings wait for a minute, and inform all ranks through the store,
+    whose own watchdogs then end them. This package notices deadlines and losses itself.
     """
     before = os.environ.get(_NO_WATCHDOG)
     os.environ[_NO_WATCHDOG] = "1"
@@ -212,5 +175,5 @@ def _unwatched() -> Iterator[None]:
 
 
 def _behind(work: Work) -> None:
-    """Let the current stream wait for work; of communicators that nobody watches, `wait` would block this thread."""
+    """Let the current stream wait for work; `wait` would block this thread where no watchdog watches."""
     getattr(work, "block_current_stream", work.synchronize)()  # the first is there since torch 2.9
