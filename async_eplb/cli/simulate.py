@@ -1,4 +1,4 @@
-"""The simulation: what an update would take on clusters of any size, planned in several ways."""
+"""The command ``simulate``: predict the time of updates on clusters of any size, planned in several ways."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from async_eplb.cli.numbers import natural, positive
 from async_eplb.cli.render import print_columns, progress
 from async_eplb.errors import InvalidOptions, MissingExtra
 from async_eplb.report.text import in_bytes
-from async_eplb.simulate import CLUSTERS, MODELS, VARIANTS, Outcome, Scenario, simulate
+from async_eplb.simulate import CLUSTERS, MODELS, VARIANTS, UpdateCase, UpdateCosts, compare_plans
 
 _DESCRIPTION = """\
 Plan a real update for a cluster that need not be there, and say what a model of its links makes of
@@ -78,32 +78,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Simulate and print what updates take."""
-    scenarios = {num_ranks: _scenario(options, num_ranks) for num_ranks in options.ranks}
+    """Plan the updates, and print, write and draw what they cost."""
+    cases = {num_ranks: _case(options, num_ranks) for num_ranks in options.ranks}
     for option in ("json", "plot"):
         _require_folder(option, getattr(options, option))
     draw = _load_plot() if options.plot is not None else None
-    outcomes: dict[int, dict[str, Outcome]] = {}
-    with progress({f"{num_ranks} ranks": len(VARIANTS) for num_ranks in scenarios}) as advance:
-        for num_ranks, scenario in scenarios.items():
+    costs_by_size: dict[int, dict[str, UpdateCosts]] = {}
+    with progress({f"{num_ranks} ranks": len(VARIANTS) for num_ranks in cases}) as advance:
+        for num_ranks, case in cases.items():
             name = f"{num_ranks} ranks"
-            outcomes[num_ranks] = simulate(scenario, on_variant=lambda _, name=name: advance(name))  # type: ignore[misc]
-    for num_ranks, scenario in scenarios.items():
-        print_columns(_title(options, scenario), _HEADER, [_row(*each) for each in outcomes[num_ranks].items()])
-        print(f"Ranks and nodes traded places in {outcomes[num_ranks]['relabel'].relabel_ms:.0f} ms, once.")
+            costs_by_size[num_ranks] = compare_plans(case, on_variant=lambda _, name=name: advance(name))  # type: ignore[misc]
+    for num_ranks, case in cases.items():
+        print_columns(_title(options, case), _HEADER, [_row(*each) for each in costs_by_size[num_ranks].items()])
+        print(f"Ranks and nodes traded places in {costs_by_size[num_ranks]['relabel'].relabel_ms:.0f} ms, once.")
         if options.slowest:
-            _print_slowest(outcomes[num_ranks], options.slowest)
+            _print_slowest(costs_by_size[num_ranks], options.slowest)
     if options.json is not None:
-        options.json.write_text(json.dumps(_document(options, scenarios, outcomes), indent=1) + "\n")
+        options.json.write_text(json.dumps(_document(options, cases, costs_by_size), indent=1) + "\n")
     if draw is not None:
-        draw(options.plot, f"{options.model}, {options.cluster}, drift {options.drift}, {options.policy}", outcomes)
+        draw(
+            options.plot, f"{options.model}, {options.cluster}, drift {options.drift}, {options.policy}", costs_by_size
+        )
     return 0
 
 
-def _scenario(options: argparse.Namespace, num_ranks: int) -> Scenario:
+def _case(options: argparse.Namespace, num_ranks: int) -> UpdateCase:
     model, cluster = MODELS[options.model], CLUSTERS[options.cluster]
-    topology = Scenario.topology_for(model, cluster, num_ranks, num_nodes=options.nodes, num_slots=options.slots)
-    return Scenario(
+    topology = UpdateCase.topology_for(model, cluster, num_ranks, num_nodes=options.nodes, num_slots=options.slots)
+    return UpdateCase(
         model,
         cluster,
         topology,
@@ -115,6 +117,7 @@ def _scenario(options: argparse.Namespace, num_ranks: int) -> Scenario:
 
 
 def _require_folder(option: str, path: Path | None) -> None:
+    """Check that a file can be made there, before anything takes long."""
     if path is None:
         return
     try:
@@ -133,58 +136,58 @@ def _load_plot() -> Any:  # noqa: ANN401 - the function of a module that needs a
     return draw
 
 
-def _title(options: argparse.Namespace, scenario: Scenario) -> str:
-    model, topology = scenario.model, scenario.topology
+def _title(options: argparse.Namespace, case: UpdateCase) -> str:
+    model, topology = case.model, case.topology
     nodes = "1 node" if topology.num_nodes == 1 else f"{topology.num_nodes} nodes"
-    layers = scenario.num_layers or model.num_layers
+    layers = case.num_layers or model.num_layers
     return (
         f"{options.model} on {options.cluster}: {topology.num_ranks} ranks on {nodes},\n{layers} layers of "
         f"{model.num_experts} experts of {in_bytes(model.expert_nbytes)} in {topology.num_physical_experts} slots"
     )
 
 
-def _row(name: str, outcome: Outcome) -> tuple[str, ...]:
-    costs = outcome.costs
+def _row(name: str, costs: UpdateCosts) -> tuple[str, ...]:
+    layers = costs.layers
     return (
         name,
-        f"{outcome.time_s * 1e3:.1f}",
-        f"{outcome.bound_s.sum() * 1e3:.1f}",
-        f"{outcome.ratio:.2f}",
-        in_bytes(float(costs.nbytes_within.sum())),
-        in_bytes(float(costs.nbytes_across.sum())),
-        str(int(costs.num_stages.sum())),
-        f"{outcome.plan_ms:.1f} ms",
+        f"{costs.time_s * 1e3:.1f}",
+        f"{costs.bound_s.sum() * 1e3:.1f}",
+        f"{costs.ratio:.2f}",
+        in_bytes(float(layers.nbytes_within.sum())),
+        in_bytes(float(layers.nbytes_across.sum())),
+        str(int(layers.num_stages.sum())),
+        f"{costs.plan_ms:.1f} ms",
     )
 
 
-def _print_slowest(outcomes: dict[str, Outcome], number: int) -> None:
+def _print_slowest(costs_by_plan: dict[str, UpdateCosts], number: int) -> None:
     """Print the slowest layers of the reference and of relayed plans, and the spread of all."""
     rows: list[tuple[str, ...]] = []
     for name in ("reference", "relay"):
-        outcome, costs = outcomes[name], outcomes[name].costs
+        costs, layers = costs_by_plan[name], costs_by_plan[name].layers
         rows += [
             (
                 name,
                 str(layer),
-                f"{costs.time_s[layer] * 1e3:.2f}",
-                f"{outcome.bound_s[layer] * 1e3:.2f}",
-                in_bytes(float(costs.nbytes_within[layer])),
-                in_bytes(float(costs.nbytes_across[layer])),
-                str(costs.busiest_rank[layer]),
+                f"{layers.time_s[layer] * 1e3:.2f}",
+                f"{costs.bound_s[layer] * 1e3:.2f}",
+                in_bytes(float(layers.nbytes_within[layer])),
+                in_bytes(float(layers.nbytes_across[layer])),
+                str(layers.busiest_rank[layer]),
             )
-            for layer in np.argsort(-costs.time_s, kind="stable")[:number]
+            for layer in np.argsort(-layers.time_s, kind="stable")[:number]
         ]
         rows += [
-            (name, label, f"{np.quantile(costs.time_s, share) * 1e3:.2f}", "", "", "", "")
+            (name, label, f"{np.quantile(layers.time_s, share) * 1e3:.2f}", "", "", "", "")
             for label, share in (("median", 0.5), ("fastest", 0.0))
         ]
     print_columns("Slowest layers", ("plan", "layer", "ms", "bound", "within", "across", "busiest rank"), rows)
 
 
 def _document(
-    options: argparse.Namespace, scenarios: dict[int, Scenario], outcomes: dict[int, dict[str, Outcome]]
+    options: argparse.Namespace, cases: dict[int, UpdateCase], costs_by_size: dict[int, dict[str, UpdateCosts]]
 ) -> dict[str, object]:
-    """Return everything, per layer, in seconds and bytes."""
+    """Return all figures, per layer, in seconds and bytes."""
     return {
         "model": asdict(MODELS[options.model]),
         "cluster": asdict(CLUSTERS[options.cluster]),
@@ -192,28 +195,28 @@ def _document(
         "policy": options.policy,
         "updates": [
             {
-                "topology": asdict(scenarios[num_ranks].topology),
-                "plans": {name: _figures(outcome) for name, outcome in by_name.items()},
+                "topology": asdict(cases[num_ranks].topology),
+                "plans": {name: _figures(costs) for name, costs in by_name.items()},
             }
-            for num_ranks, by_name in outcomes.items()
+            for num_ranks, by_name in costs_by_size.items()
         ],
     }
 
 
-def _figures(outcome: Outcome) -> dict[str, object]:
-    costs = outcome.costs
+def _figures(costs: UpdateCosts) -> dict[str, object]:
+    layers = costs.layers
     return {
-        "time_s": outcome.time_s,
-        "bound_s": float(outcome.bound_s.sum()),
-        "ratio": outcome.ratio,
-        "relabel_ms": outcome.relabel_ms,
-        "plan_ms": outcome.plan_ms,
+        "time_s": costs.time_s,
+        "bound_s": float(costs.bound_s.sum()),
+        "ratio": costs.ratio,
+        "relabel_ms": costs.relabel_ms,
+        "plan_ms": costs.plan_ms,
         "layers": {
-            "time_s": costs.time_s.tolist(),
-            "bound_s": outcome.bound_s.tolist(),
-            "nbytes_within": costs.nbytes_within.tolist(),
-            "nbytes_across": costs.nbytes_across.tolist(),
-            "busiest_rank": costs.busiest_rank.tolist(),
-            "num_stages": costs.num_stages.tolist(),
+            "time_s": layers.time_s.tolist(),
+            "bound_s": costs.bound_s.tolist(),
+            "nbytes_within": layers.nbytes_within.tolist(),
+            "nbytes_across": layers.nbytes_across.tolist(),
+            "busiest_rank": layers.busiest_rank.tolist(),
+            "num_stages": layers.num_stages.tolist(),
         },
     }

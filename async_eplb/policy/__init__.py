@@ -1,12 +1,13 @@
-"""From a load to a placement, pure: policies, what they balance, and whether it pays to follow them."""
+"""Policies: from a load to a placement, as pure functions; what they balance, and whether a rebalance pays."""
 
+from async_eplb.policy.base import PlacementPolicy
 from async_eplb.policy.check import require_policy_output
 from async_eplb.policy.choose import Reason, RebalanceDecision, RebalanceTerms, choose
-from async_eplb.policy.hierarchical import global_, hierarchical
-from async_eplb.policy.incremental import incremental
+from async_eplb.policy.global_replan import Global
+from async_eplb.policy.hierarchical import Hierarchical
+from async_eplb.policy.incremental import Incremental
 from async_eplb.policy.measure import balancedness, rank_costs, receives
 from async_eplb.policy.objective import Objective, activated_experts, tokens
-from async_eplb.policy.policies import Global, Hierarchical, Incremental, PlacementPolicy
 
 __all__ = [
     "Global",
@@ -20,9 +21,6 @@ __all__ = [
     "activated_experts",
     "balancedness",
     "choose",
-    "global_",
-    "hierarchical",
-    "incremental",
     "rank_costs",
     "receives",
     "require_policy_output",

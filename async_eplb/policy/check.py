@@ -1,7 +1,8 @@
-"""What policies refuse: loads, placements and options that do not fit together, and invalid results."""
+"""Checks of what policies take and return: loads, placements and groups that do not fit together are refused."""
 
 from async_eplb.errors import (
     InvalidLoad,
+    InvalidOptions,
     InvalidPlacement,
     InvalidPolicyOutput,
     LayerCountMismatch,
@@ -24,6 +25,18 @@ def require_room(load: ExpertLoad, topology: EPTopology) -> None:
             f"{load.num_logical_experts} logical experts; give each rank more slots",
             num_physical_experts=topology.num_physical_experts,
             num_logical_experts=load.num_logical_experts,
+        )
+
+
+def require_groups(num_groups: int, num_logical_experts: int) -> None:
+    """Check that groups are equally large.
+
+    :raises InvalidOptions: if not
+    """
+    if num_groups < 1 or num_logical_experts % num_groups:
+        raise InvalidOptions(
+            f"{num_groups} groups do not divide {num_logical_experts} logical experts; every group needs as many",
+            option="num_groups",
         )
 
 
@@ -79,7 +92,7 @@ def require_same_kind(new: ExpertPlacement, current: ExpertPlacement, topology: 
 def require_policy_output(
     policy: object, output: object, current: ExpertPlacement, topology: EPTopology
 ) -> ExpertPlacement:
-    """Return what a policy returned, if weights can be moved there from the current placement.
+    """Return a policy's output, if it is a placement that weights can be moved to from the current one.
 
     :param policy: its ``repr`` names it in the message
     :raises InvalidPolicyOutput: if not; the cause says why

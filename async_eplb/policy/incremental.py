@@ -1,16 +1,20 @@
-"""The incremental policy: from the current placement, few moves that reach the balance target."""
+"""The policy that keeps the current placement, and makes few moves that reach the balance target."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange, reduce, repeat
 
 from async_eplb.errors import InvalidOptions
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
-from async_eplb.policy.check import require_complete
-from async_eplb.policy.hierarchical import global_, hierarchical, place_groups, require_groups
+from async_eplb.policy.check import require_complete, require_groups
+from async_eplb.policy.global_replan import Global
+from async_eplb.policy.hierarchical import Hierarchical
 from async_eplb.policy.measure import rank_costs, receives
 from async_eplb.policy.objective import FloatArray, IntArray, Objective, require_objective, tokens
+from async_eplb.policy.packing import place_groups
 from async_eplb.policy.regroup import groups_by_node, relieve_nodes
 from async_eplb.policy.search import ROUNDING, Search
 from async_eplb.topology import EPTopology
@@ -21,18 +25,8 @@ _CLOSE = 1.002
 """How close, then."""
 
 
-def incremental(
-    load: ExpertLoad,
-    current: ExpertPlacement,
-    topology: EPTopology,
-    *,
-    max_moves_per_layer: int | None = None,
-    target: float = 1.02,
-    num_groups: int | None = None,
-    objective: Objective = tokens,
-    regroup_above: float = 1.03,
-    replan_above: float = 1.1,
-) -> ExpertPlacement:
+@dataclass(frozen=True, slots=True)
+class Incremental:
     """Change the current placement by few moves, so that the peak over the mean of rank costs reaches the target.
 
     A move is a slot whose expert its rank has to receive. Where a full replan does not reach the target, because an
@@ -47,61 +41,99 @@ def incremental(
     :param max_moves_per_layer: experts that the ranks of a layer may receive together; None for no limit
     :param target: peak over mean of the ranks' costs that is good enough
     :param num_groups: groups of consecutive experts that stay on one node each; None, or a number that does not divide
-        over the nodes (see :func:`hierarchical`), for experts that may go anywhere
+        over the nodes (see :class:`Hierarchical`), for experts that may go anywhere
     :param objective: from a replica's tokens a step to its cost
     :param regroup_above: two groups of a layer swap nodes, which takes about ``2 / num_groups`` of its slots, if the
         most loaded node costs more than this factor of what it does then; infinite for never
     :param replan_above: a layer that would end with a peak more than this factor above a full replan's, regrouping
         included, takes the replan's row, unless that takes too many moves; infinite for never
-    :raises InvalidLoad: if load and placement have different layers or experts
-    :raises InvalidOptions: if an option is out of its range, or the groups do not divide the experts
-    :raises InvalidPlacement: if the current placement does not fit the topology, or lacks an expert
+    :raises InvalidOptions: if an option is out of its range
     """
-    _require_options(max_moves_per_layer, target, regroup_above, replan_above)
-    require_objective(objective)
-    cost = rank_costs(load, current, topology, objective)
-    require_complete(current, topology)
-    if num_groups is not None:
-        require_groups(num_groups, current.num_logical_experts)
-    slots = topology.num_physical_experts
-    budget = slots if max_moves_per_layer is None else min(max_moves_per_layer, slots)
-    enough = target * (1 - 2 * ROUNDING) * cost.mean(axis=1)
 
-    if num_groups is None or num_groups % topology.num_nodes:
-        blocks, start, settled = 1, current, np.ones(len(cost), dtype=bool)
-        replan = bound = global_(load, topology)
-    else:
-        blocks = topology.num_nodes
-        replan = hierarchical(load, topology, num_groups=num_groups)
-        groups, settled = groups_by_node(current, topology, num_groups)
-        start, groups = relieve_nodes(
-            load, current, topology, groups, settled, objective, enough=enough, above=regroup_above, budget=budget
-        )
-        bound = place_groups(load, groups, topology)
-    aim = _aim(rank_costs(load, start, topology, objective), blocks, _peaks(load, bound, topology, objective))
-    limit = np.maximum(enough, np.minimum(aim, cost.max(axis=1)))
-    limit[~settled] = np.inf
-    found = Search(
-        _blocks(current, topology, blocks),
-        _blocks(start, topology, blocks),
-        np.repeat(load.tokens_per_step(), blocks, axis=0),
-        np.repeat(limit, blocks),
-        objective,
-        np.full(len(cost), budget),
-    ).run()
-    changed = ExpertPlacement.from_mapping(
-        np.where(found == current.num_logical_experts, EMPTY_SLOT, found).reshape(len(cost), slots),
-        current.num_logical_experts,
-    )
+    max_moves_per_layer: int | None = None
+    target: float = 1.02
+    num_groups: int | None = None
+    objective: Objective = tokens
+    regroup_above: float = 1.03
+    replan_above: float = 1.1
 
-    peak = _peaks(load, changed, topology, objective)
-    replanned = ~settled | (peak > replan_above * _peaks(load, replan, topology, objective))
-    if replanned.any():
-        replanned &= receives(current, replan, topology).sum(axis=1) <= budget
-        changed = changed.with_layers(replan, tuple(int(layer) for layer in np.flatnonzero(replanned)))
-        peak = _peaks(load, changed, topology, objective)
-    worse = np.flatnonzero(settled & (peak > cost.max(axis=1) * (1 + 2 * ROUNDING)))
-    return changed.with_layers(current, tuple(int(layer) for layer in worse))
+    def __post_init__(self) -> None:
+        moves = self.max_moves_per_layer
+        rules = {
+            "max_moves_per_layer": (moves is None or moves >= 0, 0),
+            "target": (1 <= self.target < math.inf, 1),
+            "regroup_above": (self.regroup_above >= 1, 1),
+            "replan_above": (self.replan_above >= 1, 1),
+        }
+        for option, (holds, least) in rules.items():
+            if not holds:
+                value = getattr(self, option)
+                raise InvalidOptions(f"{option} is {value!r}; it must be a number of at least {least}", option=option)
+        require_objective(self.objective)
+
+    def __call__(self, load: ExpertLoad, current: ExpertPlacement, topology: EPTopology) -> ExpertPlacement:
+        """Move few experts.
+
+        :raises InvalidLoad: if load and placement have different layers or experts
+        :raises InvalidOptions: if the groups do not divide the experts
+        :raises InvalidPlacement: if the current placement does not fit the topology, or lacks an expert
+        """
+        cost = rank_costs(load, current, topology, self.objective)  # [layers, ranks]
+        require_complete(current, topology)
+        if self.num_groups is not None:
+            require_groups(self.num_groups, current.num_logical_experts)
+        slots = topology.num_physical_experts
+        budget = slots if self.max_moves_per_layer is None else min(self.max_moves_per_layer, slots)
+        enough = self.target * (1 - 2 * ROUNDING) * cost.mean(axis=1)  # [layers]
+
+        # Blocks are the ranks that an expert stays within: the nodes with groups, all ranks without.
+        if self.num_groups is None or self.num_groups % topology.num_nodes:
+            blocks, start, settled = 1, current, np.ones(len(cost), dtype=bool)  # settled: [layers]
+            replan = bound = Global().place(load, topology)
+        else:
+            blocks = topology.num_nodes
+            replan = Hierarchical(self.num_groups).place(load, topology)
+            groups, settled = groups_by_node(current, topology, self.num_groups)  # [layers, groups], [layers]
+            start, groups = relieve_nodes(
+                load,
+                current,
+                topology,
+                groups,
+                settled,
+                self.objective,
+                enough=enough,
+                above=self.regroup_above,
+                budget=budget,
+            )
+            bound = place_groups(load, groups, topology)
+        aim = _aim(rank_costs(load, start, topology, self.objective), blocks, self._peaks(load, bound, topology))
+        limit = np.maximum(enough, np.minimum(aim, cost.max(axis=1)))  # [layers]
+        limit[~settled] = np.inf  # no search there: these are replanned
+        found = Search(
+            _blocks(current, topology, blocks),
+            _blocks(start, topology, blocks),
+            repeat(load.tokens_per_step(), "layers experts -> (layers blocks) experts", blocks=blocks),
+            repeat(limit, "layers -> (layers blocks)", blocks=blocks),
+            self.objective,
+            np.full(len(cost), budget),
+        ).run()  # [layers * blocks, slots of a block]
+        maps = rearrange(found, "(layers blocks) slots -> layers (blocks slots)", blocks=blocks)
+        maps = np.where(maps == current.num_logical_experts, EMPTY_SLOT, maps)  # [layers, physical]
+        changed = ExpertPlacement.from_mapping(maps, current.num_logical_experts)
+
+        # Layers where the search ends far above a replan take the replan's row, if it is within the budget.
+        peak = self._peaks(load, changed, topology)  # [layers]
+        replanned = ~settled | (peak > self.replan_above * self._peaks(load, replan, topology))
+        if replanned.any():
+            replanned &= receives(current, replan, topology).sum(axis=1) <= budget
+            changed = changed.with_layers(replan, tuple(int(layer) for layer in np.flatnonzero(replanned)))
+            peak = self._peaks(load, changed, topology)
+        worse = np.flatnonzero(settled & (peak > cost.max(axis=1) * (1 + 2 * ROUNDING)))
+        return changed.with_layers(current, tuple(int(layer) for layer in worse))
+
+    def _peaks(self, load: ExpertLoad, placement: ExpertPlacement, topology: EPTopology) -> FloatArray:
+        """Return the cost of the most costly rank: ``[layers]``."""
+        return np.asarray(rank_costs(load, placement, topology, self.objective).max(axis=1))
 
 
 def _aim(cost: FloatArray, num_blocks: int, reachable: FloatArray) -> FloatArray:
@@ -111,28 +143,18 @@ def _aim(cost: FloatArray, num_blocks: int, reachable: FloatArray) -> FloatArray
     :param num_blocks: blocks of ranks that experts stay in
     :param reachable: peak of a replan that keeps experts in their blocks ``[layers]``
     """
-    floor = cost.reshape(len(cost), num_blocks, -1).mean(axis=2).max(axis=1)
+    of_blocks = reduce(cost, "layers (blocks ranks) -> layers blocks", "mean", blocks=num_blocks)
+    floor = of_blocks.max(axis=1)  # [layers]: the most loaded block, evened out
     return np.where(reachable <= _FINE * floor, np.minimum(reachable, _CLOSE * floor), reachable)
 
 
 def _blocks(placement: ExpertPlacement, topology: EPTopology, num_blocks: int) -> IntArray:
     """Return the expert of each slot, block by block: int64 ``[layers * blocks, ranks, slots]``."""
-    maps = placement.physical_to_logical_map
+    maps = placement.physical_to_logical_map  # [layers, physical]
     experts = np.where(maps == EMPTY_SLOT, placement.num_logical_experts, maps).astype(np.int64)
-    return experts.reshape(len(maps) * num_blocks, topology.num_ranks // num_blocks, -1)
-
-
-def _peaks(load: ExpertLoad, placement: ExpertPlacement, topology: EPTopology, objective: Objective) -> FloatArray:
-    return np.asarray(rank_costs(load, placement, topology, objective).max(axis=1))
-
-
-def _require_options(max_moves_per_layer: int | None, target: float, regroup_above: float, replan_above: float) -> None:
-    rules = {
-        "max_moves_per_layer": (max_moves_per_layer, max_moves_per_layer is None or max_moves_per_layer >= 0, 0),
-        "target": (target, 1 <= target < math.inf, 1),
-        "regroup_above": (regroup_above, regroup_above >= 1, 1),
-        "replan_above": (replan_above, replan_above >= 1, 1),
-    }
-    for option, (value, holds, least) in rules.items():
-        if not holds:
-            raise InvalidOptions(f"{option} is {value!r}; it must be a number of at least {least}", option=option)
+    return rearrange(
+        experts,
+        "layers (blocks ranks slots) -> (layers blocks) ranks slots",
+        blocks=num_blocks,
+        slots=topology.num_local_physical_experts,
+    )

@@ -1,6 +1,7 @@
-"""What a placement means for a load: cost of each rank, balance of each layer, and what it takes to get there."""
+"""Measure placements: the cost of each rank under a load, the balance of each layer, and receives to get there."""
 
 import numpy as np
+from einops import rearrange, reduce
 
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
@@ -21,8 +22,8 @@ def rank_costs(
     :raises InvalidPlacement: if the placement does not fit the topology
     """
     placement.require_fit(topology)
-    costs = slot_costs(load, placement, objective)
-    return np.asarray(costs.reshape(len(costs), topology.num_ranks, -1).sum(axis=2))
+    costs = slot_costs(load, placement, objective)  # [layers, physical]
+    return reduce(costs, "layers (ranks slots) -> layers ranks", "sum", ranks=topology.num_ranks)
 
 
 def slot_costs(load: ExpertLoad, placement: ExpertPlacement, objective: Objective = tokens) -> FloatArray:
@@ -31,8 +32,8 @@ def slot_costs(load: ExpertLoad, placement: ExpertPlacement, objective: Objectiv
     :raises InvalidLoad: if load and placement have different layers or experts
     """
     require_same_model(load, placement)
-    maps = placement.physical_to_logical_map
-    cost = objective(load.tokens_per_step() / np.maximum(placement.replica_counts(), 1))
+    maps = placement.physical_to_logical_map  # [layers, physical]
+    cost = objective(load.tokens_per_step() / np.maximum(placement.replica_counts(), 1))  # [layers, experts]
     held = np.take_along_axis(cost, np.maximum(maps, 0).astype(np.int64), axis=1)
     return np.where(maps == EMPTY_SLOT, 0.0, held)
 
@@ -44,8 +45,8 @@ def balancedness(
 
     1 where a layer has no load. The other arguments and errors are those of :func:`rank_costs`.
     """
-    costs = rank_costs(load, placement, topology, objective)
-    peak = costs.max(axis=1)
+    costs = rank_costs(load, placement, topology, objective)  # [layers, ranks]
+    peak = costs.max(axis=1)  # [layers]
     return np.asarray(np.divide(costs.mean(axis=1), peak, out=np.ones(len(costs)), where=peak > 0))
 
 
@@ -58,8 +59,10 @@ def receives(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) -
     """
     for placement in (old, new):
         placement.require_fit(topology)
-    shape = (new.num_layers, topology.num_ranks, topology.num_local_physical_experts)
-    before, after = (p.physical_to_logical_map.reshape(shape) for p in (old, new))
-    held = (after[..., :, None] == before[..., None, :]).any(axis=3)
-    again = np.tril(after[..., :, None] == after[..., None, :], k=-1).any(axis=3)
+    before, after = (  # both [layers, ranks, slots]
+        rearrange(p.physical_to_logical_map, "layers (ranks slots) -> layers ranks slots", ranks=topology.num_ranks)
+        for p in (old, new)
+    )
+    held = (after[..., :, None] == before[..., None, :]).any(axis=3)  # [layers, ranks, slots]
+    again = np.tril(after[..., :, None] == after[..., None, :], k=-1).any(axis=3)  # a lower slot wants the same
     return np.asarray((~held & ~again & (after != EMPTY_SLOT)).sum(axis=2), dtype=np.int64)

@@ -25,7 +25,7 @@ HALF_RECEIVE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Unfinished rows, each with the rank that costs most. The limit of each rank is 1.
+    """The state of unfinished rows, each with the rank that costs most. The limit of each rank is 1.
 
     :param rows: which rows of the search ``[n]``
     :param experts: expert of each slot, the largest id where empty ``[n, physical]``
@@ -70,7 +70,7 @@ class View:
 
 @dataclass(slots=True)
 class Moves:
-    """One move for each row, or none.
+    """A table with one move for each row, or none.
 
     :param receives: that it takes at most; infinite where there is no move ``[n]``
     :param value: what it was chosen by; 0 where there is no move ``[n]``
@@ -93,7 +93,7 @@ class Moves:
         return cls(value + np.float32(np.inf), value, slots, slots.copy(), slots.copy())
 
     def replace(self, index: IntArray, moves: "Moves", where: BoolArray) -> None:
-        """Put ``moves`` into the rows ``index``, but only ``where``."""
+        """Put ``moves`` into the rows ``index``, but only ``where`` that holds: all ``[len(index)]``."""
         for field in fields(self):
             getattr(self, field.name)[index[where]] = getattr(moves, field.name)[where]
 
@@ -103,39 +103,44 @@ def fitting_swaps(view: View) -> Moves:
 
     A partner with much room left can take from the next loaded rank through the same slot, which is received once.
     """
-    slots = np.arange(len(view.rows))[:, None], view.peak_slots
-    given = view.cost[slots]
-    fee = view.pays * np.float32(RECEIVE)
-    largest = view.cost - np.repeat(view.over, view.num_slots, axis=1)
-    excess = (view.peak - np.float32(1))[:, None]
+    slots = np.arange(len(view.rows))[:, None], view.peak_slots  # index of [n, slots of the peak rank]
+    given = view.cost[slots]  # [n, slots of the peak rank]
+    fee = view.pays * np.float32(RECEIVE)  # [n, physical]
+    largest = view.cost - np.repeat(view.over, view.num_slots, axis=1)  # [n, physical]: most that it can take instead
+    excess = (view.peak - np.float32(1))[:, None]  # [n, 1]
+    # Of all pairs of a slot of the peak rank and another slot: [n, slots of the peak rank, physical].
     fits = (view.cost[:, None, :] <= (given - excess)[:, :, None]) & (largest[:, None, :] >= given[:, :, None])
-    above_0 = np.float32(2 * RECEIVE + 1)
+    above_0 = np.float32(2 * RECEIVE + 1)  # so that every swap that fits is worth more than none
     value = (above_0 + largest - fee)[:, None, :] - (given + fee[slots])[:, :, None]
     value *= fits
     return _best(view, value)
 
 
 def helping_swaps(view: View) -> Moves:
-    """Find the swap that helps most, a receive."""
-    slots = np.arange(len(view.rows))[:, None], view.peak_slots
-    given = view.cost[slots]
+    """Find the swap that lowers the squared excess most for each receive."""
+    slots = np.arange(len(view.rows))[:, None], view.peak_slots  # index of [n, slots of the peak rank]
+    given = view.cost[slots]  # [n, slots of the peak rank]
+    over = np.repeat(view.over, view.num_slots, axis=1)  # [n, physical]: of each slot's rank
+    excess = (view.peak - np.float32(1))[:, None]  # [n, 1]
+    # Of all pairs of a slot of the peak rank and another slot: [n, slots of the peak rank, physical].
     shift = given[:, :, None] - view.cost[:, None, :]
-    over = np.repeat(view.over, view.num_slots, axis=1)
-    excess = (view.peak - np.float32(1))[:, None]
     saved = (squared(excess) + squared(over))[:, None, :]
     saved = saved - squared(excess[:, :, None] - shift) - squared(over[:, None, :] + shift)
     receives = view.pays[slots][:, :, None] + view.pays[:, None, :].astype(np.float32)
-    elsewhere = np.arange(view.experts.shape[1]) // view.num_slots != view.peak_rank[:, None]
+    elsewhere = np.arange(view.experts.shape[1]) // view.num_slots != view.peak_rank[:, None]  # [n, physical]
     helps = (saved > LEAST_HELP) & elsewhere[:, None, :]
     helps &= receives <= view.budget[:, None, None]
     return _best(view, saved / np.maximum(receives, HALF_RECEIVE) * helps)
 
 
 def _best(view: View, value: Costs) -> Moves:
-    """Return the swaps of highest value ``[n, slots of the peak rank, physical]``; 0 where there is none."""
+    """Return the swap of highest value in each row.
+
+    :param value: 0 where there is none ``[n, slots of the peak rank, physical]``
+    """
     rows = np.arange(len(value))
-    given, other = np.divmod(value.reshape(len(value), -1).argmax(axis=1), value.shape[2])
-    slot = view.peak_slots[rows, given]
+    given, other = np.divmod(value.reshape(len(value), -1).argmax(axis=1), value.shape[2])  # both [n]
+    slot = view.peak_slots[rows, given]  # [n]
     receives = view.pays[rows, slot].astype(np.float32) + view.pays[rows, other]
     best = value[rows, given, other]
     found = (best > 0) & (receives <= view.budget)
@@ -143,5 +148,5 @@ def _best(view: View, value: Costs) -> Moves:
 
 
 def squared(excess: Costs) -> Costs:
-    """Square what is above 0."""
+    """Return the square of what is above 0, and 0 elsewhere."""
     return np.square(np.maximum(excess, np.float32(0)))

@@ -1,4 +1,4 @@
-"""What a replica costs its rank: pure functions from tokens a step to a cost, which policies balance over ranks.
+"""Objectives: the cost of a replica to its rank, from its tokens a step; policies balance it over ranks.
 
 An objective is elementwise, maps 0 to 0, and never falls as tokens rise.
 """
@@ -21,12 +21,12 @@ _PROBES = np.array([[0.0, 1e-3, 1.0], [32.0, 1e4, 1e9]])
 
 
 def tokens(tokens_per_step: FloatArray) -> FloatArray:
-    """Cost of compute-bound steps: every token costs alike."""
+    """Return the cost of compute-bound steps: every token costs the same."""
     return tokens_per_step
 
 
 def activated_experts(tokens_per_step: FloatArray) -> FloatArray:
-    """Cost of memory-bound steps (decode): the probability that a step reads the replica's weights at all.
+    """Return the cost of memory-bound steps (decode): the probability that a step reads the replica's weights.
 
     Tokens choose experts independently, so that a replica's tokens in one step are Poisson distributed around
     their mean ``m``, and the weights are read with probability ``1 - exp(-m)``.

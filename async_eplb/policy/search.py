@@ -1,4 +1,4 @@
-"""Local search for few moves that bring every rank within a limit, in many independent rows at once.
+"""Search locally for few moves that bring every rank within a limit, in many independent rows at once.
 
 A row is a layer, or the part of a layer that one node holds. In every round each unfinished row takes its most costly
 rank and makes one move for it:
@@ -44,22 +44,25 @@ class Search:
         budget: IntArray,
     ) -> None:
         rows, self._num_ranks, self._num_slots = held.shape
-        self._experts = start.reshape(rows, -1).copy()
+        self._experts = start.reshape(rows, -1).copy()  # [rows, physical]
         self._empty = rate.shape[1]
-        self._rate = np.pad(rate, ((0, 0), (0, 1)))
-        self._scale = np.divide(1.0, limit, out=np.zeros(rows), where=limit > 0)
+        self._rate = np.pad(rate, ((0, 0), (0, 1)))  # [rows, experts + 1], no tokens for empty slots
+        self._scale = np.divide(
+            1.0, limit, out=np.zeros(rows), where=limit > 0
+        )  # [rows]: costs are shares of the limit
         self._objective = objective
-        self._budget = budget.copy()
-        self._layer = np.repeat(np.arange(len(budget)), rows // len(budget))
+        self._budget = budget.copy()  # [layers]: receives that are left
+        self._layer = np.repeat(np.arange(len(budget)), rows // len(budget))  # [rows]
+        # Rows of a layer share its budget: where it may run out, only the worst of them moves in a round.
         self._takes_turns = rows > len(budget) and bool((budget < rows * start[0].size // len(budget)).any())
         every_row = np.arange(rows)[:, None]
-        rank = np.arange(self._experts.shape[1]) // self._num_slots
-        self._held = np.zeros((rows, self._num_ranks, self._empty + 1), dtype=bool)
+        rank = np.arange(self._experts.shape[1]) // self._num_slots  # [physical]
+        self._held = np.zeros((rows, self._num_ranks, self._empty + 1), dtype=bool)  # [rows, ranks, experts + 1]
         self._held[every_row, rank, held.reshape(rows, -1)] = True
-        self._held[:, :, self._empty] = True
-        self._fresh = ~self._held[every_row, rank, self._experts]
+        self._held[:, :, self._empty] = True  # emptying a slot takes no receive
+        self._fresh = ~self._held[every_row, rank, self._experts]  # [rows, physical]: slots whose expert is received
         np.subtract.at(self._budget, self._layer, self._fresh.sum(axis=1))
-        self._replicas = np.zeros(self._rate.shape)
+        self._replicas = np.zeros(self._rate.shape)  # [rows, experts + 1]
         np.add.at(self._replicas, (every_row, self._experts), 1)
         self._replicas[:, self._empty] = np.inf
         self._costs = self._costs_of(self._rate, self._replicas, self._scale[:, None])
@@ -69,8 +72,8 @@ class Search:
 
         :returns: the expert of each slot, int64 ``[rows, physical]``
         """
-        searching = np.arange(len(self._experts))
-        for _ in range(2 * self._experts.shape[1]):
+        searching = np.arange(len(self._experts))  # rows
+        for _ in range(2 * self._experts.shape[1]):  # moves that only help may go on for long
             view = self._view(searching)
             searching = view.rows
             if len(searching) == 0:
@@ -83,10 +86,10 @@ class Search:
         return self._experts
 
     def _view(self, rows: IntArray) -> View:
-        """Return how those of the rows stand that are above their limit."""
-        experts = self._experts[rows]
-        cost = self._costs.now[rows[:, None], experts]
-        rank_cost = cost.reshape(len(rows), self._num_ranks, self._num_slots).sum(axis=2)
+        """Return the state of those rows that are above their limit."""
+        experts = self._experts[rows]  # [rows, physical]
+        cost = self._costs.now[rows[:, None], experts]  # [rows, physical]
+        rank_cost = cost.reshape(len(rows), self._num_ranks, self._num_slots).sum(axis=2)  # [rows, ranks]
         above = np.flatnonzero(rank_cost.max(axis=1) > 1 + ROUNDING)
         rows, rank_cost, experts = rows[above], rank_cost[above], experts[above]
         return View(
@@ -100,24 +103,29 @@ class Search:
         )
 
     def _turn(self, view: View) -> IntArray:
-        """Return which rows move in this round: of rows that share a budget that may run out, the worst one."""
+        """Return the rows that move in this round: of rows that share a budget that may run out, the worst one.
+
+        :returns: indices of the view's rows
+        """
         if not self._takes_turns:
             return np.arange(len(view.rows))
-        layer = self._layer[view.rows]
-        worst_first = np.lexsort((-view.peak, layer))
+        layer = self._layer[view.rows]  # [n]
+        worst_first = np.lexsort((-view.peak, layer))  # [n]
         return np.asarray(worst_first[np.unique(layer[worst_first], return_index=True)[1]])
 
     def _choose(self, view: View) -> Moves:
-        """Return one move for each row."""
+        """Return one move for each row: the one that fits with the fewest receives, or that helps most."""
         moves = fitting_swaps(view)
+        # Where no swap fits with one receive or none, a reassignment may do it with fewer.
         dear = np.flatnonzero(moves.receives > 1)
         if len(dear) == 0:
             return moves
         dear_view = view[dear]
-        spare = self._replicas[dear_view.rows[:, None], dear_view.experts] > 1
+        spare = self._replicas[dear_view.rows[:, None], dear_view.experts] > 1  # [dear, physical]
         spares = SpareSlots.of(dear_view, spare, self._costs)
         fitting = Reassignments(dear_view, spares.harmless(), self._costs, self._held).fitting()
         moves.replace(dear, fitting, fitting.receives < moves.receives[dear])
+        # Where nothing fits, anything that helps is taken.
         stuck = np.flatnonzero(np.isinf(moves.receives[dear]))
         if len(stuck):
             stuck_view = dear_view[stuck]
@@ -128,7 +136,7 @@ class Search:
         return moves
 
     def _make(self, rows: IntArray, moves: Moves, index: IntArray) -> None:
-        """Make moves ``index`` in ``rows``, and pay for them."""
+        """Make the moves ``index`` in ``rows``, and charge their receives to the budgets: both ``[made]``."""
         slot, other, expert = moves.slot[index], moves.other[index], moves.expert[index]
         swaps = other != NO_SLOT
         given = self._experts[rows, slot]
@@ -150,6 +158,7 @@ class Search:
         self._experts[rows, slot] = expert
 
     def _costs_of(self, rate: FloatArray, replicas: FloatArray, scale: FloatArray) -> ExpertCosts:
+        """Return the cost of a replica relative to the limit, for arrays of any one shape."""
         counts = (replicas, replicas + 1, np.maximum(replicas - 1, 1))
         costs = (self._objective(rate / np.maximum(count, 1)) * scale for count in counts)
         return ExpertCosts(*(cost.astype(np.float32) for cost in costs))

@@ -1,10 +1,10 @@
-"""What an update would take on machines that are not there: real plans, and a model of links. Pure."""
+"""Predict how long updates take on clusters that need not be there: real plans, and a model of their links."""
 
+from async_eplb.simulate.case import UpdateCase
 from async_eplb.simulate.clusters import CLUSTERS, Cluster, Link
+from async_eplb.simulate.compare import VARIANTS, UpdateCosts, Variant, compare_plans
 from async_eplb.simulate.cost import LayerCosts, layer_costs, lower_bounds
 from async_eplb.simulate.models import MODELS, Model
-from async_eplb.simulate.scenario import Scenario
-from async_eplb.simulate.study import VARIANTS, Outcome, Variant, simulate
 
 __all__ = [
     "CLUSTERS",
@@ -14,10 +14,10 @@ __all__ = [
     "LayerCosts",
     "Link",
     "Model",
-    "Outcome",
-    "Scenario",
+    "UpdateCase",
+    "UpdateCosts",
     "Variant",
+    "compare_plans",
     "layer_costs",
     "lower_bounds",
-    "simulate",
 ]

@@ -1,4 +1,4 @@
-"""Machines, as far as moving bytes between their GPUs needs to know them. Bandwidths are nominal, of one direction."""
+"""Descriptions of clusters: the links between their GPUs. Bandwidths are nominal, of one direction."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ _GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a GPU sends and receives through.
+    """A link of a GPU, through which it sends and receives.
 
     :param bytes_per_s: of one direction
     :param latency_s: from posting a stage until its first byte arrives
@@ -21,7 +21,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Nodes of GPUs.
+    """Nodes of GPUs, with the links inside a node and between nodes.
 
     :param num_ranks_per_node: GPUs that share the fast link
     :param within: link of each GPU to the others of its node

@@ -1,4 +1,4 @@
-"""Published models, as far as moving their experts needs to know them."""
+"""Descriptions of published models: the number and the size of their experts."""
 
 from dataclasses import dataclass
 

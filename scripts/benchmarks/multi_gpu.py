@@ -3,7 +3,7 @@
 - ``links``: one tensor from a rank to another, pair by pair and all ranks at once (each sends to the next, then each to
   all), by the driver's copies through CUDA IPC (``ipc``), by NCCL as it likes (``nccl``) and with few thread blocks
   (``nccl_few``)
-- ``update``: all layers go to another placement, that of a full replan or the ``incremental`` policy's after loads have
+- ``update``: all layers go to another placement, that of a full replan or the ``Incremental`` policy's after loads have
   drifted, over each transport, exclusively. Layers are DeepSeek-V3's in FP8, with 32 redundant experts: 288 of 44 MB.
   GB/s are what the rank that receives most receives in the whole time; ratios are to the same ranks' flat tensors, all
   at once, to the link's limit, and for NCCL to bare batches of the same messages (``over_batch``), posted one after
@@ -49,7 +49,7 @@ from async_eplb import (
 from async_eplb.device import CudaDevice
 from async_eplb.plan.posting import PostedUpdate
 from async_eplb.plan.update import plan_update
-from async_eplb.policy import hierarchical, incremental
+from async_eplb.policy import Hierarchical, Incremental
 from async_eplb.simulate.models import MODELS
 from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.testing.processes import World, WorldRank, take_gpu
@@ -317,11 +317,11 @@ class _Experts:
         rng = np.random.default_rng(0)
         before = rng.gamma(1.0, size=(options.layers, physical * 8 // 9)) * 1000
         after = before * np.exp(_DRIFT * rng.standard_normal(before.shape))
-        self.placement = hierarchical(ExpertLoad.from_counts(before), self._topology, num_groups=1)
+        self.placement = Hierarchical(1).place(ExpertLoad.from_counts(before), self._topology)
         drifted = ExpertLoad.from_counts(after)
         self.targets = {
-            "full": hierarchical(drifted, self._topology, num_groups=1),
-            "incremental": incremental(drifted, self.placement, self._topology),
+            "full": Hierarchical(1).place(drifted, self._topology),
+            "incremental": Incremental()(drifted, self.placement, self._topology),
         }
         generator = torch.Generator().manual_seed(0)
         self._bytes = [

@@ -1,8 +1,8 @@
 """How long planning takes beside the reference method, and what relabelling, relays and balance save.
 
 Loads are gamma-distributed (shape 1) and drift by a lognormal factor (sigma 0.1). The old placement is
-``hierarchical``'s before the drift, 8 groups where there are several nodes, the new one its after it; for the savings
-also ``incremental``'s from the old one.
+``Hierarchical``'s before the drift, 8 groups where there are several nodes, the new one its after it; for the savings
+also ``Incremental``'s from the old one.
 
 Times are medians for all layers of one rank, of the thread's own time: ``columns`` until a layer's plan can be
 asked for, ``plan`` until all plans are made, ``posted`` with their groups too (64 transfers at most), as the pipeline
@@ -30,7 +30,7 @@ import torch
 from async_eplb import EPTopology, ExpertPlacement, Planner, plan_layer, plan_update, relabel
 from async_eplb.load.value import ExpertLoad
 from async_eplb.plan import PostedUpdate, Transfers
-from async_eplb.policy import hierarchical, incremental
+from async_eplb.policy import Hierarchical, Incremental
 from benchmarks._slot_by_slot import plan_slot_by_slot
 
 _SHAPES = {
@@ -78,7 +78,7 @@ def _drift(
     after = before * np.exp(_SIGMA * rng.standard_normal(before.shape))
     loads = ExpertLoad.from_counts(before), ExpertLoad.from_counts(after)
     groups = _GROUPS if _GROUPS % topology.num_nodes == 0 else 1
-    old, new = (hierarchical(load, topology, num_groups=groups) for load in loads)
+    old, new = (Hierarchical(groups).place(load, topology) for load in loads)
     return old, new, loads[1]
 
 
@@ -124,7 +124,7 @@ def _savings(num_layers: int, num_experts: int, topology: EPTopology, seeds: int
         targets = {
             "replan": replan,
             "relabel": relabel(old, replan, topology),
-            "incremental": incremental(load, old, topology, num_groups=groups),
+            "incremental": Incremental(num_groups=groups)(load, old, topology),
         }
         targets["incremental_relabel"] = relabel(old, targets["incremental"], topology)
         for target, new in targets.items():

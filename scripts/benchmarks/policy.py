@@ -2,7 +2,7 @@
 
 58 layers of 256 experts in 288 slots, 32 ranks on 4 nodes. Tokens of an expert are gamma-distributed (shape 1); a
 drift multiplies each by a lognormal factor (sigma 0.1 or 0.3). Each policy starts from its own full replan before the
-drift: ``global``, or ``grouped`` (``hierarchical`` with 8 groups, each on one node). There, ``incremental`` swaps two
+drift: ``global``, or ``grouped`` (``Hierarchical`` with 8 groups, each on one node). There, ``Incremental`` swaps two
 groups between nodes in layers where that pays, and ``staying`` is the same without that: its peaks cannot be below
 ``staying_floor``, the most loaded node over the mean, where the full replan regroups all layers.
 
@@ -22,6 +22,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -30,7 +31,7 @@ import torch
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.load.value import ExpertLoad
-from async_eplb.policy import global_, hierarchical, incremental, rank_costs, receives
+from async_eplb.policy import Global, Hierarchical, Incremental, rank_costs, receives
 from async_eplb.policy.objective import FloatArray
 
 _LAYERS, _EXPERTS, _GROUPS = 58, 256, 8
@@ -51,8 +52,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     """Return times in milliseconds, receives as shares of all slots, and peaks over means."""
     torch.set_num_threads(1)
     replans: dict[str, tuple[Replan, int | None]] = {
-        "global": (lambda load: global_(load, _TOPOLOGY), None),
-        "grouped": (lambda load: hierarchical(load, _TOPOLOGY, num_groups=_GROUPS), _GROUPS),
+        "global": (partial(Global().place, topology=_TOPOLOGY), None),
+        "grouped": (partial(Hierarchical(_GROUPS).place, topology=_TOPOLOGY), _GROUPS),
     }
     figures: dict[str, float] = {}
     load, _ = _drift(0, 0.0, options.layers)
@@ -73,10 +74,11 @@ def _measure(
         before, after = _drift(seed, sigma, options.layers)
         current = replan(before)
         peaks["before"].append(_peak(after, current))
-        policy = partial(incremental, after, current, _TOPOLOGY, num_groups=num_groups)
-        results = {"replan": replan(after), "incremental": policy()}
+        policy = Incremental(num_groups=num_groups)
+        results = {"replan": replan(after), "incremental": policy(after, current, _TOPOLOGY)}
         if num_groups is not None:
-            results["staying"] = policy(regroup_above=math.inf, replan_above=math.inf)
+            staying = replace(policy, regroup_above=math.inf, replan_above=math.inf)
+            results["staying"] = staying(after, current, _TOPOLOGY)
             nodes = rank_costs(after, current, _TOPOLOGY).reshape(options.layers, _TOPOLOGY.num_nodes, -1).mean(axis=2)
             peaks["staying_floor"].append(nodes.max(axis=1) / nodes.mean(axis=1))
         for kind, result in results.items():
@@ -86,7 +88,7 @@ def _measure(
     figures = {f"{name}_{kind}_receives": float(np.mean(values)) for kind, values in shares.items()}
     figures |= {f"{name}_{kind}_peak": float(np.mean(values)) for kind, values in peaks.items()}
     figures |= {f"{name}_{kind}_worst_peak": float(np.max(peaks[kind])) for kind in shares}
-    return figures | _times(f"{name}_incremental", policy, options.runs)
+    return figures | _times(f"{name}_incremental", partial(policy, after, current, _TOPOLOGY), options.runs)
 
 
 def _drift(seed: int, sigma: float, num_layers: int) -> tuple[ExpertLoad, ExpertLoad]:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.updates import examples
 
 from async_eplb.errors import InvalidPlacement, UnheldExpert
 from async_eplb.plan import FanOut, LocalCopy, Recv, Send, SlotSource, layer_transfers, plan_layer
@@ -21,6 +22,7 @@ def updates(draw: st.DrawFn) -> tuple[list[int], list[int], EPTopology]:
     return old, new, topology
 
 
+@examples
 @given(updates())
 def test_sends_pair_with_receives_and_give_the_new_placement(case: tuple[list[int], list[int], EPTopology]) -> None:
     """Each send has exactly one receive; executing all plans on tagged values gives the new placement."""
@@ -46,6 +48,7 @@ def test_sends_pair_with_receives_and_give_the_new_placement(case: tuple[list[in
             assert wanted == -1 or result[slot] == wanted
 
 
+@examples
 @given(updates())
 def test_a_node_that_holds_an_expert_serves_itself(case: tuple[list[int], list[int], EPTopology]) -> None:
     """A receive crosses nodes only if the expert was on no rank of its own node."""

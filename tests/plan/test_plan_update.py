@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.updates import PLANNERS, Update, execute, random_update, updates
+from support.updates import PLANNERS, Update, examples, execute, random_update, updates
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import InvalidPlacement, LayerCountMismatch, UnheldExpert
 from async_eplb.plan import Planner, PostedUpdate, Transfer, layer_transfers, plan_layer, plan_update
 
 
+@examples
 @given(updates())
 def test_every_rank_gets_what_the_reference_plans(update: Update) -> None:
     """For each layer and rank the plans are equal, in all their orders."""
@@ -23,6 +24,7 @@ def test_every_rank_gets_what_the_reference_plans(update: Update) -> None:
         ]
 
 
+@examples
 @given(updates())
 def test_staging_counts_are_what_plans_stage(update: Update) -> None:
     """The counts that size staging, without a plan made."""
@@ -30,6 +32,7 @@ def test_staging_counts_are_what_plans_stage(update: Update) -> None:
         assert plan.staged_slot_counts == [len(layer.staged_slots) for layer in plan]
 
 
+@examples
 @given(updates(), st.sampled_from(PLANNERS), st.integers(1, 5))
 def test_every_planner_delivers_every_slot_once_in_bounded_groups(update: Update, planner: Planner, limit: int) -> None:
     """Sends pair with receives, all slots get their expert, and no rank does more than the limit in one group."""
@@ -58,6 +61,7 @@ def test_every_planner_delivers_every_slot_once_in_bounded_groups(update: Update
         assert all(wanted in (-1, got) for wanted, got in zip(new, result.tolist(), strict=True))
 
 
+@examples
 @given(updates(), st.integers(1, 5))
 def test_groups_begin_where_one_would_become_too_large(update: Update, limit: int) -> None:
     """They are those of a plain loop over the transfers in their order."""
@@ -86,6 +90,7 @@ def groups_one_by_one(transfers: Sequence[Transfer], limit: int) -> list[int]:
     return groups
 
 
+@examples
 @given(updates(), st.sampled_from(PLANNERS), st.integers(1, 5))
 def test_no_order_of_waiting_deadlocks(update: Update, planner: Planner, limit: int) -> None:
     """An operation ends when its peer has posted it too; a rank posts a group when its last one has ended."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from support.helpers import memory_world, on_all
-from support.updates import PLANNERS, Update, updates
+from support.updates import PLANNERS, Update, examples, updates
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
 from async_eplb.agreement.rules import LaunchRule
@@ -67,6 +67,7 @@ def fewest_at_most(options: Sequence[Sequence[int]]) -> int:
     return limit if options else 0
 
 
+@examples
 @given(st.data())
 def test_the_fullest_bin_is_as_empty_as_it_can_be(data: st.DataObject) -> None:
     """In every layer, wherever the search begins; found in another way."""
@@ -86,6 +87,7 @@ def test_the_fullest_bin_is_as_empty_as_it_can_be(data: st.DataObject) -> None:
         assert fullest == fewest_at_most(options)
 
 
+@examples
 @given(updates(), st.sampled_from(["balanced", "relayed"]))
 def test_the_busiest_sender_across_nodes_sends_as_little_as_it_can(update: Update, sources: str) -> None:
     """The optimum of every layer, found in another way."""
@@ -145,6 +147,7 @@ class Served:
         return int(maximum_flow(network, source, sink).flow_value) == count
 
 
+@examples
 @given(updates(), st.sampled_from(["balanced", "relayed"]))
 def test_of_such_choices_the_busiest_sender_in_all_sends_as_little_as_it_can(update: Update, sources: str) -> None:
     """No rank sends more across nodes than that; what is passed on is given."""
@@ -184,6 +187,7 @@ def test_few_crossings_and_few_sends_can_exclude_each_other(number: int) -> None
     assert np.bincount(transfers.src_rank).max() == number + number // 2
 
 
+@examples
 @given(updates())
 def test_on_one_node_the_busiest_sender_sends_as_little_as_it_can(update: Update) -> None:
     """Likewise within a node, where no expert crosses."""
@@ -198,6 +202,7 @@ def test_on_one_node_the_busiest_sender_sends_as_little_as_it_can(update: Update
         assert max(counts.values()) == fewest_at_most(options)
 
 
+@examples
 @given(updates())
 def test_an_expert_crosses_to_a_node_once(update: Update) -> None:
     """Relays save all crossings but one of each expert and node; the fullest receiver is as empty as it can be."""

@@ -6,7 +6,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 from hypothesis import given
-from support.updates import Update, random_update, updates
+from support.updates import Update, examples, random_update, updates
 
 from async_eplb import EPTopology, ExpertPlacement, relabel
 from async_eplb.errors import InvalidPlacement, LayerCountMismatch
@@ -30,6 +30,7 @@ def nodes_of(row: list[int], topology: EPTopology) -> list[Content]:
     return [tuple(sorted(ranks[start : start + size])) for start in range(0, topology.num_ranks, size)]
 
 
+@examples
 @given(updates())
 def test_ranks_and_nodes_have_what_those_of_the_new_placement_have(update: Update) -> None:
     """So replicas, their sets on ranks and nodes, and the balance are exactly the same."""
@@ -58,6 +59,7 @@ def test_no_other_choice_of_places_receives_less(topology: EPTopology) -> None:
         assert receives(old, result[layer].tolist(), topology) == best
 
 
+@examples
 @given(updates())
 def test_slots_that_keep_their_expert_keep_their_place(update: Update) -> None:
     """A rank leaves as many slots alone as it can."""

@@ -7,8 +7,9 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.updates import examples
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import (
@@ -28,16 +29,13 @@ from async_eplb.policy import (
     PlacementPolicy,
     activated_experts,
     balancedness,
-    global_,
-    hierarchical,
-    incremental,
     rank_costs,
     receives,
     require_policy_output,
     tokens,
 )
-from async_eplb.policy.hierarchical import place_groups
 from async_eplb.policy.objective import FloatArray
+from async_eplb.policy.packing import place_groups
 from async_eplb.testing.sample_model import random_placement
 
 NODES_OF_EIGHT = EPTopology(num_ranks=32, num_nodes=4, num_local_physical_experts=9)
@@ -133,26 +131,27 @@ def test_the_published_example() -> None:
     """Exactly the placement that DeepSeek prints for its example."""
     example = json.loads(files("async_eplb").joinpath("data/deepseek_example.json").read_text())
     topology = EPTopology(example["num_gpus"], example["num_nodes"], 2)
-    placement = hierarchical(
-        ExpertLoad.from_counts(example["logical_load"]), topology, num_groups=example["num_groups"]
-    )
+    load = ExpertLoad.from_counts(example["logical_load"])
+    placement = Hierarchical(example["num_groups"]).place(load, topology)
     assert placement.physical_to_logical_map.tolist() == example["physical_to_logical_map"]
 
 
+@examples
 @given(problems())
 def test_hierarchical_equals_the_slow_reference(case: tuple[ExpertLoad, EPTopology, int]) -> None:
     """Slot by slot, ties included, also where groups do not divide over the nodes."""
     load, topology, groups = case
-    placement = hierarchical(load, topology, num_groups=groups)
+    placement = Hierarchical(groups).place(load, topology)
     assert placement.physical_to_logical_map.tolist() == reference(load.tokens.tolist(), groups, topology)
 
 
+@examples
 @given(problems())
 def test_global_equals_the_slow_reference(case: tuple[ExpertLoad, EPTopology, int]) -> None:
     """One group and one node."""
     load, topology, _ = case
     one_node = EPTopology(topology.num_ranks, 1, topology.num_local_physical_experts)
-    placement = global_(load, topology)
+    placement = Global().place(load, topology)
     assert placement.physical_to_logical_map.tolist() == reference(load.tokens.tolist(), 1, one_node)
 
 
@@ -160,15 +159,16 @@ def test_hierarchical_equals_the_slow_reference_at_full_size() -> None:
     """Two layers of 256 experts on 32 ranks."""
     load, _ = lognormal_drift(0, 0.0, num_layers=2)
     for groups in (1, 8):
-        placement = hierarchical(load, NODES_OF_EIGHT, num_groups=groups)
+        placement = Hierarchical(groups).place(load, NODES_OF_EIGHT)
         assert placement.physical_to_logical_map.tolist() == reference(load.tokens.tolist(), groups, NODES_OF_EIGHT)
 
 
+@examples
 @given(problems())
 def test_hierarchical_keeps_groups_on_nodes(case: tuple[ExpertLoad, EPTopology, int]) -> None:
     """Every replica of a group's experts is on one node, and every expert has one."""
     load, topology, groups = case
-    placement = hierarchical(load, topology, num_groups=groups)
+    placement = Hierarchical(groups).place(load, topology)
     assert (placement.replica_counts() >= 1).all()
     if groups % topology.num_nodes == 0:
         nodes = placement.physical_to_logical_map.reshape(load.num_layers, topology.num_nodes, -1)
@@ -176,7 +176,7 @@ def test_hierarchical_keeps_groups_on_nodes(case: tuple[ExpertLoad, EPTopology, 
         assert sum(len(node) for node in on_node) == load.num_layers * groups
 
 
-@settings(deadline=None)
+@examples
 @given(drifts(), st.none() | st.integers(0, 9), st.sampled_from([tokens, activated_experts]))
 def test_incremental_is_never_worse(
     case: tuple[ExpertLoad, ExpertPlacement, EPTopology], max_moves: int | None, objective: object
@@ -192,20 +192,20 @@ def test_incremental_is_never_worse(
     assert policy(load, current, topology) == new
 
 
-@settings(deadline=None)
+@examples
 @given(problems(), st.none() | st.integers(0, 20), st.randoms(use_true_random=False))
 def test_incremental_keeps_groups_together(
     case: tuple[ExpertLoad, EPTopology, int], max_moves: int | None, random: Random
 ) -> None:
     """Whatever the load has become, each group is on one node, no peak rises, and moves stay within their limit."""
     load, topology, groups = case
-    current = hierarchical(load, topology, num_groups=groups)
+    current = Hierarchical(groups).place(load, topology)
     rows = load.tokens.tolist()
     for row in rows:
         random.shuffle(row)
     drifted = ExpertLoad.from_counts(rows)
-    new = incremental(drifted, current, topology, num_groups=groups, max_moves_per_layer=max_moves, regroup_above=1)
-    require_policy_output(incremental, new, current, topology)
+    policy = Incremental(max_moves, num_groups=groups, regroup_above=1)
+    new = require_policy_output(policy, policy(drifted, current, topology), current, topology)
     if groups % topology.num_nodes == 0:
         nodes = new.physical_to_logical_map.reshape(load.num_layers * topology.num_nodes, -1)
         on_node = [{e * groups // load.num_logical_experts for e in node if e >= 0} for node in nodes.tolist()]
@@ -215,6 +215,7 @@ def test_incremental_keeps_groups_together(
         assert (receives(current, new, topology).sum(axis=1) <= max_moves).all()
 
 
+@examples
 @given(drifts())
 def test_receives_are_what_plans_receive(case: tuple[ExpertLoad, ExpertPlacement, EPTopology]) -> None:
     """Rank by rank, as many as the plan of that rank has."""
@@ -229,18 +230,18 @@ def test_receives_are_what_plans_receive(case: tuple[ExpertLoad, ExpertPlacement
 def test_incremental_moves_few_experts(sigma: float, most_receives: float) -> None:
     """After a drift every layer is within 2 % of balance again, for a few receives where a full replan needs 96 %."""
     before, after = lognormal_drift(1, sigma)
-    current = global_(before, NODES_OF_EIGHT)
-    new = incremental(after, current, NODES_OF_EIGHT)
+    current = Global().place(before, NODES_OF_EIGHT)
+    new = Incremental()(after, current, NODES_OF_EIGHT)
     assert (balancedness(after, new, NODES_OF_EIGHT) >= 1 / 1.02).all()
     assert receives(current, new, NODES_OF_EIGHT).sum(axis=1).mean() <= most_receives * 288
-    assert receives(current, global_(after, NODES_OF_EIGHT), NODES_OF_EIGHT).sum(axis=1).mean() > 0.9 * 288
+    assert receives(current, Global().place(after, NODES_OF_EIGHT), NODES_OF_EIGHT).sum(axis=1).mean() > 0.9 * 288
 
 
 def test_incremental_keeps_groups_on_their_nodes() -> None:
     """Each node holds the experts it held, as balanced as a replan that keeps them there."""
     before, after = lognormal_drift(2, 0.1)
-    current = hierarchical(before, NODES_OF_EIGHT, num_groups=8)
-    new = incremental(after, current, NODES_OF_EIGHT, num_groups=8, regroup_above=math.inf)
+    current = Hierarchical(8).place(before, NODES_OF_EIGHT)
+    new = Incremental(num_groups=8, regroup_above=math.inf)(after, current, NODES_OF_EIGHT)
     old_groups, groups = ([[sorted({e // 32 for e in n}) for n in row] for row in nodes_of(p)] for p in (current, new))
     assert old_groups == groups
     replan = place_groups(after, np.array(groups).reshape(12, 8), NODES_OF_EIGHT)
@@ -253,7 +254,7 @@ def test_two_groups_swap_nodes_where_that_pays() -> None:
     """Nodes with 40 and 4 tokens get 22 each; without the option, or enough moves, groups stay."""
     load = ExpertLoad.from_counts([[10, 10, 10, 10, 1, 1, 1, 1]])
     current = ExpertPlacement.from_mapping([[0, 1, 1, 2, 3, 0, 4, 5, 4, 6, 7, 5]])
-    new = incremental(load, current, SMALL, num_groups=4)
+    new = Incremental(num_groups=4)(load, current, SMALL)
     nodes = [{expert // 2 for expert in node} for node in new.physical_to_logical_map.reshape(2, 6).tolist()]
     assert [len(node) for node in nodes] == [2, 2]
     assert rank_costs(load, new, SMALL).tolist() == [[11, 11, 11, 11]]
@@ -269,7 +270,7 @@ def test_incremental_leaves_balanced_layers_alone() -> None:
     """Only the layer that is out of balance changes."""
     load = ExpertLoad.from_counts([[1] * 12, [9, 9, 9, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     current = ExpertPlacement.trivial(2, 12, 12)
-    assert incremental(load, current, SMALL).changed_layers(current) == (1,)
+    assert Incremental()(load, current, SMALL).changed_layers(current) == (1,)
 
 
 def test_a_chain_of_swaps_pays_each_rank_once() -> None:
@@ -277,7 +278,7 @@ def test_a_chain_of_swaps_pays_each_rank_once() -> None:
     topology = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=2)
     load = ExpertLoad.from_counts([[50, 60, 50, 55, 20, 45]])
     current = ExpertPlacement.trivial(1, 6, 6)
-    new = incremental(load, current, topology, target=1.1)
+    new = Incremental(target=1.1)(load, current, topology)
     assert balancedness(load, new, topology)[0] >= 1 / 1.1
     assert receives(current, new, topology).sum() <= 3
 
@@ -286,7 +287,7 @@ def test_a_hot_expert_is_replicated() -> None:
     """Swaps alone cannot help an expert that is more than one rank's share."""
     load = ExpertLoad.from_counts([[90, 10, 10, 10, 10, 10]])
     current = ExpertPlacement.from_mapping([[0, 1, 2, 2, 3, 4, 5, 5, 1, 3, 4, -1]], 6)
-    new = incremental(load, current, SMALL)
+    new = Incremental()(load, current, SMALL)
     assert new.replica_counts()[0, 0] >= 3
     assert peaks(load, new, SMALL)[0] < 50
 
@@ -295,10 +296,11 @@ def test_groups_on_several_nodes_are_brought_together() -> None:
     """A placement that knew no groups is replanned at once."""
     load = ExpertLoad.from_counts([[1] * 8])
     current = ExpertPlacement.trivial(1, 12, 8)
-    assert incremental(load, current, SMALL, num_groups=4) == hierarchical(load, SMALL, num_groups=4)
-    assert incremental(load, current, SMALL, num_groups=4, max_moves_per_layer=1) == current
+    assert Incremental(num_groups=4)(load, current, SMALL) == Hierarchical(4).place(load, SMALL)
+    assert Incremental(1, num_groups=4)(load, current, SMALL) == current
 
 
+@examples
 @given(drifts())
 def test_groups_that_do_not_divide_over_nodes_do_not_bind(
     case: tuple[ExpertLoad, ExpertPlacement, EPTopology],
@@ -306,7 +308,7 @@ def test_groups_that_do_not_divide_over_nodes_do_not_bind(
     """As in the published algorithm, experts then go anywhere."""
     load, current, topology = case
     if topology.num_nodes > 1:
-        assert incremental(load, current, topology, num_groups=1) == incremental(load, current, topology)
+        assert Incremental(num_groups=1)(load, current, topology) == Incremental()(load, current, topology)
 
 
 def test_balancedness_of_replicas_spread_evenly() -> None:
@@ -331,7 +333,7 @@ def test_an_objective_changes_what_is_balanced() -> None:
     topology = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=2)
     load = ExpertLoad.from_counts([[1000, 10, 0, 0]])
     current = ExpertPlacement.from_mapping([[0, 1, 2, 3]], 4)
-    new = incremental(load, current, topology, objective=activated_experts)
+    new = Incremental(objective=activated_experts)(load, current, topology)
     assert balancedness(load, new, topology, activated_experts)[0] == pytest.approx(1, abs=1e-3)
     assert balancedness(load, current, topology, activated_experts)[0] == pytest.approx(0.5, abs=1e-3)
 
@@ -357,7 +359,7 @@ CURRENT = ExpertPlacement.trivial(1, 12, 12)
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     """The error names the option."""
     with pytest.raises(InvalidOptions) as caught:
-        incremental(LOAD, CURRENT, SMALL, **options)  # type: ignore[arg-type]
+        Incremental(**options)  # type: ignore[arg-type]
     assert caught.value.option in options
 
 
@@ -381,7 +383,7 @@ def test_fewer_slots_than_experts_are_refused() -> None:
     """Each expert needs a slot."""
     topology = EPTopology(num_ranks=11, num_nodes=1, num_local_physical_experts=1)
     with pytest.raises(TooFewSlots) as caught:
-        global_(LOAD, topology)
+        Global().place(LOAD, topology)
     assert (caught.value.num_physical_experts, caught.value.num_logical_experts) == (11, 12)
 
 
@@ -389,9 +391,9 @@ def test_incremental_needs_a_complete_placement() -> None:
     """Nothing can be received that nobody holds."""
     current = ExpertPlacement.from_mapping([[0] * 12], 12)
     with pytest.raises(UnplacedExpert):
-        incremental(LOAD, current, SMALL)
+        Incremental()(LOAD, current, SMALL)
     with pytest.raises(InvalidPlacement):
-        incremental(LOAD, CURRENT, NODES_OF_EIGHT)
+        Incremental()(LOAD, CURRENT, NODES_OF_EIGHT)
 
 
 @pytest.mark.parametrize(

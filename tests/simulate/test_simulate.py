@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.updates import PLANNERS, Update, updates
+from support.updates import PLANNERS, Update, examples, updates
 
 from async_eplb import EPTopology, ExpertPlacement, relabel
 from async_eplb.cli import main
@@ -21,10 +21,10 @@ from async_eplb.simulate import (
     Cluster,
     LayerCosts,
     Link,
-    Scenario,
+    UpdateCase,
+    compare_plans,
     layer_costs,
     lower_bounds,
-    simulate,
 )
 
 pytest.importorskip("scipy.optimize")
@@ -90,6 +90,7 @@ def test_what_is_passed_on_shares_links_with_the_next_layer() -> None:
         assert costs.time_s.tolist() == pytest.approx([0.5 + 1.0, taken_s])
 
 
+@examples
 @given(updates(), st.sampled_from(PLANNERS))
 def test_no_plan_beats_the_bound(update: Update, planner: Planner) -> None:
     """In no layer."""
@@ -113,29 +114,29 @@ def test_experts_have_their_published_sizes() -> None:
 def test_every_size_of_cluster_is_simulated(num_ranks: int) -> None:
     """Our plans take no longer than the reference's, and none beats its bound."""
     model, cluster = MODELS["deepseek-v3"], CLUSTERS["h100"]
-    topology = Scenario.topology_for(model, cluster, num_ranks)
-    outcomes = simulate(Scenario(model, cluster, topology, num_layers=1))
-    assert set(outcomes) == set(VARIANTS)
-    assert all(outcome.ratio > 1 - 1e-9 for outcome in outcomes.values())
-    assert outcomes["relabel"].time_s <= outcomes["reference"].time_s
+    topology = UpdateCase.topology_for(model, cluster, num_ranks)
+    costs = compare_plans(UpdateCase(model, cluster, topology, num_layers=1))
+    assert set(costs) == set(VARIANTS)
+    assert all(each.ratio > 1 - 1e-9 for each in costs.values())
+    assert costs["relabel"].time_s <= costs["reference"].time_s
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
     """Too few slots, and options out of range."""
     model, cluster = MODELS["deepseek-v3"], CLUSTERS["gb200"]
     with pytest.raises(TooFewSlots):
-        Scenario(model, cluster, EPTopology(4, 1, 2))
+        UpdateCase(model, cluster, EPTopology(4, 1, 2))
     for option, value in (("drift", -1.0), ("policy", "best"), ("num_layers", 0)):
         with pytest.raises(InvalidOptions) as caught:
-            Scenario(model, cluster, EPTopology(72, 1, 4), **{option: value})  # type: ignore[arg-type]
+            UpdateCase(model, cluster, EPTopology(72, 1, 4), **{option: value})  # type: ignore[arg-type]
         assert caught.value.option == option
 
 
 def test_ranks_go_on_the_fewest_nodes_they_divide_over() -> None:
     """1024 ranks are on 16 nodes of 64 where a node has room for 72."""
     model, cluster = MODELS["kimi-k2"], CLUSTERS["gb200"]
-    assert Scenario.topology_for(model, cluster, 1024).num_nodes == 16
-    assert Scenario.topology_for(model, cluster, 144) == EPTopology(144, 2, 3)
+    assert UpdateCase.topology_for(model, cluster, 1024).num_nodes == 16
+    assert UpdateCase.topology_for(model, cluster, 144) == EPTopology(144, 2, 3)
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,18 @@
-"""Updates of a few layers, drawn at random, and what becomes of them: what the tests of planning share."""
+"""Updates of a few layers, drawn at random, and their results: shared by the tests of planning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.plan import LayerPlan, Planner, PostedUpdate, UpdatePlan, plan_update
+
+examples = settings(max_examples=60, derandomize=True, deadline=None)
+"""Decorates a property test: the same examples in every run, however long a busy machine takes for one."""
 
 PLANNERS = [Planner(sources) for sources in ("chunked", "balanced", "relayed")]
 

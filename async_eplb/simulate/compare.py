@@ -1,4 +1,4 @@
-"""Ways to plan the same update, each with what it costs."""
+"""Plan the same update in several ways, and compare what each costs."""
 
 import time
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import Planner, find_needs, relabel
 from async_eplb.plan.relabel import linear_assignment
+from async_eplb.simulate.case import UpdateCase
 from async_eplb.simulate.cost import Floats, LayerCosts, layer_costs, lower_bounds
-from async_eplb.simulate.scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,24 @@ VARIANTS = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What a variant takes.
+class UpdateCosts:
+    """The costs of an update that is planned in one of the ways.
 
     :param relabel_ms: host time of relabelling, which is done once for all ranks or once on each
     :param plan_ms: host time of choosing all transfers, on every rank
+    :param layers: time and bytes of each layer
     :param bound_s: seconds that no plan for the same placements beats, ``[layers]``
     """
 
     relabel_ms: float
     plan_ms: float
-    costs: LayerCosts
+    layers: LayerCosts
     bound_s: Floats
 
     @property
     def time_s(self) -> float:
         """Seconds of all layers, one after another."""
-        return float(self.costs.time_s.sum())
+        return float(self.layers.time_s.sum())
 
     @property
     def ratio(self) -> float:
@@ -57,10 +58,10 @@ class Outcome:
         return self.time_s / bound if bound else 1.0
 
 
-def simulate(
-    scenario: Scenario, names: tuple[str, ...] = tuple(VARIANTS), on_variant: Callable[[str], None] = lambda _: None
-) -> dict[str, Outcome]:
-    """Plan the scenario's update in several ways; return what each takes, by name.
+def compare_plans(
+    case: UpdateCase, names: tuple[str, ...] = tuple(VARIANTS), on_variant: Callable[[str], None] = lambda _: None
+) -> dict[str, UpdateCosts]:
+    """Plan the update of a case in several ways; return the costs of each, by name.
 
     :param names: of :data:`VARIANTS`
     :param on_variant: called with the name of each that is done
@@ -68,31 +69,32 @@ def simulate(
     """
     if any(VARIANTS[name].relabels for name in names):
         linear_assignment()  # before anything takes long, and outside of what is timed
-    old, new = scenario.placements()
+    old, new = case.placements()
     relabelled: tuple[ExpertPlacement, float] | None = None
-    outcomes = {}
+    costs = {}
     for name in names:
         variant = VARIANTS[name]
         if variant.relabels and relabelled is None:
             start = time.perf_counter()
-            relabelled = relabel(old, new, scenario.topology), (time.perf_counter() - start) * 1e3
+            relabelled = relabel(old, new, case.topology), (time.perf_counter() - start) * 1e3
         target, relabel_ms = relabelled if variant.relabels and relabelled else (new, 0.0)
-        outcomes[name] = _outcome(scenario, old, target, variant.planner, relabel_ms)
+        costs[name] = _costs_of(case, old, target, variant.planner, relabel_ms)
         on_variant(name)
-    return outcomes
+    return costs
 
 
-def _outcome(
-    scenario: Scenario, old: ExpertPlacement, new: ExpertPlacement, planner: Planner, relabel_ms: float
-) -> Outcome:
-    topology, shape = scenario.topology, (scenario.cluster, scenario.model.expert_nbytes)
+def _costs_of(
+    case: UpdateCase, old: ExpertPlacement, new: ExpertPlacement, planner: Planner, relabel_ms: float
+) -> UpdateCosts:
+    """Plan an update, and return its costs."""
+    topology, shape = case.topology, (case.cluster, case.model.expert_nbytes)
     maps = old.physical_to_logical_map, new.physical_to_logical_map
     start = time.perf_counter()
     transfers = planner.transfers(*maps, topology)
     plan_ms = (time.perf_counter() - start) * 1e3
-    return Outcome(
+    return UpdateCosts(
         relabel_ms=relabel_ms,
         plan_ms=plan_ms,
-        costs=layer_costs(transfers, old.num_layers, topology, *shape),
+        layers=layer_costs(transfers, old.num_layers, topology, *shape),
         bound_s=lower_bounds(find_needs(*maps, topology), old.num_layers, topology, *shape),
     )

@@ -1,4 +1,4 @@
-"""A placement, a load that has drifted, and the placement that a policy then wants."""
+"""An update to plan: a model on a cluster, a placement, and the one that a policy chooses after loads have drifted."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from async_eplb.errors import InvalidOptions, TooFewSlots
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
-from async_eplb.policy import hierarchical, incremental
+from async_eplb.policy import Hierarchical, Incremental
 from async_eplb.simulate.clusters import Cluster
 from async_eplb.simulate.models import Model
 from async_eplb.topology import EPTopology
@@ -17,8 +17,8 @@ _SPARE = 1.125
 
 
 @dataclass(frozen=True, slots=True)
-class Scenario:
-    """What is simulated.
+class UpdateCase:
+    """An update of a model on a cluster, after the loads of its experts have drifted.
 
     :param drift: sigma of the lognormal factor by which each expert's load has changed
     :param policy: ``"full"``: replan from nothing; ``"incremental"``: move few experts
@@ -69,12 +69,13 @@ class Scenario:
     def placements(self) -> tuple[ExpertPlacement, ExpertPlacement]:
         """Return the placement before the drift and the one after it."""
         rng = np.random.default_rng(self.seed)
+        # Tokens of each expert: [layers, experts].
         before = 1000 * rng.gamma(1.0, size=(self.num_layers or self.model.num_layers, self.model.num_experts))
         after = before * np.exp(self.drift * rng.standard_normal(before.shape))
         loads = [ExpertLoad.from_counts(load) for load in (before, after)]
         nodes = self.topology.num_nodes
         groups = self.model.num_groups if nodes > 1 and self.model.num_groups % nodes == 0 else 1
-        old = hierarchical(loads[0], self.topology, num_groups=groups)
-        if self.policy == "incremental":
-            return old, incremental(loads[1], old, self.topology, num_groups=groups if groups > 1 else None)
-        return old, hierarchical(loads[1], self.topology, num_groups=groups)
+        replan = Hierarchical(groups)
+        policy = Incremental(num_groups=groups if groups > 1 else None) if self.policy == "incremental" else replan
+        old = replan.place(loads[0], self.topology)
+        return old, policy(loads[1], old, self.topology)
