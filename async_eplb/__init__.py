@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from async_eplb.policy import RebalanceTerms as RebalanceTerms
     from async_eplb.rebalancer import RebalanceOptions as RebalanceOptions
     from async_eplb.rebalancer import Rebalancer as Rebalancer
-    from async_eplb.recovery.recover import Recovery as Recovery
+    from async_eplb.recovery.state import Recovery as Recovery
     from async_eplb.recovery.survivors import on_survivors as on_survivors
     from async_eplb.recovery.weight_source import SafetensorsSource as SafetensorsSource
     from async_eplb.recovery.weight_source import WeightSource as WeightSource
@@ -67,7 +67,7 @@ _HOMES = {
     "plan": ("LayerPlan", "Planner", "SlotSource", "plan_layer", "plan_update", "relabel"),
     "policy": ("Global", "Hierarchical", "Incremental", "RebalanceTerms"),
     "rebalancer": ("RebalanceOptions", "Rebalancer"),
-    "recovery.recover": ("Recovery",),
+    "recovery.state": ("Recovery",),
     "recovery.survivors": ("on_survivors",),
     "recovery.weight_source": ("SafetensorsSource", "WeightSource"),
     "sync": ("SyncUpdater",),

@@ -1,4 +1,4 @@
-"""Streams and events, and nowhere else: what orders work on a device.
+"""The order of work on a device: all code that uses streams and events.
 
 The current stream is a property of a thread. So the context managers here are entered only in synchronous code,
 which the workers run in threads of their own; nothing is awaited inside them.
@@ -19,7 +19,7 @@ _LOOKS = 12
 
 
 class DeviceEvent(Protocol):
-    """A point in a stream's work. It has been recorded before anybody else sees it."""
+    """A recorded point in the work of a stream."""
 
     def query(self) -> bool:
         """Whether the device has passed this point."""
@@ -31,7 +31,7 @@ class DeviceEvent(Protocol):
 
 
 class Device(Protocol):
-    """The device that live weights are on."""
+    """The device that live weights are on, with a stream for transfers and one for commits."""
 
     torch_device: torch.device
 
@@ -40,7 +40,7 @@ class Device(Protocol):
         ...
 
     def committing(self) -> AbstractContextManager[None]:
-        """Make the stream that commits run on current in this thread."""
+        """Make the commit stream current in this thread."""
         ...
 
     def record(self) -> DeviceEvent:
@@ -56,12 +56,12 @@ class Device(Protocol):
         ...
 
     def empty_cache(self) -> None:
-        """Give cached memory back, so that staging does not raise the peak."""
+        """Free the allocator's cached memory, so that it does not add to the peak when staging is allocated."""
         ...
 
 
 class _Passed:
-    """Everything on a CPU has happened when the call returns."""
+    """An event that has passed, as all work of a CPU has when the call returns."""
 
     def query(self) -> bool:
         return True
@@ -71,7 +71,7 @@ class _Passed:
 
 
 class CpuDevice:
-    """The CPU: one stream, which is the program."""
+    """The CPU, on which all work is done when the call returns."""
 
     torch_device = torch.device("cpu")
 
@@ -98,7 +98,11 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """One CUDA device, with a stream for transfers and one for commits; the default stream is never used."""
+    """One CUDA device, with a stream for transfers and one for commits; the default stream is never used.
+
+    The constructor makes both streams, so that all updates use the same ones: the allocator reuses memory only on the
+    stream that it was allocated on.
+    """
 
     def __init__(self, torch_device: torch.device) -> None:
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
@@ -144,7 +148,7 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 class SideStream:
-    """A stream beside the current one of a CUDA device."""
+    """A stream beside the current one of a CUDA device, which does not wait for it."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
@@ -152,20 +156,20 @@ class SideStream:
 
     @contextmanager
     def aside(self) -> Iterator[int]:
-        """Make it current, behind what the current stream has so far, which does not wait for it; give its handle."""
+        """Make the side stream current, after all that the current stream has so far; yield its handle."""
         self._stream.wait_stream(torch.cuda.current_stream(self._torch_device))
         with torch.cuda.stream(self._stream):
             yield self._stream.cuda_stream
 
     def end(self) -> DeviceEvent:
-        """Return the end of what it has so far."""
+        """Record an event after all that the side stream has so far."""
         return _recorded(self._stream)
 
 
 def until_passed(event: DeviceEvent, deadline: float) -> None:
-    """Block until the device has passed an event. CUDA has no such wait with a deadline.
+    """Block until the device has passed an event, or until a deadline, which CUDA's own wait does not have.
 
-    Looks again after a part of the time that has gone by, so that short work is seen soon and long work seldom.
+    Queries the event after pauses that grow with the time that has passed: soon for short work, seldom for long work.
 
     :raises TimeoutError: at the deadline, on the clock of time.monotonic()
     """
@@ -173,7 +177,7 @@ def until_passed(event: DeviceEvent, deadline: float) -> None:
     while not event.query():
         now = time.monotonic()
         if now >= deadline:
-            raise TimeoutError("the device is still at it")
+            raise TimeoutError("the device is still working")
         time.sleep(min(max((now - start) / _LOOKS, _SHORTEST_NAP_S), _LONGEST_NAP_S))
 
 

@@ -1,7 +1,7 @@
 """The error tree: every way an update can be refused or go wrong, by name.
 
-An error's facts (layer, rank, slot, sizes, limits) are attributes, so that a caller can act on them without
-reading the message. The message says what is wrong and what to do.
+There is a class where a caller can act on it otherwise than on its parent; the facts that this takes (layer, rank,
+slot, sizes, limits) are attributes. The message gives all facts and what to do.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 class EplbError(Exception):
     """Base of every error that this package raises on purpose.
 
-    :param committed_layers: of an update that ended early: the layers that are new on this rank; all others are as
-        they were. Other ranks have the same ones, unless a rank was lost or a copy failed (:class:`CommitFailed`):
-        then ``recover()`` makes them the same
-    :param layer_under_way: of an update that ended early: the first layer that was not new yet; -1 without one
+    The attributes are those of an update that ended early.
+
+    :param committed_layers: layers that this rank has committed; all others are as they were. Other ranks have
+        committed the same ones, unless a rank was lost or a copy failed (:class:`CommitFailed`): then ``recover()``
+        makes them the same
+    :param layer_under_way: the first layer that was not committed yet; -1 if there was none
     :param phase: how far that layer was on this rank: planning, transfer, staged, fence or commit
     """
 
@@ -41,7 +43,7 @@ class TooFewSlots(InvalidTopology):
 
 
 class InvalidOptions(EplbError, ValueError):
-    """An option is out of its range."""
+    """An option, or an argument that chooses among ways to do something, is out of its range."""
 
     option: str
 
@@ -58,47 +60,12 @@ class MissingExtra(EplbError, ImportError):
     extra: str
 
 
-class InvalidGroups(EplbError, ValueError):
-    """Groups of experts are not equally large."""
-
-    num_groups: int
-    num_logical_experts: int
-
-
 class InvalidLoad(EplbError, ValueError):
-    """A load is malformed, or does not fit the placement that it is used with."""
-
-
-class ImpossibleCount(InvalidLoad):
-    """A load holds a number that no count of tokens can be."""
-
-    layer: int
-    logical_expert: int
-
-
-class LoadMismatch(InvalidLoad):
-    """A load and a placement have different layers or experts."""
-
-    expected: tuple[int, int]
-    actual: tuple[int, int]
-
-
-class RecordedBeyondModel(InvalidLoad):
-    """Experts were recorded that the model does not have."""
-
-    num_recorded: int
+    """A load is malformed, or does not fit the placement or the model that it is used with."""
 
 
 class InvalidPlacement(EplbError, ValueError):
-    """A placement is malformed, or does not fit the topology or the model."""
-
-
-class ExpertOutOfRange(InvalidPlacement):
-    """A placement names a logical expert that the model does not have."""
-
-    layer: int
-    physical_expert: int
-    logical_expert: int
+    """A placement is malformed, names experts that the model does not have, or does not fit the topology."""
 
 
 class UnplacedExpert(InvalidPlacement):
@@ -130,6 +97,13 @@ class TooManyReplicas(InvalidPlacement):
     limit: int
 
 
+class DeadRankPlaced(InvalidPlacement):
+    """The new placement puts an expert on a rank that is gone."""
+
+    layer: int
+    rank: int
+
+
 class InvalidPolicyOutput(InvalidPlacement):
     """A policy returned something that weights cannot be moved to."""
 
@@ -137,7 +111,7 @@ class InvalidPolicyOutput(InvalidPlacement):
 
 
 class InvalidWeights(EplbError, ValueError):
-    """Live weights cannot be moved slot by slot as bytes."""
+    """Live weights cannot be moved slot by slot as bytes, or are on several devices."""
 
 
 class InvalidSlot(InvalidWeights):
@@ -154,16 +128,10 @@ class SlotCountMismatch(InvalidWeights):
     actual: int
 
 
-class MixedDevices(InvalidWeights):
-    """Tensors of one updater live on more than one device."""
-
-    devices: tuple[str, ...]
-
-
 class IpcUnavailable(EplbError):
     """Ranks cannot read each other's weights: the copy engine does not work here. Nothing has moved.
 
-    :param ranks: those that said why
+    :param ranks: those that reported a reason
     """
 
     ranks: tuple[int, ...]
@@ -205,7 +173,7 @@ class StepMismatch(EplbError):
 
 
 class BusyUpdater(EplbError, RuntimeError):
-    """An update is running; this updater runs one at a time."""
+    """An update, or a rebalancer, is running already; each runs one at a time."""
 
 
 class ClosedUpdater(EplbError, RuntimeError):
@@ -216,16 +184,8 @@ class BusyTransport(EplbError, RuntimeError):
     """A transport serves one updater; this one is in use."""
 
 
-class HandleAwaited(EplbError, RuntimeError):
-    """An update's handle is awaited once."""
-
-
-class BusyRebalancer(EplbError, RuntimeError):
-    """A rebalancer runs once at a time."""
-
-
 class ClosedRebalancer(EplbError, RuntimeError):
-    """A rebalancer does not run, or was cancelled before it did what was demanded."""
+    """A rebalancer does not run, or was cancelled before it made the rebalance that was demanded."""
 
 
 # --- What went wrong while weights moved. ---
@@ -238,7 +198,7 @@ class RebalanceFailed(EplbError):
 
 
 class InvalidBallot(EplbError, ValueError):
-    """Another rank said something in a control round that no rank of this version says."""
+    """Another rank sent a ballot in a control round that no rank of this version sends."""
 
     row: tuple[int, ...]
 
@@ -252,7 +212,7 @@ class UpdateNotBegun(EplbError):
 
 
 class UpdateCancelled(EplbError):
-    """A rank's caller cancelled the update; all ranks ended it after the same layer."""
+    """The caller of a rank cancelled the update; all ranks ended it after the same layer."""
 
     ranks: tuple[int, ...]
 
@@ -277,11 +237,11 @@ class TransferTimeout(BrokenTransport):
 
 
 class UpdateStalled(EplbError):
-    """A stage of an update has done one thing for too long; the event of that name says what all stages did.
+    """A stage of an update has done one thing for too long. The event of the same name lists what all stages did.
 
     :param stage: plan, transfer, relay, agree or commit
-    :param doing: what it did
-    :param waiting_for: ranks that hold it up, as far as their last ballots tell
+    :param doing: what the stage did
+    :param waiting_for: ranks that it waits for, as far as their last ballots show
     """
 
     layer: int
@@ -292,9 +252,9 @@ class UpdateStalled(EplbError):
 
 
 class CommitFailed(EplbError):
-    """A layer that all ranks had agreed on could not be copied on this one, which must not serve before it recovers.
+    """This rank could not copy a layer that all ranks had agreed on. It must not serve before it recovers.
 
-    The layer's slots may hold anything; its staging is kept, and ``recover()`` copies it anew.
+    The layer's live slots may contain anything; its staging is kept, and ``recover()`` copies it anew.
     """
 
     rank: int
@@ -303,7 +263,7 @@ class CommitFailed(EplbError):
 
 
 class BrokenLoadGroup(EplbError):
-    """Loads could not be summed over ranks: a rank is dead, closed, or never took part."""
+    """Loads could not be summed over ranks: a rank is dead, closed, or did not take part."""
 
     rank: int
     timeout_s: float
@@ -312,7 +272,7 @@ class BrokenLoadGroup(EplbError):
 class BrokenControlGroup(EplbError):
     """A control round did not complete: a rank is dead, closed, or never began the update.
 
-    :param missing: ranks that gave no ballot, as far as it is known
+    :param missing: ranks that sent no ballot, as far as this is known
     """
 
     rank: int
@@ -323,7 +283,7 @@ class BrokenControlGroup(EplbError):
 class RankInDoubt(EplbError):
     """This rank cannot know whether a peer has committed a layer: the control round that decides it was lost.
 
-    :param missing: ranks that gave no ballot, as far as it is known
+    :param missing: ranks that sent no ballot, as far as this is known
     """
 
     step: int
@@ -332,20 +292,13 @@ class RankInDoubt(EplbError):
 
 
 class Unrecoverable(EplbError):
-    """Survivors cannot be brought to the same layers: one has committed a layer that another has no bytes of.
+    """The remaining ranks cannot reach the same layers: one has committed a layer that another has no bytes of.
 
-    :param ranks: those that cannot follow
+    :param ranks: ranks that have no bytes of these layers
     """
 
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
-
-
-class DeadRankPlaced(InvalidPlacement):
-    """The new placement puts an expert on a rank that is not there any more."""
-
-    layer: int
-    rank: int
 
 
 class InvalidWeightSource(EplbError, ValueError):
@@ -356,7 +309,7 @@ class InvalidWeightSource(EplbError, ValueError):
 
 
 class VerificationError(EplbError):
-    """Bytes that arrived, or were committed, are not the expert they should be."""
+    """Bytes that arrived, or were committed, are not those of the expert that the slot should contain."""
 
     layer: int
     rank: int
@@ -366,11 +319,11 @@ class VerificationError(EplbError):
 
 
 class CanaryMismatch(VerificationError):
-    """A slot's canary names another logical expert than the new map."""
+    """A slot's canary names another logical expert than the new map does."""
 
 
 class ChecksumMismatch(VerificationError):
-    """A slot's bytes do not have the checksum that its source computed."""
+    """A slot's bytes do not have the checksum that the sending rank computed."""
 
 
 class WorldError(EplbError):

@@ -1,4 +1,4 @@
-"""The published routing view: what the model's router reads, at addresses that never change."""
+"""Published routing tables, which the model's router reads at addresses that never change."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,13 @@ from async_eplb.topology import EPTopology
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMaps:
-    """One layer's maps, int64: ready to be published on the host, pinned where the device is a GPU; or published."""
+    """The maps of one layer, int64: on the host, ready to be published (pinned for a GPU), or views of published ones.
+
+    :param physical_to_logical: ``[physical]``
+    :param logical_to_all_physical: ``[logical, max_replicas]``
+    :param logical_replica_count: ``[logical]``
+    :param logical_to_dispatch_physical: ``[logical]``
+    """
 
     physical_to_logical: Tensor
     logical_to_all_physical: Tensor
@@ -23,7 +29,7 @@ class LayerMaps:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in order."""
+        """All four maps, in the order of the fields."""
         return (
             self.physical_to_logical,
             self.logical_to_all_physical,
@@ -35,8 +41,11 @@ class LayerMaps:
 class ExpertMap:
     """Routing tables of all layers, on the device of the weights. Rows are replaced in place, in stream order.
 
+    The constructor allocates all tables and publishes the placement, on the current stream of the device, so that
+    their addresses are final when the model captures CUDA graphs.
+
     - ``physical_to_logical_map`` int64 ``[layers, physical]``
-    - ``logical_to_all_physical_map`` int64 ``[layers, logical, max_replicas]``, padded with -1
+    - ``logical_to_all_physical_map`` int64 ``[layers, logical, max_replicas]``, ascending, padded with -1
     - ``logical_replica_count`` int64 ``[layers, logical]``
     - ``logical_to_dispatch_physical_map`` int64 ``[layers, logical]``: where this rank sends an expert's tokens
       if it does not choose among the replicas itself
@@ -44,8 +53,8 @@ class ExpertMap:
 
     :param max_replicas: fixed width of ``logical_to_all_physical_map``; without it, what the slots can hold at
         most when every expert has a replica
-    :param seed: of the dispatch map's even spread
-    :raises TooManyReplicas: if the placement has an expert with more
+    :param seed: of the random choices in the dispatch map; equal on all ranks, or ranks spread tokens unevenly
+    :raises TooManyReplicas: if an expert of the placement has more than ``max_replicas``
     """
 
     def __init__(
@@ -79,11 +88,11 @@ class ExpertMap:
         self.layer_generation.zero_()
 
     def require_room(self, placement: ExpertPlacement) -> None:
-        """Check that no expert of a placement has more replicas than the published map is wide.
+        """Check that no expert of a placement has more than ``max_replicas`` replicas.
 
         :raises TooManyReplicas: if one has
         """
-        counts = placement.replica_counts()
+        counts = placement.replica_counts()  # [layers, logical]
         if counts.size and counts.max() > self.max_replicas:
             layer, expert = (int(i) for i in np.argwhere(counts > self.max_replicas)[0])
             raise TooManyReplicas(
@@ -96,13 +105,14 @@ class ExpertMap:
             )
 
     def layer_maps(self, placement: ExpertPlacement, layer: int) -> LayerMaps:
-        """Compute what :meth:`publish` writes for one layer of a placement."""
-        row = placement.physical_to_logical_map[layer]
+        """Compute one layer's maps of a placement, on the host, for :meth:`publish`."""
+        row = placement.physical_to_logical_map[layer]  # [physical]
         replicas = logical_to_all_physical(row, placement.num_logical_experts, self.max_replicas)
-        counts = (replicas != EMPTY_SLOT).sum(axis=1)
-        taken = replicas[:, : max(1, counts.max(initial=0))]
-        dispatch = dispatch_map(taken, self._topology, self._rank, seed=self._seed + layer)
+        counts = (replicas != EMPTY_SLOT).sum(axis=1)  # [logical]
+        unpadded = replicas[:, : max(1, counts.max(initial=0))]  # [logical, most replicas in this layer]
+        dispatch = dispatch_map(unpadded, self._topology, self._rank, seed=self._seed + layer)  # [logical]
         values = (row, replicas, counts, dispatch)
+        # One block of memory, so that it is pinned once.
         together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
         if self.physical_to_logical_map.is_cuda:
             together = together.pin_memory()
@@ -110,13 +120,13 @@ class ExpertMap:
         return LayerMaps(*(part.view(each.shape) for part, each in zip(parts, values, strict=True)))
 
     def publish(self, layer: int, maps: LayerMaps) -> None:
-        """Replace one layer's rows in place, on the current stream, and raise its generation."""
+        """Replace one layer's rows in place and raise its generation, on the current stream."""
         for published, new in zip(self.published(layer).tensors, maps.tensors, strict=True):
             published.copy_(new, non_blocking=True)
         self.layer_generation[layer] += 1
 
     def published(self, layer: int) -> LayerMaps:
-        """Return one layer's rows in place."""
+        """Return views of one layer's rows."""
         return LayerMaps(
             self.physical_to_logical_map[layer],
             self.logical_to_all_physical_map[layer],
@@ -128,16 +138,20 @@ class ExpertMap:
 def logical_to_all_physical(
     row: npt.NDArray[np.integer], num_logical_experts: int, width: int
 ) -> npt.NDArray[np.int64]:
-    """Invert one layer's map: the physical experts of each logical one, ascending, int64 ``[logical, width]``.
+    """Invert one layer's map: return the physical experts of each logical one, int64 ``[logical, width]``.
+
+    They are ascending, and padded with -1.
 
     :param row: ``[physical]``, -1 where empty
+    :param width: at least the replicas of each expert
     """
     replicas = np.full((num_logical_experts, width), EMPTY_SLOT, dtype=np.int64)
-    physical = np.flatnonzero(row != EMPTY_SLOT)
-    order = physical[np.argsort(row[physical], kind="stable")]
-    logical = row[order]
-    starts = np.searchsorted(logical, np.arange(num_logical_experts))
-    replicas[logical, np.arange(len(order)) - starts[logical]] = order
+    held = np.flatnonzero(row != EMPTY_SLOT)  # [held]: physical experts that hold one
+    physical = held[np.argsort(row[held], kind="stable")]  # [held]: by logical expert, then ascending
+    logical = row[physical]  # [held]
+    starts = np.searchsorted(logical, np.arange(num_logical_experts))  # [logical]: where an expert's replicas begin
+    number = np.arange(len(physical)) - starts[logical]  # [held]: of the replica among its expert's
+    replicas[logical, number] = physical
     return replicas
 
 
@@ -147,29 +161,31 @@ def dispatch_map(
     """Choose, for each logical expert, the one replica that ``rank`` sends its tokens to: int64 ``[logical]``.
 
     The only replica; else the lowest on this rank; else, if replicas are on several nodes, the lowest on this
-    node; else the ranks that are left take the replicas in turn, beginning anywhere, drawn from ``seed``. -1 without
-    a replica.
+    node. Ranks for which none of these exists take the replicas in turn, beginning at a random rank and replica. -1
+    for an expert without a replica.
 
-    :param replicas: as :func:`logical_to_all_physical` returns
+    :param replicas: ``[logical, width]``, as :func:`logical_to_all_physical` returns
+    :param seed: of the random beginnings, the same on every rank
     """
-    held = replicas != EMPTY_SLOT
-    owner = replicas // topology.num_local_physical_experts
-    node = owner // topology.num_ranks_per_node
-    several_nodes = (held & (node != node[:, :1])).any(axis=1)
-    here = held & (owner == rank)
-    near = held & (node == topology.node_of(rank)) & several_nodes[:, None]
-    preferred = np.where(here.any(axis=1, keepdims=True), here, near)
-    chosen = np.where(
-        preferred.any(axis=1), replicas[np.arange(len(replicas)), preferred.argmax(axis=1)], replicas[:, 0]
-    )
-    counts = held.sum(axis=1)
-    spread = np.flatnonzero(~preferred.any(axis=1) & (counts > 1))
+    held = replicas != EMPTY_SLOT  # [logical, width]; False where padded
+    owner = replicas // topology.num_local_physical_experts  # [logical, width]: the rank of each replica
+    node = owner // topology.num_ranks_per_node  # [logical, width]
+    several_nodes = (held & (node != node[:, :1])).any(axis=1)  # [logical]
+    here = held & (owner == rank)  # [logical, width]
+    near = held & (node == topology.node_of(rank)) & several_nodes[:, None]  # [logical, width]
+    preferred = np.where(here.any(axis=1, keepdims=True), here, near)  # [logical, width]
+    has_preference = preferred.any(axis=1)  # [logical]
+    lowest_preferred = replicas[np.arange(len(replicas)), preferred.argmax(axis=1)]  # [logical]
+    chosen = np.where(has_preference, lowest_preferred, replicas[:, 0])  # [logical]
+    counts = held.sum(axis=1)  # [logical]
+    spread = np.flatnonzero(~has_preference & (counts > 1))  # [spread]: experts whose replicas are taken in turn
     if not len(spread):
         return chosen
-    draws = np.random.default_rng(seed).integers(0, 2**31, (2, len(replicas)))[:, spread]  # the same on every rank
-    far = _without_preference(owner[spread], node[spread], held[spread], several_nodes[spread], topology)
-    turn = (far[:, :rank].sum(axis=1) + draws[0]) % far.sum(axis=1)
-    chosen[spread] = replicas[spread, (turn + draws[1]) % counts[spread]]
+    # Drawn for all experts, so that every rank draws the same for each.
+    first_turn, first_replica = np.random.default_rng(seed).integers(0, 2**31, (2, len(replicas)))[:, spread]
+    takers = _without_preference(owner[spread], node[spread], held[spread], several_nodes[spread], topology)
+    turn = (takers[:, :rank].sum(axis=1) + first_turn) % takers.sum(axis=1)  # [spread]: of this rank among the takers
+    chosen[spread] = replicas[spread, (turn + first_replica) % counts[spread]]
     return chosen
 
 
@@ -180,8 +196,14 @@ def _without_preference(
     several_nodes: npt.NDArray[np.bool_],
     topology: EPTopology,
 ) -> npt.NDArray[np.bool_]:
-    """Return which ranks have neither a replica of their own nor a nearer node to prefer: ``[experts, ranks]``."""
-    expert, replica = np.nonzero(held)
+    """Return for which ranks no replica is nearer than others: bool ``[experts, ranks]``.
+
+    That is, ranks without a replica, on nodes without one, unless all replicas are on one node.
+
+    :param owner: rank of each replica: ``[experts, width]``; so are ``node`` and ``held``
+    :param several_nodes: whether an expert has replicas on several nodes: ``[experts]``
+    """
+    expert, replica = np.nonzero(held)  # [replicas] each
     on_rank = np.zeros((len(owner), topology.num_ranks), dtype=np.bool_)
     on_rank[expert, owner[expert, replica]] = True
     on_node = np.zeros((len(owner), topology.num_nodes), dtype=np.bool_)

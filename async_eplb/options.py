@@ -1,20 +1,32 @@
-"""What a caller can choose about updates."""
+"""Options of updates, and which of them ranks must agree on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from types import MappingProxyType
 
-from async_eplb.agreement.protocol import MAX_LEAD
+from async_eplb.agreement.lead import MAX_LEAD
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan import Planner
 from async_eplb.verify.column import Verify
 
+Canonical = str | int | None | Mapping[str, "Canonical"]
+
+_AGREED = MappingProxyType({"agreed": True})
+"""Metadata of fields that ranks must agree on; :meth:`UpdateOptions.wire` returns their values."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateOptions:
-    """How an updater works. Equal on all ranks, except for the logging options.
+    """How an updater works.
 
-    :param verify: ``"off"``; ``"canary"``: each slot carries its logical expert, checked before and after the
-        commit; ``"checksum"``: a checksum of its bytes too
+    An update is refused unless all ranks have the same ``verify``, ``planner``, ``staging_depth`` and
+    ``operations_per_group``, on which it depends what they send each other and in which order. The others, except for
+    the logging options, should be equal too, but this is not checked.
+
+    :param verify: ``"off"``; ``"canary"``: each slot carries the number of its logical expert, which is checked before
+        and after the commit; ``"checksum"``: a checksum of its bytes too
     :param planner: how the sources of transfers are chosen, and how many peers a rank talks with at a time
     :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, 3 for
         the next transfer to begin without a pause, and one more where the planner relays: the layer that is passed on
@@ -22,7 +34,7 @@ class UpdateOptions:
         posts no more at one step boundary, which bounds the serving thread's time
     :param transfer_timeout_s: deadline of one layer's exchange, and of its second hop, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
-        ``transfer_timeout_s``, so that a rank which lost a transfer can still say so
+        ``transfer_timeout_s``, so that a rank which lost a transfer can still report it
     :param progress_timeout_s: how long a stage of an update may do one thing, in seconds: plan a layer, move it, wait
         until all ranks have staged it, wait for its boundary, commit it. Longer than ``control_timeout_s``
     :param lead: boundaries from a rank's last one to a fence, to begin with; larger after a step had to wait
@@ -35,10 +47,10 @@ class UpdateOptions:
     :raises InvalidOptions: if a number is out of range
     """
 
-    verify: str = "off"
-    planner: Planner = Planner()  # noqa: RUF009 - it is immutable
-    staging_depth: int = 2
-    operations_per_group: int = 256
+    verify: str = field(default="off", metadata=_AGREED)
+    planner: Planner = field(default=Planner(), metadata=_AGREED)
+    staging_depth: int = field(default=2, metadata=_AGREED)
+    operations_per_group: int = field(default=256, metadata=_AGREED)
     transfer_timeout_s: float = 30.0
     control_timeout_s: float = 60.0
     progress_timeout_s: float = 300.0
@@ -72,3 +84,24 @@ class UpdateOptions:
         for option, (holds, limit) in rules.items():
             if not holds:
                 raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)
+
+    def wire(self) -> dict[str, Canonical]:
+        """Return the options that ranks must agree on, by name, as :func:`canonical` encodes them."""
+        return {each.name: canonical(getattr(self, each.name)) for each in fields(self) if "agreed" in each.metadata}
+
+
+def canonical(value: object) -> Canonical:
+    """Encode a value so that it is the same on all ranks, whatever their versions of Python print.
+
+    Strings, integers and None stay as they are, an Enum is its value, a dataclass (such as a :class:`Planner`) its
+    fields by name. ``json.dumps`` with ``sort_keys=True`` takes the result.
+
+    :raises TypeError: for anything else
+    """
+    if isinstance(value, Enum):
+        return canonical(value.value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if is_dataclass(value):
+        return {each.name: canonical(getattr(value, each.name)) for each in fields(value)}
+    raise TypeError(f"{value!r} has no canonical form")

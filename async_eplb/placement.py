@@ -10,27 +10,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import EplbError, ExpertOutOfRange, InvalidPlacement
+from async_eplb.errors import EplbError, InvalidPlacement
 from async_eplb.topology import EPTopology
 
 EMPTY_SLOT = -1
-"""What ``physical_to_logical_map`` says of a slot that holds no expert."""
+"""Entry of ``physical_to_logical_map`` for a slot without an expert."""
 
 MAP_KEY = "physical_to_logical_map"
 LOAD_KEY = "logical_count"
 
 _MOST_EXPERTS = 1 << 20
-"""Of a model: the number sizes arrays, so that a damaged one must not be taken."""
+"""Most logical experts of a model: arrays are as large as this number, so that damaged documents are refused."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertPlacement:
-    """Which logical expert each physical expert holds.
+    """Which logical expert each physical expert holds, in each layer.
 
     :param physical_to_logical_map: int32 ``[layers, physical]``, read-only; :data:`EMPTY_SLOT` where empty
     :param num_logical_experts: experts of the model, the same in each layer
-    :raises ExpertOutOfRange: if the map names an expert that the model does not have
-    :raises InvalidPlacement: if the map is not a table of integers
+    :raises InvalidPlacement: if the map is not a table of integers, or names an expert that the model does not have
     """
 
     physical_to_logical_map: npt.NDArray[np.int32]
@@ -49,18 +48,16 @@ class ExpertPlacement:
         wrong = np.argwhere((table < EMPTY_SLOT) | (table >= self.num_logical_experts))
         if len(wrong):
             layer, physical = (int(index) for index in wrong[0])
-            raise ExpertOutOfRange(
+            raise InvalidPlacement(
                 f"layer {layer}: physical expert {physical} holds logical expert {table[layer, physical]}; "
-                f"the model has experts 0 to {self.num_logical_experts - 1}, and {EMPTY_SLOT} means empty",
-                layer=layer,
-                physical_expert=physical,
-                logical_expert=int(table[layer, physical]),
+                f"the model has experts 0 to {self.num_logical_experts - 1}, and {EMPTY_SLOT} means empty"
             )
 
     @classmethod
     def from_mapping(cls, maps: object, num_logical_experts: int | None = None) -> "ExpertPlacement":
         """Build a placement from nested sequences, an array or a tensor of shape ``[layers, physical]``.
 
+        :param maps: logical experts, :data:`EMPTY_SLOT` where a slot is empty
         :param num_logical_experts: experts of the model; without it, one more than the largest id in ``maps``
         :raises InvalidPlacement: if ``maps`` is not such a table
         """
@@ -86,10 +83,12 @@ class ExpertPlacement:
 
     @classmethod
     def load(cls, source: str | Path, num_logical_experts: int | None = None) -> "ExpertPlacement":
-        """Read a placement in a form that serving engines use.
+        """Read a placement from a document as serving engines use it.
 
         :param source: a ``.json`` or ``.pt`` file, or an inline JSON object, that holds
             ``physical_to_logical_map`` as ``[layers, physical]``. Tensors are read without unpickling code.
+        :param num_logical_experts: experts of the model; without it, what the document says, else as for
+            :meth:`from_mapping`
         :raises InvalidPlacement: if it cannot be read, or holds something else
         """
         document = read_document(source, "a placement", InvalidPlacement)
@@ -106,9 +105,9 @@ class ExpertPlacement:
         return cls.from_mapping(document[MAP_KEY], num_logical_experts)
 
     def save(self, path: str | Path) -> None:
-        """Write the placement as ``.json`` or ``.pt``, by the file's ending, so that :meth:`load` reads it.
+        """Write the placement to a ``.json`` or ``.pt`` file, which :meth:`load` can read.
 
-        :raises InvalidPlacement: if the ending is another
+        :raises InvalidPlacement: if the name of the file ends otherwise
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -118,7 +117,7 @@ class ExpertPlacement:
             }
             path.write_text(json.dumps(document))
         elif path.suffix == ".pt":
-            import torch  # noqa: PLC0415 - whoever plans without tensors does not wait for it
+            import torch  # noqa: PLC0415 - slow to import, and planning needs no tensors
 
             table = torch.tensor(self.physical_to_logical_map, dtype=torch.int64)
             torch.save({"num_logical_experts": self.num_logical_experts, MAP_KEY: table}, path)
@@ -127,16 +126,16 @@ class ExpertPlacement:
 
     @property
     def num_layers(self) -> int:
-        """Rows of the map."""
+        """Number of layers, the rows of the map."""
         return int(self.physical_to_logical_map.shape[0])
 
     @property
     def num_physical_experts(self) -> int:
-        """Columns of the map."""
+        """Number of physical experts, the columns of the map."""
         return int(self.physical_to_logical_map.shape[1])
 
     def unplaced(self) -> dict[int, tuple[int, ...]]:
-        """Return, per layer that has any, the logical experts without a replica."""
+        """Return the logical experts without a replica: layer → experts, for layers that have any."""
         missing = self.replica_counts() == 0
         return {
             int(layer): tuple(int(expert) for expert in np.flatnonzero(missing[layer]))
@@ -151,9 +150,9 @@ class ExpertPlacement:
         return counts
 
     def require_fit(self, topology: EPTopology) -> None:
-        """Check that there is one column for each slot of the topology.
+        """Check that the map has one column for each slot of the topology.
 
-        :raises InvalidPlacement: if not
+        :raises InvalidPlacement: if it has not
         """
         if self.num_physical_experts != topology.num_physical_experts:
             raise InvalidPlacement(
@@ -162,7 +161,7 @@ class ExpertPlacement:
             )
 
     def with_layers(self, other: "ExpertPlacement", layers: tuple[int, ...]) -> "ExpertPlacement":
-        """Return this placement with the rows ``layers`` taken from ``other``."""
+        """Return a copy of this placement in which the rows ``layers`` are those of ``other``."""
         table = self.physical_to_logical_map.copy()
         table[list(layers)] = other.physical_to_logical_map[list(layers)]
         return self.from_mapping(table, self.num_logical_experts)
@@ -173,7 +172,7 @@ class ExpertPlacement:
         return tuple(int(layer) for layer in np.flatnonzero(differs))
 
     def digest(self) -> bytes:
-        """Return 16 bytes that are equal exactly where placements are."""
+        """Return a hash of 16 bytes: equal for equal placements, and for practical purposes only for these."""
         content = hashlib.blake2b(digest_size=16)
         content.update(repr((self.physical_to_logical_map.shape, self.num_logical_experts)).encode())
         content.update(self.physical_to_logical_map.tobytes())
@@ -189,9 +188,9 @@ class ExpertPlacement:
 
 
 def on_host(table: Any) -> npt.NDArray[np.generic]:  # noqa: ANN401 - whatever a caller has
-    """Return nested sequences, an array or a tensor, on whichever device and of whichever type, as an array.
+    """Convert nested sequences, an array or a tensor of any device and dtype to an array.
 
-    :raises ValueError: if it is none
+    :raises ValueError: if they are not rectangular
     """
     if hasattr(table, "is_floating_point"):  # a tensor; numpy does not know bfloat16
         table = (table.double() if table.is_floating_point() else table).cpu()
@@ -199,7 +198,7 @@ def on_host(table: Any) -> npt.NDArray[np.generic]:  # noqa: ANN401 - whatever a
 
 
 def read_document(source: str | Path, what: str, error: type[EplbError]) -> object:
-    """Read a document. Tensors are read without unpickling code.
+    """Read a JSON document, or a ``.pt`` file without unpickling code.
 
     :param source: a file name, or an inline JSON object
     :param what: what the document should be, for the message
@@ -212,7 +211,7 @@ def read_document(source: str | Path, what: str, error: type[EplbError]) -> obje
         if path.suffix == ".json":
             return json.loads(path.read_text())
         if path.suffix == ".pt":
-            import torch  # noqa: PLC0415 - likewise
+            import torch  # noqa: PLC0415 - as above
 
             return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as cause:
@@ -221,7 +220,7 @@ def read_document(source: str | Path, what: str, error: type[EplbError]) -> obje
 
 
 def describe(source: str | Path) -> str:
-    """Return what to call a source in a message."""
+    """Return the name of a source for messages."""
     return "the inline JSON" if _is_inline(source) else str(source)
 
 

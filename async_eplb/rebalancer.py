@@ -11,9 +11,9 @@ import torch
 from anyio import TASK_STATUS_IGNORED, Event, to_process
 from anyio.abc import TaskStatus
 
-from async_eplb.agreement.ballot import differing_ranks
+from async_eplb.agreement.checks import differing_ranks
 from async_eplb.errors import (
-    BusyRebalancer,
+    BusyUpdater,
     ClosedRebalancer,
     InvalidOptions,
     PlacementDisagreement,
@@ -29,7 +29,7 @@ from async_eplb.policy import PlacementPolicy, RebalanceDecision, RebalanceTerms
 from async_eplb.topology import EPTopology
 from async_eplb.update.summary import UpdateSummary
 from async_eplb.updater import ExpertUpdater
-from async_eplb.workers import ThreadWorkers, Workers
+from async_eplb.workers import ThreadWorkers, Work, Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +153,11 @@ class Rebalancer:
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Rebalance until cancelled. What goes wrong is raised here, to the owner of the task group.
 
-        :raises BusyRebalancer: if it runs already
+        :raises BusyUpdater: if it runs already
         :raises EplbError: what ended a rebalance early
         """
         if self._running:
-            raise BusyRebalancer(f"{self!r} runs already")
+            raise BusyUpdater(f"{self!r} runs already")
         self._running = True
         task_status.started()
         try:
@@ -185,7 +185,7 @@ class Rebalancer:
             raise ClosedRebalancer(f"{self!r} does not run; start it with tg.start(rebalancer.run)")
         number = self._number + 1
         event, outcome = self._done.setdefault(number, (Event(), []))
-        self._updater.demand_rebalance(number)
+        self._updater.demands.demand(number)
         await event.wait()
         result = outcome[0]
         if isinstance(result, ClosedRebalancer):
@@ -198,9 +198,10 @@ class Rebalancer:
         """Wait until the next rebalance is due on this rank or demanded by any, and the last one has cooled down."""
         begun = self._updater.statistics().step
         every = self.options.every_steps
-        await self._updater.until_rebalance(self._number + 1, due_step=None if every is None else begun + every)
+        due_step = None if every is None else begun + every
+        await self._updater.demands.until_demanded(self._number + 1, due_step=due_step)
         if self._number:
-            await self._updater.until_step(begun + self.options.cool_down_steps)
+            await self._updater.demands.until_step(begun + self.options.cool_down_steps)
 
     @contextmanager
     def _telling_waiters(self, number: int) -> Iterator[list[Rebalance | Exception]]:
@@ -259,7 +260,7 @@ class Rebalancer:
     async def _run_policy(self, decide: Callable[[], RebalanceDecision]) -> RebalanceDecision:
         if self.options.run_policy_in == "process":
             return await to_process.run_sync(decide)
-        return await self._workers.run("policy", decide)
+        return await self._workers.run(Work.POLICY, decide)
 
     async def _require_same_choice(self, placement: ExpertPlacement) -> None:
         """Compare the placements that all ranks chose; a policy that is not deterministic is found out here."""

@@ -24,7 +24,7 @@ _ALIGNMENT = 256
 
 
 class BufferState(Enum):
-    """Where a staging buffer is in its life."""
+    """State of a staging buffer; the table in the module's docstring names the transitions."""
 
     FREE = "free"
     FILLING = "filling"
@@ -41,18 +41,21 @@ _ALLOWED = {
 
 
 class StagingBuffer:
-    """Memory for the staged slots of one layer."""
+    """Memory for the staged slots of one layer.
+
+    :param memory: uint8 ``[bytes]``
+    """
 
     def __init__(self, index: int, memory: Tensor, device: Device) -> None:
         self.index = index
         self.state = BufferState.FREE
         self.consumed: DeviceEvent = device.record()
-        """Recorded after the copies that read this buffer last; whoever fills it next waits for this."""
+        """Recorded after the last copies that read this buffer; its next filling waits for this event."""
         self.slot_nbytes: tuple[int, ...] = ()
-        """Of each tensor."""
+        """Bytes of a slot in each tensor."""
         self.spare: Tensor = memory[:0]
-        """Memory beside the slots, uint8, aligned as they are; what commits the layer may keep there."""
-        self._memory = memory
+        """Memory beside the slots, for the committer: uint8 ``[bytes]``, aligned as slots are."""
+        self.memory = memory
         self._places: dict[int, int] = {}
         self._offsets: list[int] = []
         self._stride = 0
@@ -61,35 +64,40 @@ class StagingBuffer:
         return f"<StagingBuffer {self.index} {self.state.value}: slots {sorted(self._places)}>"
 
     def enter(self, state: BufferState) -> None:
-        """Change state.
+        """Change the state.
 
-        :raises EplbError: if the table does not allow it; the buffer then stays as it was
+        :raises EplbError: if the table does not allow it; the state is then unchanged
         """
         if state not in _ALLOWED[self.state]:
             raise EplbError(f"staging buffer {self.index} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
     def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
-        """Divide the buffer among ``slots``, each with one aligned block for each tensor, and :attr:`spare`."""
+        """Divide the buffer: one aligned block for each slot and tensor, then :attr:`spare`.
+
+        :param slot_nbytes: bytes of a slot in each tensor
+        """
         *self._offsets, self._stride = accumulate((_aligned(nbytes) for nbytes in slot_nbytes), initial=0)
         self.slot_nbytes = tuple(slot_nbytes)
         self._places = {slot: place for place, slot in enumerate(slots)}
         end = len(slots) * self._stride
-        self.spare = self._memory[end : end + spare_nbytes]
+        self.spare = self.memory[end : end + spare_nbytes]
 
     def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Return where the staging of slots is: int64 ``[slots, tensors]``."""
+        """Return the addresses of the staging of slots: int64 ``[slots, tensors]``."""
         places = np.array([self._places[slot] for slot in slots], dtype=np.int64)
-        return self._memory.data_ptr() + places[:, None] * self._stride + np.array(self._offsets, dtype=np.int64)
+        return self.memory.data_ptr() + places[:, None] * self._stride + np.array(self._offsets, dtype=np.int64)
 
     def views(self, slot: int) -> tuple[Tensor, ...]:
         """Return the staging of a slot: uint8 ``[bytes]`` for each tensor of the layer."""
         starts = (self._places[slot] * self._stride + offset for offset in self._offsets)
-        return tuple(self._memory[start : start + n] for start, n in zip(starts, self.slot_nbytes, strict=True))
+        return tuple(self.memory[start : start + n] for start, n in zip(starts, self.slot_nbytes, strict=True))
 
 
 class StagingPool:
-    """As many buffers as layers may be in flight; taking one waits until one is free.
+    """Staging buffers of an updater, one for each layer in flight; taking one waits until one is free.
+
+    The constructor makes empty buffers, which takes no device memory; :meth:`reserve` gives them memory.
 
     :param depth: number of buffers
     """
@@ -102,7 +110,7 @@ class StagingPool:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that the pool holds."""
+        """Bytes of device memory that the pool has allocated."""
         return int(self._memory.nbytes)
 
     @property
@@ -111,9 +119,9 @@ class StagingPool:
         return all(buffer.state is BufferState.FREE for buffer in self.buffers)
 
     def reserve(self, layer_nbytes: int) -> None:
-        """Make each buffer hold at least ``layer_nbytes``; the pool never shrinks.
+        """Make each buffer at least ``layer_nbytes`` large; the pool never shrinks.
 
-        Blocks. Before it allocates, the device's cached memory is given back, so that the peak does not rise by it.
+        Blocks. The device's cached memory is freed before the pool allocates, so that it does not add to the peak.
 
         :raises EplbError: if a buffer is in use
         """
@@ -123,14 +131,14 @@ class StagingPool:
             return
         for buffer in self.buffers:
             buffer.consumed.synchronize()
-        with self._device.transferring():  # which is behind what an update that failed has still under way
+        with self._device.transferring():  # waits for transfers that a failed update has still under way
             self._device.record().synchronize()
         self._cut(0)
         self._device.empty_cache()
         self._cut(layer_nbytes)
 
     def _cut(self, layer_nbytes: int) -> None:
-        """Make all buffers anew; there are as many when the device has no memory for larger ones."""
+        """Replace all buffers by new ones of this size. If allocating fails, the old ones stay."""
         self._memory = self._device.allocate(layer_nbytes * self._depth)
         blocks = self._memory.view(self._depth, layer_nbytes)
         self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(self._depth))
@@ -149,7 +157,10 @@ class StagingPool:
 
     @staticmethod
     def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> int:
-        """Return what a buffer needs to stage ``num_slots`` slots of a layer and to have some to spare."""
+        """Return the bytes of a buffer for ``num_slots`` slots of a layer and ``spare_nbytes`` beside them.
+
+        :param slot_nbytes: bytes of a slot in each tensor
+        """
         return num_slots * sum(_aligned(nbytes) for nbytes in slot_nbytes) + _aligned(spare_nbytes)
 
 

@@ -3,17 +3,25 @@
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from async_eplb.device import Device
+from async_eplb.events.emit import Logger
+from async_eplb.expert_map import ExpertMap
+from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery.recover import Recovery
+from async_eplb.recovery.state import Recovery
 from async_eplb.recovery.weight_source import WeightSource
+from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
+from async_eplb.update.handle import UpdateHandle
 from async_eplb.update.summary import UpdaterStatistics, UpdateSummary
-from async_eplb.updater import ExpertUpdater, UpdateHandle
+from async_eplb.updater import ExpertUpdater
 from async_eplb.verify.audit import AuditReport
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
 
 T = TypeVar("T")
 
@@ -43,14 +51,41 @@ class SyncUpdater:
     """An :class:`ExpertUpdater` in a context manager of its own event loop, which runs in a thread.
 
     ``with SyncUpdater(weights, placement, topology, rank=r, transport=t) as updater: updater.step()``. Steps run on
-    the calling thread, as the model's work does; everything else runs in the loop's.
+    the calling thread, as the model's work does; everything else runs in the loop's. Parameters are those of
+    :class:`ExpertUpdater`, and one more.
 
-    :param arguments: those of :class:`ExpertUpdater`
     :param backend: event loop, as anyio calls it
+    :raises EplbError: as :class:`ExpertUpdater`
     """
 
-    def __init__(self, *arguments: Any, backend: str = "asyncio", **options: Any) -> None:  # noqa: ANN401
-        self.updater = ExpertUpdater(*arguments, **options)
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        placement: ExpertPlacement,
+        topology: EPTopology,
+        *,
+        rank: int,
+        transport: Transport,
+        options: UpdateOptions | None = None,
+        on_commit: Callable[[int], None] | None = None,
+        logger: Logger | None = None,
+        workers: Workers | None = None,
+        device: Device | None = None,
+        backend: str = "asyncio",
+    ) -> None:
+        self.updater = ExpertUpdater(
+            weights,
+            placement,
+            topology,
+            rank=rank,
+            transport=transport,
+            options=options,
+            on_commit=on_commit,
+            logger=logger,
+            workers=workers,
+            device=device,
+        )
+        """For what has no synchronous form; its coroutines run in the loop of this thread only."""
         self._backend = backend
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
@@ -67,6 +102,39 @@ class SyncUpdater:
     ) -> bool | None:
         return self._stack.__exit__(kind, error, traceback)
 
+    def __repr__(self) -> str:
+        return f"<SyncUpdater of {self.updater!r}>"
+
+    @property
+    def options(self) -> UpdateOptions:
+        """How this updater works."""
+        return self.updater.options
+
+    @property
+    def topology(self) -> EPTopology:
+        """Shape of the EP group."""
+        return self.updater.topology
+
+    @property
+    def rank(self) -> int:
+        """This process in the EP group."""
+        return self.updater.rank
+
+    @property
+    def run_id(self) -> str:
+        """Names this updater's life in logs; equal on all its ranks."""
+        return self.updater.run_id
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """Published maps, which routers read; their addresses never change."""
+        return self.updater.expert_map
+
+    @property
+    def device(self) -> Device:
+        """Streams and events of the live weights."""
+        return self.updater.device
+
     @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
@@ -82,7 +150,7 @@ class SyncUpdater:
 
     def update(self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None) -> UpdateSummary:
         """Block until :meth:`ExpertUpdater.update` returns."""
-        after = self.updater.record()
+        after = self.device.record()
 
         async def update() -> UpdateSummary:
             return await self.updater.update(new_placement, layers=layers, after=after)
@@ -97,7 +165,7 @@ class SyncUpdater:
         max_nbytes_per_step: int | None = None,
     ) -> SyncUpdateHandle:
         """Begin an update and go on stepping; see :meth:`ExpertUpdater.begin`."""
-        after = self.updater.record()
+        after = self.device.record()
 
         async def begin() -> UpdateHandle:
             return self.updater.begin(
@@ -124,11 +192,11 @@ class SyncUpdater:
 
     def idle(self) -> AbstractContextManager[None]:
         """Make no steps inside; see :meth:`ExpertUpdater.idle`."""
-        return self._open_portal().wrap_async_context_manager(self.updater.idle(after=self.updater.record()))
+        return self._open_portal().wrap_async_context_manager(self.updater.idle(after=self.device.record()))
 
     def paused(self) -> AbstractContextManager[None]:
         """Let nothing touch live weights inside; see :meth:`ExpertUpdater.paused`."""
-        return self._open_portal().wrap_async_context_manager(self.updater.paused(after=self.updater.record()))
+        return self._open_portal().wrap_async_context_manager(self.updater.paused(after=self.device.record()))
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         return self._open_portal().call(function)

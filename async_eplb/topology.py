@@ -13,7 +13,7 @@ class EPTopology:
     consecutive.
 
     :param num_ranks: processes of the EP group, each with one device
-    :param num_nodes: nodes they are on, equally many ranks on each
+    :param num_nodes: nodes that they are on, equally many ranks on each; ranks of a node share a fast link
     :param num_local_physical_experts: slots of each rank
     :raises InvalidTopology: if a number is not positive, or the ranks do not divide over the nodes
     """
@@ -36,7 +36,7 @@ class EPTopology:
     def for_physical_experts(cls, num_physical_experts: int, *, num_ranks: int, num_nodes: int) -> "EPTopology":
         """Build the topology that spreads ``num_physical_experts`` evenly over the ranks.
 
-        :raises InvalidTopology: if they do not divide
+        :raises InvalidTopology: if they do not divide over the ranks, or the ranks not over the nodes
         """
         if num_ranks < 1 or num_physical_experts % num_ranks:
             raise InvalidTopology(
@@ -47,12 +47,12 @@ class EPTopology:
 
     @property
     def num_physical_experts(self) -> int:
-        """Slots of all ranks together."""
+        """Number of slots of all ranks together."""
         return self.num_ranks * self.num_local_physical_experts
 
     @property
     def num_ranks_per_node(self) -> int:
-        """Ranks that share a node's fast link."""
+        """Number of ranks on each node."""
         return self.num_ranks // self.num_nodes
 
     def node_of(self, rank: int) -> int:
@@ -69,6 +69,6 @@ class EPTopology:
         return physical_expert // self.num_local_physical_experts
 
     def slots_of(self, rank: int) -> slice:
-        """Return the physical experts of a rank, as a slice of a layer's map."""
+        """Return the physical experts of a rank, as a slice of a layer's map ``[physical]``."""
         start = rank * self.num_local_physical_experts
         return slice(start, start + self.num_local_physical_experts)

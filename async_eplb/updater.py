@@ -1,59 +1,43 @@
 """The façade: move live expert weights to a new placement, alone or while the model serves."""
 
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager
+from itertools import count
 from types import TracebackType
 from typing import Self
 
-from anyio import (
-    CancelScope,
-    create_memory_object_stream,
-    current_effective_deadline,
-    get_cancelled_exc_class,
-    move_on_after,
-)
-from anyio import Event as LoopEvent
+from anyio import CancelScope, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 
-from async_eplb.agreement.ballot import Decision
+from async_eplb.agreement.outlook import Outlook
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
-from async_eplb.agreement.shared import Driver, until_step
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
-from async_eplb.commit.committer import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
-from async_eplb.errors import BusyTransport, BusyUpdater, ClosedUpdater, EplbError, InvalidOptions, UpdateAborted
-from async_eplb.events.emit import Logger, default_logger, emit
+from async_eplb.errors import BusyUpdater, ClosedUpdater, EplbError
+from async_eplb.events.emit import Logger, default_logger
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery.recover import Attempt, RankState, Recovery, recover
-from async_eplb.recovery.survivors import require_on
+from async_eplb.recovery.reopen import reopen
+from async_eplb.recovery.state import RankState, Recovery
 from async_eplb.recovery.weight_source import WeightSource
-from async_eplb.staging import StagingPool
+from async_eplb.staging import StagingBuffer, StagingPool
 from async_eplb.topology import EPTopology
-from async_eplb.transport.base import ControlGroup, Transport
-from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
-from async_eplb.update.admission import (
-    changed_rows,
-    require_groups,
-    require_ranks,
-    require_relays,
-    require_slots,
-    update_digest,
-)
+from async_eplb.transport.base import Transport
+from async_eplb.update.admission import Request, admit, admit_rank
+from async_eplb.update.demands import RebalanceDemands
 from async_eplb.update.handle import UpdateHandle
+from async_eplb.update.life import LifeState
+from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
-from async_eplb.update.session import LayerPipeline
-from async_eplb.update.stages import LayerStages
-from async_eplb.update.summary import UpdaterStatistics, UpdateSummary
+from async_eplb.update.session import Session
+from async_eplb.update.summary import Totals, UpdaterStatistics, UpdateSummary
 from async_eplb.verify.audit import AuditReport, audit_replicas
-from async_eplb.verify.column import Verifier, Verify
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Doorbell, News, OtherWorkers, ThreadWorkers, Workers
+from async_eplb.workers import OtherWorkers, ThreadWorkers, Workers
 
 
 class ExpertUpdater:
@@ -89,108 +73,129 @@ class ExpertUpdater:
         workers: Workers | None = None,
         device: Device | None = None,
     ) -> None:
-        self.options = options or UpdateOptions()
-        require_ranks(topology, rank, transport)
-        placement.require_fit(topology)
-        require_slots(weights, placement, topology)
-        self.topology = topology
-        self.rank = rank
-        self._placement = placement
-        self._device = device or device_for(weights.device)
-        self._workers = workers or ThreadWorkers()
-        self.run_id = transport.run_id
-        self._logger = (logger or default_logger()).bind(run_id=self.run_id)
-        self._on_layer = on_commit or (lambda _layer: None)
-        self._verifier = Verifier(Verify(self.options.verify), weights, rank)
-        written = self._device.record()
-        with self._device.committing():
-            self._device.wait(written)
-            self._verifier.warm_up()
-        require_groups(self._verifier.weights, self.options)
-        self._transport = transport
-        self._live = weights
-        self.expert_map = ExpertMap(
+        admitted = admit_rank(
+            weights,
             placement,
             topology,
-            rank=rank,
-            device=weights.device,
-            max_replicas=self.options.max_replicas,
-            seed=self.options.dispatch_seed,
+            number=rank,
+            transport=transport,
+            options=options or UpdateOptions(),
+            on_commit=on_commit or (lambda _layer: None),
+            logger=(logger or default_logger()).bind(run_id=transport.run_id),
+            workers=workers or ThreadWorkers(),
+            device=device or device_for(weights.device),
         )
-        self._committer = committer_for(self._verifier.weights, self.expert_map)
-        self._pool = StagingPool(self.options.staging_depth, self._device)
-        self._news = News()
-        self._driver = Driver(
-            Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew), ring=self._ring
-        )
-        self._stepper = Stepper(self._driver, self._news, self._logger, rank, self._execute_at_step)
-        self._doorbell: Doorbell | None = None
-        self._pipeline: LayerPipeline | None = None
-        self._rounds_ended = LoopEvent()
-        self._stack = AsyncExitStack()
-        self._run: UpdateRun | None = None
-        self._closed_because = "it was not entered yet"
-        self._broken_because = ""
-        self._failed_run: UpdateRun | None = None
-        self._dead: tuple[int, ...] = ()
-        self._attempt = Attempt()
-        self._num_finished = 0
-        self._num_failed = 0
-        self._num_layers_committed = 0
+        self._wire(admitted, placement, transport)
+
+    @classmethod
+    def of(cls, rank: Rank, placement: ExpertPlacement, transport: Transport) -> Self:
+        """Return an updater of a rank whose parts were chosen one by one, such as with another committer.
+
+        :param rank: from :func:`async_eplb.update.admission.admit_rank`
+        """
+        updater = cls.__new__(cls)
+        updater._wire(rank, placement, transport)
+        return updater
+
+    def _wire(self, rank: Rank, placement: ExpertPlacement, transport: Transport) -> None:
+        self._rank = rank
+        self.run_id = transport.run_id
+        """Names this updater's life in logs; equal on all its ranks."""
+        self._state = RankState(placement)
+        self._pool = StagingPool(self.options.staging_depth, self.device)
+        agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
+        self._shared = SharedAgreement(agreement)
+        self._session = Session(self._rank, self._shared, transport)
+        self._stepper = Stepper(self._shared, rank.logger, rank.number, self._session.execute)
+        self._totals = Totals()
+        self.demands = RebalanceDemands(self._shared, lambda: self._closed)
+        """For a rebalancer: when all ranks make the next rebalance."""
 
     def __repr__(self) -> str:
-        state = f"closed: {self._closed}" if self._closed else "updating" if self._run else "idle"
+        state = f"closed: {self._closed}" if self._closed else "updating" if self._session.running else "idle"
         return f"<ExpertUpdater rank {self.rank} of {self.topology.num_ranks}, {state}>"
+
+    @property
+    def options(self) -> UpdateOptions:
+        """How this updater works."""
+        return self._rank.options
+
+    @property
+    def topology(self) -> EPTopology:
+        """Shape of the EP group."""
+        return self._rank.topology
+
+    @property
+    def rank(self) -> int:
+        """This process in the EP group."""
+        return self._rank.number
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """Published maps, which routers read; their addresses never change."""
+        return self._rank.expert_map
+
+    @property
+    def device(self) -> Device:
+        """Streams and events of the live weights."""
+        return self._rank.device
 
     @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
-        if self._run is None:
-            return self._placement
-        return self._placement.with_layers(self._run.target, tuple(self._run.committed))
+        run = self._session.running
+        return self._state.placement if run is None else _reached(self._state.placement, run)
+
+    @property
+    def running(self) -> UpdateRun | None:
+        """The update under way, if there is one."""
+        return self._session.running
+
+    @property
+    def failed(self) -> UpdateRun | None:
+        """The last update, if it failed and must be recovered from; it keeps staging until then."""
+        return self._state.failed_run
+
+    @property
+    def staging(self) -> tuple[StagingBuffer, ...]:
+        """Staging buffers and their states."""
+        return self._pool.buffers
+
+    @property
+    def outlook(self) -> Outlook:
+        """What is agreed on at this moment, and where this rank stands."""
+        return self._shared.outlook
+
+    @property
+    def held(self) -> EplbError | None:
+        """Why this rank must pass no boundary before it recovers; None if it may."""
+        return self._shared.held
 
     def statistics(self) -> UpdaterStatistics:
         """Return what this updater has done so far."""
+        run, outlook, stepper = self._session.running, self._shared.outlook, self._stepper
         return UpdaterStatistics(
-            generation=self._driver.generation,
-            updating=self._run is not None,
-            num_updates_finished=self._num_finished,
-            num_updates_failed=self._num_failed,
-            num_layers_committed=self._num_layers_committed,
-            step=self._driver.step,
-            lead=self._driver.lead,
-            num_rounds=self._driver.num_rounds,
-            num_fence_waits=self._stepper.num_waits,
-            fence_wait_ms=self._stepper.wait_ms,
-            longest_step_ms=self._stepper.longest_ms,
+            generation=outlook.generation,
+            updating=run is not None,
+            num_updates_finished=self._totals.num_finished,
+            num_updates_failed=self._totals.num_failed,
+            num_layers_committed=self._totals.num_layers + (0 if run is None else len(run.journal.landed)),
+            step=outlook.step,
+            lead=outlook.lead,
+            num_rounds=self._shared.num_rounds,
+            num_fence_waits=stepper.num_waits,
+            fence_wait_ms=stepper.wait_ms,
+            longest_step_ms=stepper.longest_ms,
         )
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            self._doorbell = self._workers.doorbell()
-            stack.callback(self._doorbell.close)
-            self._pipeline = LayerPipeline(self._driver, self._news, self._doorbell, self._workers)
-            await stack.enter_async_context(self._pipeline)
-            stack.push_async_callback(self._close_transport)
-            control = await self._transport.open(
-                self._device,
-                self._workers,
-                self._verifier.weights,
-                control_timeout_s=self.options.control_timeout_s,
-                relay_peers=self._relay_peers,
-            )
-            self._connect(control)
-            await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
-            self._closed_because = ""
-            stack.push_async_callback(self._leave)
-            self._stack = stack.pop_all()
+        await self._session.open()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        self._closed_because = self._closed_because or "it was left"
-        return await self._stack.__aexit__(kind, error, traceback)
+    ) -> None:
+        await self._session.aclose()
 
     async def update(
         self,
@@ -211,7 +216,7 @@ class ExpertUpdater:
             early says which layers were committed
         """
         run = self._begin(Mode.EXCLUSIVE, new_placement, layers, after=after)
-        await self._join(run)
+        await _join(run)
         return run.summary()
 
     async def stream(
@@ -221,16 +226,18 @@ class ExpertUpdater:
 
         Leaving the loop early cancels the update (close the iterator, as with ``contextlib.aclosing``).
         """
-        sender, receiver = create_memory_object_stream[LayerCommitted](math.inf)
-        run = self._begin(Mode.EXCLUSIVE, new_placement, layers, sender.send_nowait, sender.close)
-        with receiver:
-            try:
-                async for committed in receiver:
-                    yield committed
-            finally:
-                if not run.finished.is_set():
-                    run.cancel()
-                await self._join(run)
+        run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
+        landed = run.journal.landed
+        try:
+            for index in count():
+                await self._shared.until(lambda index=index: len(landed) > index or run.finished.is_set())  # type: ignore[misc]
+                if len(landed) <= index:
+                    break
+                yield landed[index]
+        finally:
+            if not run.finished.is_set():
+                run.cancel()
+            await _join(run)
         run.summary()
 
     def begin(
@@ -269,43 +276,13 @@ class ExpertUpdater:
         :raises BusyUpdater: inside :meth:`idle` or :meth:`paused`, or while another task is in ``step()``
         :raises Exception: what ``on_commit`` raised
         """
-        if self._run is not None:
+        if self._session.running is not None:
             await checkpoint()
         await self._stepper.step(number)
 
     def step_sync(self, number: int | None = None) -> None:
         """Do what :meth:`step` does on any thread, with a plain wait."""
         self._stepper.step_sync(number)
-
-    def record(self) -> DeviceEvent:
-        """Return the work that this thread's current stream has now; for callers of another thread's ``after``."""
-        return self._device.record()
-
-    async def until_step(self, number: int) -> None:
-        """Return when this rank has passed boundary ``number``, counted as :meth:`step` does, or makes no steps."""
-        await until_step(self._driver, self._news, number, unless=lambda: self._driver.standing)
-
-    def demand_rebalance(self, number: int) -> None:
-        """Ask all ranks to make their rebalance ``number``, counted from 1; a control round tells them."""
-        self._driver.demand(number)
-
-    async def until_rebalance(self, number: int, *, due_step: int | None) -> None:
-        """Return when some rank has demanded rebalance ``number``; demand it when boundary ``due_step`` is passed.
-
-        :raises ClosedUpdater: if no rebalance follows
-        """
-        driver = self._driver
-
-        def demanded() -> bool:
-            return driver.demanded >= number or bool(self._closed)
-
-        if due_step is None:
-            await self._news.until(demanded)
-        else:
-            await until_step(driver, self._news, due_step, unless=demanded)
-            self.demand_rebalance(number)
-        if self._closed:
-            raise ClosedUpdater(f"{self!r}: no rebalance follows")
 
     @asynccontextmanager
     async def idle(self, *, after: DeviceEvent | None = None) -> AsyncIterator[None]:
@@ -329,8 +306,8 @@ class ExpertUpdater:
         :raises BusyUpdater: if this rank stands already
         """
         async with self._standing("paused", after):
-            if self._run is not None:
-                await self._run.finished.wait()
+            if self._session.running is not None:
+                await self._session.running.finished.wait()
             yield
 
     async def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
@@ -349,26 +326,9 @@ class ExpertUpdater:
         :raises Unrecoverable: if a survivor cannot follow the others
         :raises BrokenControlGroup: if another rank is lost meanwhile; call this again without it
         """
-        if self._pipeline is None or self._closed_because:
-            raise ClosedUpdater(f"{self!r} cannot recover")
+        self._session.life.require_entered(f"{self!r} cannot recover")
         with self._stepper.standing("recovering"), CancelScope(shield=True):
-            async with self._staying_behind(surviving_group):
-                await self._end_everything(self._pipeline)
-                control = await surviving_group.open(
-                    self._device,
-                    self._workers,
-                    self._verifier.weights,
-                    control_timeout_s=self.options.control_timeout_s,
-                    relay_peers=self._relay_peers if surviving_group.num_ranks == self.topology.num_ranks else (),
-                )
-                recovery = await self._agree_again(control, source)
-            self._failed_run = None
-            self._broken_because = ""
-            self._dead = tuple(rank for rank in range(self.topology.num_ranks) if rank not in recovery.ranks)
-            self._transport = RenumberedTransport(surviving_group, recovery.ranks, self.topology.num_ranks)
-            self._driver.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
-            self._connect(RenumberedControlGroup(control, recovery.ranks))
-            await checkpoint()
+            recovery = await reopen(self._rank, self._state, self._session, self._shared, surviving_group, source)
         return recovery
 
     async def audit(self, group: Transport) -> AuditReport:
@@ -380,261 +340,92 @@ class ExpertUpdater:
         :raises BusyUpdater: if an update is running
         :raises ClosedUpdater: if this updater is not open
         """
-        if self._closed_because:
-            raise ClosedUpdater(f"{self!r} cannot audit")
-        if self._run is not None:
+        self._session.life.require_entered(f"{self!r} cannot audit")
+        if self._session.running is not None:
             raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
         return await audit_replicas(
-            self._live,
-            self._placement,
+            self._rank.live,
+            self._state.placement,
             self.topology,
-            members=[rank for rank in range(self.topology.num_ranks) if rank not in self._dead],
+            members=[rank for rank in range(self.topology.num_ranks) if rank not in self._state.gone],
             rank=self.rank,
             group=group,
-            device=self._device,
-            workers=OtherWorkers(self._workers, "audit"),  # this updater's own rounds go on
+            device=self._rank.device,
+            workers=OtherWorkers(self._rank.workers, "audit"),  # this updater's own rounds go on
             control_timeout_s=self.options.control_timeout_s,
         )
-
-    @asynccontextmanager
-    async def _staying_behind(self, surviving_group: Transport) -> AsyncIterator[None]:
-        """Let no step pass from a failure inside on: peers may have committed what this rank has not."""
-        try:
-            yield
-        except BaseException as error:
-            self._driver.hold(
-                error if isinstance(error, EplbError) else ClosedUpdater(f"{self!r} did not recover: {error!r}")
-            )
-            if not isinstance(error, BusyTransport):  # which somebody else has open
-                await surviving_group.aclose()
-            raise
-
-    async def _agree_again(self, control: ControlGroup, source: WeightSource | None) -> Recovery:
-        """Bring this rank to what all survivors have."""
-        state = RankState(
-            rank=self.rank,
-            topology=self.topology,
-            placement=self._placement,
-            step=self._driver.step,
-            generation=self._driver.generation,
-            run=self._failed_run,
-            weights=self._live,
-            expert_map=self.expert_map,
-            device=self._device,
-            workers=self._workers,
-            attempt=self._attempt,
-        )
-        try:
-            return await recover(state, control, source)
-        finally:
-            self._placement, self._attempt = state.placement, state.attempt
-
-    async def _end_everything(self, pipeline: LayerPipeline) -> None:
-        """End the running update after what was agreed, the control rounds, and the transport."""
-        run = self._run
-        if run is not None:
-            pipeline.stand(self._device.record(), for_good=True)
-            run.fail(UpdateAborted(f"rank {self.rank} gave the update up to recover", ranks=(self.rank,)))
-            await run.finished.wait()
-            await pipeline.stand_no_more()
-        self._broken_because = self._broken_because or "it did not recover"
-        self._driver.leave()
-        await self._rounds_ended.wait()
-        await self._transport.aclose()
-
-    @property
-    def _relay_peers(self) -> tuple[int, ...]:
-        """The ranks that this one passes experts on to, or has them from."""
-        return self.topology.neighbours_of(self.rank) if self.options.planner.relays else ()
 
     @property
     def _closed(self) -> str:
         """Why no update can begin; empty if one can."""
-        driver = self._driver
-        gone = f"a rank was lost: {driver.lost}" if driver.lost else f"ranks {list(driver.left)} have left"
-        return self._closed_because or self._broken_because or (gone if driver.lost or driver.left else "")
+        return self._session.life.reason or self._shared.faults.no_more_rounds
 
     def _begin(
         self,
         mode: Mode,
         new_placement: ExpertPlacement,
         layers: Iterable[int] | None,
-        on_commit: Callable[[LayerCommitted], None] = lambda _: None,
-        on_finish: Callable[[], None] = lambda: None,
         *,
         max_nbytes_per_step: int | None = None,
         after: DeviceEvent | None = None,
     ) -> UpdateRun:
-        if max_nbytes_per_step is not None and max_nbytes_per_step < 1:
-            raise InvalidOptions(
-                f"max_nbytes_per_step is {max_nbytes_per_step}; it must be at least 1", option="max_nbytes_per_step"
-            )
-        if self._closed or self._pipeline is None:
+        if self._closed:
             raise ClosedUpdater(f"{self!r} cannot update")
-        if self._run is not None:
+        if self._session.running is not None:
             raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
-        weights = self._verifier.weights
-        require_on(new_placement, self.topology, self._dead)
-        require_relays(self.options, self._transport)
-        rows = changed_rows(
-            self._placement,
-            new_placement,
-            layers,
-            weights=weights,
-            topology=self.topology,
-            expert_map=self.expert_map,
-        )
-        stages = LayerStages(
-            generation=self._driver.generation + 1,
-            rank=self.rank,
-            old=self._placement,
-            new=new_placement,
+        request = Request(
             mode=mode,
-            topology=self.topology,
-            verifier=self._verifier,
-            expert_map=self.expert_map,
-            committer=self._committer,
-            transport=self._transport,
-            device=self._device,
-            workers=self._workers,
-            logger=self._logger,
-            options=self.options,
-            after=after or self._device.record(),
-            step=lambda: self._driver.step,
-        )
-
-        def count(committed: LayerCommitted) -> None:
-            self._num_layers_committed += 1
-            on_commit(committed)
-
-        def finish(run: UpdateRun) -> None:
-            self._finish(run)
-            on_finish()
-
-        run = UpdateRun(
-            stages=stages,
-            target=new_placement,
-            rows=rows,
-            digest=update_digest(
-                self._placement,
-                new_placement,
-                rows,
-                mode=mode,
-                weights=weights,
-                topology=self.topology,
-                options=self.options,
-            ),
-            driver=self._driver,
-            news=self._news,
-            pool=self._pool,
-            workers=self._workers,
-            begin_timeout_s=2 * self.options.control_timeout_s,  # a lost round comes first, and says who is missing
+            new=new_placement,
+            layers=layers,
             max_nbytes_per_step=max_nbytes_per_step,
-            progress_timeout_s=self.options.progress_timeout_s,
-            on_layer=self._on_layer,
-            on_commit=count,
-            on_finish=finish,
+            after=after or self._rank.device.record(),
         )
-        self._run = run
-        self._pipeline.start_update(run)
+        update = admit(
+            request,
+            self._rank,
+            self._state.placement,
+            transport=self._session.transport,
+            gone=self._state.gone,
+            generation=self._shared.outlook.generation + 1,
+        )
+        run = UpdateRun(self._rank, update, transport=self._session.transport, shared=self._shared, pool=self._pool)
+        self._session.start(run, self._conclude)
         return run
 
-    def _finish(self, run: UpdateRun) -> None:
-        """Take over what an update has committed, and say how it ended."""
-        self._placement = self.placement
-        self._run = None
-        if run.broke:
-            self._broken_because = f"an update failed with {type(run.error).__name__}; recover() reopens it"
-            self._failed_run = run
-        if run.error is None:
-            self._num_finished += 1
-        else:
-            self._num_failed += 1
-        emit(self._logger, run.ending())
-
-    @staticmethod
-    async def _join(run: UpdateRun) -> None:
-        """Wait for the end of an update; if this is cancelled, for the end of the cancelled update."""
-        try:
-            await run.finished.wait()
-        except get_cancelled_exc_class():
-            run.cancel()
-            with CancelScope(shield=True):
-                await run.finished.wait()
-            raise
+    def _conclude(self, run: UpdateRun) -> None:
+        """Keep what an update has done, and what it left broken."""
+        self._state.placement = _reached(self._state.placement, run)
+        self._totals.add(len(run.journal.landed), failed=run.error is not None)
+        if run.needs_recovery:
+            reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
+            self._session.life.enter(LifeState.BROKEN, reason)
+            self._state.failed_run = run
 
     @asynccontextmanager
     async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:
-        if self._pipeline is None or self._closed:
+        if self._closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
         with self._stepper.standing(reason):
             try:
-                self._pipeline.stand(after or self._device.record())
+                self._session.stand(after or self._rank.device.record())
                 yield
             finally:
-                await self._pipeline.stand_no_more()
+                await self._session.stand_no_more()
 
-    def _execute_at_step(self, decision: Decision) -> Exception | None:
-        if self._run is None:
-            return None
-        error = self._run.execute(decision, step=self._driver.step)
-        self._ring()
-        return error
 
-    def _ring(self) -> None:
-        if self._doorbell is not None:
-            self._doorbell.ring()
+def _reached(placement: ExpertPlacement, run: UpdateRun) -> ExpertPlacement:
+    """Return the placement after what a run has committed."""
+    return placement.with_layers(run.update.new, run.progress.committed_rows)
 
-    def _connect(self, control: ControlGroup) -> None:
-        """Begin to hold control rounds."""
-        if self._pipeline is None:
-            raise ClosedUpdater(f"{self!r} cannot connect")
-        self._rounds_ended = LoopEvent()
-        self._driver.connect(control.wake, self._transport.launch_rule)
-        self._pipeline.start(partial(self._hold_rounds, control))
 
-    async def _hold_rounds(self, control: ControlGroup) -> None:
-        try:
-            await control.run(self._driver)
-        finally:
-            self._rounds_ended.set()
-
-    async def _leave(self) -> None:
-        """End a running update, which no step follows any more, and the control rounds."""
-        cancelled: list[BaseException] = []
+async def _join(run: UpdateRun) -> None:
+    """Wait for the end of an update; if this is cancelled, for the end of the cancelled update."""
+    try:
+        await run.finished.wait()
+    except get_cancelled_exc_class():
+        run.cancel()
         with CancelScope(shield=True):
-            run = self._run
-            if run is not None and self._pipeline is not None:
-                run.cancel()
-                self._pipeline.stand(self._device.record(), for_good=True)
-                cancelled += await _outlast(run.finished, self.options.control_timeout_s)
-                if not run.finished.is_set():
-                    self._driver.fail(alone=True)
-                cancelled += await _outlast(run.finished)
-            self._driver.leave()
-            cancelled += await _outlast(self._rounds_ended)
-        if cancelled:
-            raise cancelled[0]
-
-    async def _close_transport(self) -> None:
-        with CancelScope(shield=True):
-            await self._transport.aclose()
-
-
-async def _outlast(event: LoopEvent, timeout_s: float = math.inf) -> list[BaseException]:
-    """Wait for an event however often asyncio cancels the task, which no shield keeps off; return the cancellations."""
-    cancelled: list[BaseException] = []
-    with move_on_after(timeout_s):
-        while not event.is_set():
-            try:
-                await event.wait()
-            except get_cancelled_exc_class() as error:
-                if current_effective_deadline() == -math.inf:
-                    raise
-                cancelled.append(error)
-    return cancelled
-
-
-__all__ = ["ExpertUpdater", "LayerCommitted", "UpdateHandle", "UpdateOptions", "UpdateSummary", "UpdaterStatistics"]
+            await run.finished.wait()
+        raise

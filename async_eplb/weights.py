@@ -1,4 +1,4 @@
-"""Byte views of live expert weights: any dtype is uint8, one slot at a time."""
+"""Byte views of live expert weights: slots of any dtype as uint8."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,19 +8,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidSlot, InvalidWeights, MixedDevices, SlotCountMismatch
+from async_eplb.errors import InvalidSlot, InvalidWeights, SlotCountMismatch
 
 
 class ExpertWeights:
-    """The routed expert weights of a rank, viewed as bytes. The tensors stay the caller's and keep their addresses.
+    """Byte views of the routed expert weights of a rank. They share the memory of the caller's tensors.
 
     :param tensors: row of the placement → its tensors, each ``[local physical experts, ...]`` of any dtype. Slots
         must be contiguous and share no memory; gaps between slots are fine.
-    :param names: what to call the tensors of a row in errors, in order
+    :param names: of the tensors of a row, in order, for errors
     :raises InvalidSlot: if a slot is not contiguous, is expanded, or overlaps another
-    :raises SlotCountMismatch: if first dimensions differ
-    :raises MixedDevices: if tensors are on several devices
-    :raises InvalidWeights: if there is nothing to move
+    :raises SlotCountMismatch: if the first dimensions of tensors differ
+    :raises InvalidWeights: if tensors are on several devices, or there is nothing to move
     """
 
     def __init__(self, tensors: Mapping[int, Sequence[Tensor]], *, names: Sequence[str] = ()) -> None:
@@ -59,23 +58,29 @@ class ExpertWeights:
         return tuple(view.shape[1] for view in self._views[row])
 
     def addresses(self, row: int, slots: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Return where slots of a row are: int64 ``[slots, tensors]``."""
+        """Return the addresses of slots of a row: int64 ``[slots, tensors]``."""
+        # [tensors] each, in bytes
         starts, strides = zip(*((view.data_ptr(), view.stride(0)) for view in self._views[row]), strict=True)
         places = np.array(slots, dtype=np.int64)
         return np.array(starts, dtype=np.int64) + places[:, None] * np.array(strides, dtype=np.int64)
 
     def shapes(self, row: int) -> list[list[int]]:
-        """Return the shapes of a row's tensors."""
+        """Return the shape of each of a row's tensors."""
         return [list(tensor.shape) for tensor in self._tensors[row]]
 
     def with_column(self, columns: Mapping[int, Tensor], name: str) -> "ExpertWeights":
-        """Return these weights with one more tensor in each row, which then travels with them."""
+        """Return these weights with one more tensor in each row, which is then moved with the others.
+
+        :param columns: row → tensor ``[local physical experts, ...]``
+        :param name: of the tensor, for errors
+        :raises InvalidWeights: as the constructor
+        """
         extended = {row: (*tensors, columns[row]) for row, tensors in self._tensors.items()}
         width = max(len(tensors) for tensors in extended.values())
         return ExpertWeights(extended, names=[f"tensor {i}" for i in range(width - 1)] + [name])
 
     def digest(self) -> bytes:
-        """Return 16 bytes that are equal where ranks lay their slots out alike."""
+        """Return a hash of 16 bytes of rows, dtypes and shapes of slots: equal on ranks that can exchange slots."""
         layout = [(row, [(str(t.dtype), tuple(t.shape[1:])) for t in self._tensors[row]]) for row in self.rows]
         return hashlib.blake2b(repr(layout).encode(), digest_size=16).digest()
 
@@ -86,10 +91,7 @@ _Key = tuple[int, int]
 def _require_one_device(tensors: Iterable[Tensor]) -> None:
     devices = tuple(sorted({str(tensor.device) for tensor in tensors}))
     if len(devices) > 1:
-        raise MixedDevices(
-            f"weights are on {', '.join(devices)}; all tensors of an updater must be on one device",
-            devices=devices,
-        )
+        raise InvalidWeights(f"weights are on {', '.join(devices)}; all tensors of an updater must be on one device")
 
 
 def _slot_count(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str]) -> int:
@@ -128,7 +130,10 @@ def _require_movable(tensor: Tensor, name: str) -> None:
 
 
 def _require_disjoint(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str]) -> None:
-    """Check that no two slots of any tensors share a byte."""
+    """Check that no two slots share a byte, also of different tensors: no slot may begin before the last one ends.
+
+    :raises InvalidSlot: if two slots do
+    """
     keys = list(tensors)
     starts, ends, owners = [], [], []
     for number, key in enumerate(keys):
@@ -139,7 +144,7 @@ def _require_disjoint(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str])
         ends.append(first + tensor[0].numel() * tensor.element_size())
         owners.append(np.full(tensor.shape[0], number))
     start, end, owner = np.concatenate(starts), np.concatenate(ends), np.concatenate(owners)
-    order = np.argsort(start)
+    order = np.argsort(start)  # [slots of all tensors]
     overlapping = np.flatnonzero(end[order][:-1] > start[order][1:])
     if len(overlapping):
         one, other = (names[keys[owner[order[overlapping[0] + side]]]] for side in (0, 1))

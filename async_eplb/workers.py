@@ -1,8 +1,9 @@
-"""The one seam between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
+"""Between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
 
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from anyio import CapacityLimiter, Event, notify_closing, to_thread, wait_readable
@@ -10,19 +11,46 @@ from anyio import CapacityLimiter, Event, notify_closing, to_thread, wait_readab
 T = TypeVar("T")
 
 
+class Work(StrEnum):
+    """Kinds of blocking work. Functions of one kind run one after another, those of different kinds at once."""
+
+    PLAN = "plan"
+    """Plan a layer of an update."""
+    TRANSFER = "transfer"
+    """Plan an update, reserve and fill staging, launch transfers."""
+    PULL = "pull"
+    """Enqueue copies from other ranks' memory."""
+    EXCHANGE = "exchange"
+    """Wait for a layer's transfer."""
+    RELAY = "relay"
+    """Wait for the second hop of a layer's transfer."""
+    CHECK = "check"
+    """Verify a layer in staging."""
+    COMMIT = "commit"
+    """Write live weights outside a step."""
+    FINISH = "finish"
+    """Wait for a commit on the device, and verify it."""
+    CONTROL = "control"
+    """Connect ranks and take part in control rounds."""
+    LOAD = "load"
+    """Sum loads over ranks."""
+    POLICY = "policy"
+    """Compute a placement."""
+
+
 class Doorbell(Protocol):
-    """Wakes the event loop. Rings that nobody waits for yet are kept, as one."""
+    """Wakes the event loop from any thread. Rings before a wait are kept, as one."""
 
     def ring(self) -> None:
-        """Wake who waits, from any thread and without waiting for the loop."""
+        """Wake the waiting task, from any thread and without waiting for the loop."""
         ...
 
     async def wait(self) -> None:
-        """Return after the next ring."""
+        """Wait for a ring since the last wait."""
         ...
 
     def close(self) -> None:
-        """Give back what the doorbell holds. It may still be rung, for nobody."""
+        """Free what the doorbell uses. Later rings do nothing."""
         ...
 
 
@@ -30,9 +58,9 @@ class Workers(Protocol):
     """Runs blocking functions on behalf of the event loop."""
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
-        """Run ``function`` to its end, also when the awaiting task is cancelled.
+        """Run ``function`` to its end, also when the awaiting task is cancelled, and return its result.
 
-        :param kind: name of the work; of each kind, one function runs at a time
+        :param kind: a :class:`Work`, or another name; of each kind, one function runs at a time
         """
         ...
 
@@ -58,9 +86,9 @@ class ThreadWorkers:
 
 
 class OtherWorkers:
-    """Workers whose kinds of work are not those of others on the same threads' owner.
+    """Workers whose kinds of work are apart from the same kinds of the workers that they use.
 
-    :param prefix: of the names of its kinds
+    :param prefix: put before the name of each kind
     """
 
     def __init__(self, workers: Workers, prefix: str) -> None:
@@ -68,7 +96,7 @@ class OtherWorkers:
         self._prefix = prefix
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
-        """Run ``function`` beside what the others do of this kind."""
+        """Run ``function`` without waiting for work of this kind that was begun without the prefix."""
         return await self._workers.run(f"{self._prefix} {kind}", function)
 
     def doorbell(self) -> Doorbell:
@@ -85,12 +113,12 @@ class SocketDoorbell:
             end.settimeout(0)
 
     def ring(self) -> None:
-        """Write a byte. If the pipe is full, it rings already; if it is closed, nobody listens."""
+        """Write a byte. A full pipe rings already, and a closed one is not listened to; both are ignored."""
         with suppress(OSError):
             self._button.send(b"\0")
 
     async def wait(self) -> None:
-        """Wait for a byte, and take all there are."""
+        """Wait for a byte, and read all there are."""
         await wait_readable(self._bell)
         self._bell.recv(4096)
 
@@ -108,7 +136,7 @@ class LoopDoorbell:
         self._event = Event()
 
     def ring(self) -> None:
-        """Wake who waits."""
+        """Wake the waiting task."""
         self._event.set()
 
     async def wait(self) -> None:
@@ -121,21 +149,21 @@ class LoopDoorbell:
 
 
 class News:
-    """Lets tasks of one event loop wait until something holds."""
+    """Lets tasks of one event loop wait until a condition holds."""
 
     def __init__(self) -> None:
         self._event = Event()
 
     def notify(self) -> None:
-        """Let every waiting task look again."""
+        """Let every waiting task check its condition again."""
         self._event.set()
         self._event = Event()
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once ``holds`` does. It is looked at now and after each :meth:`notify`."""
+        """Wait until ``holds()`` is true. It is checked now and after each :meth:`notify`."""
         while not holds():
             await self.until_notified()
 
     async def until_notified(self) -> None:
-        """Return after the next :meth:`notify`."""
+        """Wait for the next :meth:`notify`."""
         await self._event.wait()

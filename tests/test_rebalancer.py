@@ -14,17 +14,17 @@ import torch
 from anyio import create_task_group
 from structlog.testing import LogCapture
 from support.helpers import MemoryRank, memory_world, together
+from support.loads import MemoryLoadGroup
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import (
-    BusyRebalancer,
+    BusyUpdater,
     ClosedRebalancer,
     InvalidOptions,
     InvalidPolicyOutput,
     PlacementDisagreement,
     RebalanceFailed,
 )
-from async_eplb.load.group import MemoryLoadGroup
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms
@@ -259,7 +259,7 @@ async def test_use_outside_its_run_is_refused() -> None:
         with pytest.raises(ClosedRebalancer):
             await rebalancer.rebalance_now()
         async with rebalancing(world):
-            with pytest.raises(BusyRebalancer):
+            with pytest.raises(BusyUpdater):
                 await rebalancer.run()
         assert not rebalancer.statistics().running
 

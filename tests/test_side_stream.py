@@ -1,4 +1,4 @@
-"""A stream beside the current one, as a device sees it that does nothing."""
+"""A side stream, on a device that only records which stream waits for which."""
 
 from contextlib import nullcontext
 
@@ -9,11 +9,11 @@ from async_eplb.device import SideStream
 
 
 class Stream:
-    """A stream that remembers what it waits for."""
+    """A stream that records which streams it waits for."""
 
     cuda_stream = 7
 
-    def __init__(self, _device: object = None) -> None:
+    def __init__(self) -> None:
         self.waits_for: list[Stream] = []
 
     def wait_stream(self, stream: "Stream") -> None:
@@ -22,13 +22,13 @@ class Stream:
 
 def test_it_waits_for_the_current_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time it is made current; nothing waits for it."""
-    current = Stream()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    current, beside = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: beside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: current)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     side = SideStream(torch.device("cuda", 0))
     for times in (1, 2):
         with side.aside() as handle:
             assert handle == Stream.cuda_stream
-        assert side._stream.waits_for == [current] * times  # type: ignore[attr-defined]
+        assert beside.waits_for == [current] * times
     assert current.waits_for == []

@@ -1,4 +1,4 @@
-"""Staging buffers: their states, their memory, and who waits for whom."""
+"""Staging buffers: their states, their memory, and the waits for them."""
 
 from itertools import product
 

@@ -118,7 +118,7 @@ async def test_an_update_to_the_same_placement_is_done_at_once() -> None:
     async with memory_world(old, TOPOLOGY) as ranks:
         (summary, *_) = await update_all(ranks, old)
         assert summary.layers == ()  # type: ignore[attr-defined]
-        assert ranks[0].updater._pool.nbytes == 0
+        assert [buffer.memory.nbytes for buffer in ranks[0].updater.staging] == [0, 0]
 
 
 async def test_only_the_layers_asked_for_are_updated() -> None:
@@ -137,8 +137,8 @@ async def test_staging_holds_only_what_changes() -> None:
     new = ExpertPlacement.from_mapping([[0, 1, 3, 2, 4, 5, 6, 7, 8, 9, 10, 11]])
     async with memory_world(old, TOPOLOGY) as ranks:
         await update_all(ranks, new)
-        aligned = sum(-(-nbytes // 256) * 256 for nbytes in ranks[0].updater._verifier.weights.slot_nbytes(0))
-        assert [rank.updater._pool.nbytes // aligned for rank in ranks] == [2, 2, 0, 0]
+        aligned = sum(-(-nbytes // 256) * 256 for nbytes in ExpertWeights(ranks[0].tensors).slot_nbytes(0))
+        assert [sum(b.memory.nbytes for b in rank.updater.staging) // aligned for rank in ranks] == [2, 2, 0, 0]
 
 
 async def test_the_summary_counts_what_moved() -> None:
@@ -321,7 +321,7 @@ async def test_a_lost_message_ends_in_a_timeout() -> None:
 async def test_a_commit_that_goes_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The canary is compared once more in the live weights."""
     old, new = two_placements(SMALL, num_layers=1, num_experts=4)
-    monkeypatch.setattr("async_eplb.commit.committer.commit_layer", lambda *_: 0)
+    monkeypatch.setattr("async_eplb.commit.committer.CopyCommit.run", lambda _self: 0)
     async with memory_world(old, SMALL, options=UpdateOptions(verify="canary")) as ranks:
         outcomes = await update_all(ranks, new)
         assert any("live slots" in str(outcome) for outcome in outcomes)

@@ -1,4 +1,8 @@
-"""What ranks tell each other in a round, and what a round decides."""
+"""What ranks tell each other in a round, and what a round decides.
+
+Counts are prefix lengths in update order, in waves: the minimum over ranks holds everywhere. A wave is one layer, until
+several are staged together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,7 +12,7 @@ from async_eplb.errors import InvalidBallot
 
 
 class Status(IntEnum):
-    """How a rank is."""
+    """Whether a rank can go on with the update."""
 
     OK = 0
     CANCEL = 1
@@ -18,13 +22,13 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """What one rank says in one round.
+    """The message that one rank gives in one round.
 
     :param generation: number of the update, counted from 1
     :param digest: of everything that must be equal on all ranks
-    :param staged: layers whose staging is full on this rank
-    :param launchable: layers that have a plan and buffers
-    :param committed: layers whose commit copies have finished on the device
+    :param staged: waves whose staging is full on this rank
+    :param launchable: waves that have a plan and buffers
+    :param finished: waves whose commit copies are done on the device
     :param fence: boundary that this rank promises not to pass before the round's result, 0 without one
     :param status: OK, CANCEL, FAILED or LEAVING
     :param step: boundaries that this rank has passed
@@ -36,7 +40,7 @@ class Ballot:
     digest: int
     staged: int
     launchable: int
-    committed: int
+    finished: int
     fence: int
     status: Status
     step: int = 0
@@ -44,9 +48,9 @@ class Ballot:
     demanded: int = 0
 
     def describe(self) -> str:
-        """Return what a log shows of a ballot."""
+        """Return the ballot in words, for a log."""
         return (
-            f"staged {self.staged}, launchable {self.launchable}, committed {self.committed}, fence {self.fence}, "
+            f"staged {self.staged}, launchable {self.launchable}, finished {self.finished}, fence {self.fence}, "
             f"step {self.step}, {self.status.name}"
         )
 
@@ -90,12 +94,12 @@ class Verdict:
     """What one round decided, the same on every rank that the round counts for.
 
     :param boundary: the step boundary of what was decided; 0 if nothing was, or if it holds at once
-    :param agreed: layers that may be committed, in all rounds so far
-    :param launched: layers that may be launched, in all rounds so far
+    :param agreed: waves that may be committed, in all rounds so far
+    :param launched: waves that may be launched, in all rounds so far
     :param over: nothing is left to agree on
     :param cancelled: ranks that cancelled in this round
     :param failed: ranks that failed in this round
-    :param left: ranks that leave; no round follows
+    :param gone: ranks that close their updater; no round follows
     :param waiting_for: ranks that have not begun this update
     """
 
@@ -105,23 +109,18 @@ class Verdict:
     over: bool = False
     cancelled: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
-    left: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
     waiting_for: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """At ``boundary``, first commit all layers up to ``committed``, then launch all parts up to ``launched``.
+    """At ``boundary``, first commit all waves up to ``copied``, then launch all parts up to ``parts_launched``.
 
-    Parts are counted over all layers of the update.
+    :param copied: waves, as a prefix of the update
+    :param parts_launched: parts, counted over all waves of the update
     """
 
     boundary: int
-    committed: int
-    launched: int
-
-
-def differing_ranks(digests: Sequence[int]) -> tuple[int, ...]:
-    """Return the ranks whose digest is not the most common one; of equally common ones, the first counts."""
-    common = max(set(digests), key=lambda digest: (digests.count(digest), -digests.index(digest)))
-    return tuple(rank for rank, digest in enumerate(digests) if digest != common)
+    copied: int
+    parts_launched: int

@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class Mode(Enum):
-    """Who runs beside an update."""
+    """Whether the model serves beside an update."""
 
     EXCLUSIVE = "exclusive"
     """Nobody serves: an agreed layer is committed at once."""
@@ -13,12 +13,12 @@ class Mode(Enum):
 
 
 class LaunchRule(Enum):
-    """When a rank may begin a layer's transfer."""
+    """When a rank may begin a wave's transfer."""
 
     AT_ONCE = "at once"
     """When it has plan and buffer itself."""
     GRANTED = "granted"
-    """When all ranks have, for then all have said that the layer may be read from them."""
+    """When all ranks have: then the layer's live weights may be read on all of them."""
     ORDERED = "ordered"
     """At an agreed boundary, while the model serves; otherwise at once."""
     GRANTED_IN_ORDER = "granted in order"

@@ -1,18 +1,21 @@
 """The agreement between threads: control rounds vote with it, the serving thread passes boundaries under its lock.
 
 Nobody waits for a peer, launches or copies while holding the lock. The control thread never calls into an event
-loop: it rings a doorbell, and the loop looks.
+loop: it rings a doorbell, and the loop looks at :attr:`SharedAgreement.outlook`.
 """
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from async_eplb.agreement.ballot import Ballot, Decision, Verdict
+from async_eplb.agreement.outlook import Outlook, PeerFaults
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule, Mode
 from async_eplb.errors import BrokenControlGroup, CommitFailed, EplbError, InvalidBallot, RankInDoubt, StepMismatch
-from async_eplb.workers import News
+from async_eplb.workers import Doorbell, News
 
 ACTIVE_PAUSE_S = 0.125
 """How long a rank without news puts off a round while an update runs."""
@@ -20,42 +23,43 @@ IDLE_PAUSE_S = 0.25
 """The same while none runs."""
 
 
-class Driver:
-    """One rank's part in control rounds, for the life of an updater.
+class SharedAgreement:
+    """One rank's agreement for the life of an updater, used by its control thread, serving thread and event loop."""
 
-    :param ring: wakes the event loop that runs updates, from any thread
-    """
-
-    def __init__(self, agreement: Agreement, ring: Callable[[], None]) -> None:
+    def __init__(self, agreement: Agreement) -> None:
         self._agreement = agreement
-        self._ring = ring
         self._lock = threading.Condition()
+        self._doorbell: Doorbell | None = None
         self._wake: Callable[[], None] = lambda: None
         self._numbered = False
         self._alarm = math.inf
+        self.in_doubt = False
+        """Whether a peer may have committed waves that the lost round decided on."""
+        self.news = News()
+        """Notified in the event loop when the doorbell rings."""
         self.num_rounds = 0
         self.ballots: tuple[Ballot, ...] = ()
-        """What all ranks said in the last round, in the order of :attr:`Agreement.members`."""
-        self.lost: BrokenControlGroup | None = None
-        """Why there are no more rounds, if a rank did not answer."""
-        self.in_doubt = False
-        """Whether a peer may have committed layers that the lost round decided on."""
+        """Of all ranks in the last round, in the order of :attr:`Agreement.members`."""
+        self.faults = PeerFaults()
         self.held: EplbError | None = None
         """Why this rank must not serve before it recovers."""
         self.taken = 0
-        """Layers of the update whose commit has begun, or will without fail: who does it has its decision."""
-        self.left: tuple[int, ...] = ()
-        """Ranks that have closed, after which there are no more rounds."""
-        self.error: EplbError | None = None
-        """What this rank found wrong in the ballots of the running update."""
-        self.failed_by: tuple[int, ...] = ()
-        self.cancelled_by: tuple[int, ...] = ()
-        self.waiting_for: tuple[int, ...] = ()
+        """Waves of the update whose commit has begun, or will without fail: their decision is taken."""
+        self.outlook = self._look()
+
+    def listen_with(self, doorbell: Doorbell) -> None:
+        """Ring this doorbell from now on, from any thread, when there is something new."""
+        self._doorbell = doorbell
 
     def connect(self, wake: Callable[[], None], launch_rule: LaunchRule) -> None:
-        """Say how to end a pause of the control rounds, and when transfers may begin."""
+        """Use a control group, whose pauses ``wake`` ends, and a transport's launch rule from now on."""
         self._wake = wake
         self._agreement.launch_rule = launch_rule
+
+    def ring(self) -> None:
+        """Let the event loop look again."""
+        if self._doorbell is not None:
+            self._doorbell.ring()
 
     # --- Control rounds: called in their thread. ---
 
@@ -68,130 +72,97 @@ class Driver:
 
     def ballot(self) -> tuple[int, ...]:
         """Return this rank's ballot; its fence holds from here on."""
-        with self._lock:
+        with self._lock:  # agreement rule 1: the fence is computed and installed under the lock that steps pass under
             return self._agreement.ballot().to_row()
 
     def receive(self, rows: Sequence[Sequence[int]]) -> bool:
-        """Take in a round; return whether another follows. A rank that gives no ballot is as good as lost."""
+        """Draw the verdict of a round; return whether another follows. A rank whose row is no ballot counts as lost."""
         try:
             ballots = self._ballots(rows)
         except BrokenControlGroup as error:
             self.lose(error)
             return False
         with self._lock:
-            before, promised = self._outlook(), self._agreement.fence > 0
+            before, promised = self.outlook, self._agreement.boundaries.fence > 0
             self.ballots = ballots
             try:
-                verdict = self._agreement.receive(self.ballots)
+                verdict = self._agreement.receive(ballots)
             except EplbError as error:
-                self.error = error
-                self._agreement.over = True
+                self.faults = replace(self.faults, error=error)
+                self._agreement.update.over = True
                 verdict = Verdict(over=True)
             self.num_rounds += 1
-            self.failed_by = self.failed_by or verdict.failed
-            self.cancelled_by = self.cancelled_by or verdict.cancelled
-            self.waiting_for = verdict.waiting_for
-            self.left = verdict.left
-            is_news = self._outlook() != before or verdict.boundary > 0
+            self.faults = replace(
+                self.faults,
+                failed=self.faults.failed or verdict.failed,
+                cancelled=self.faults.cancelled or verdict.cancelled,
+                waiting_for=verdict.waiting_for,
+                gone=verdict.gone,
+            )
+            self.outlook = self._look()
+            is_news = self.outlook != before or verdict.boundary > 0
             self._lock.notify_all()
-        if is_news or promised or self.left:
-            self._ring()
-        return not self.left
-
-    def _outlook(self) -> tuple[int, ...]:
-        """Return what tasks of the event loop wait for, as far as rounds decide it."""
-        agreement = self._agreement
-        return (
-            agreement.agreed,
-            agreement.launched,
-            agreement.limit,
-            agreement.begun,
-            agreement.over,
-            agreement.demanded,
-        )
+        if is_news or promised or verdict.gone:
+            self.ring()
+        return not verdict.gone
 
     def lose(self, error: BrokenControlGroup) -> None:
-        """Take in that a rank did not answer."""
-        with self._lock:
-            self.lost = error
-            self.in_doubt = self._agreement.is_in_doubt()
-            self._agreement.over = True
+        """Record that a rank did not answer, so that no more rounds are held."""
+        with self._changing():
+            self.faults = replace(self.faults, lost=error)
+            self.in_doubt = self._agreement.is_in_doubt()  # agreement rule 6
+            self._agreement.update.over = True
             self._lock.notify_all()
-        self._ring()
-
-    def hold(self, error: EplbError) -> None:
-        """Pass no boundary from here on; the layer that could not be copied last is the one that is torn."""
-        with self._lock:
-            self._hold(error)
-
-    def hold_before(self, index: int, error: EplbError) -> bool:
-        """Hold, unless the layer's commit is taken; return whether this rank is held, so that nobody ever takes it."""
-        with self._lock:
-            if self.taken > index:
-                return False
-            self._hold(error)
-            return True
-
-    def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
-        """Forget all that went wrong and go on with the ranks that are left; no rounds are held meanwhile."""
-        with self._lock:
-            self._agreement.restart(members, generation=generation, step=step)
-            self._numbered = False
-            self._alarm = math.inf
-            self.lost = self.held = self.error = None
-            self.in_doubt = False
-            self.left = self.failed_by = self.cancelled_by = self.waiting_for = ()
-        self._ring()
+        self.ring()
 
     # --- The update: called in the event loop. ---
 
     def begin(self, mode: Mode, *, digest: int, total: int, window: int, failed: bool) -> None:
         """Begin an update; ``failed`` if this rank could not prepare for it."""
-        with self._lock:
-            self.error = None
+        with self._changing():
             self.taken = 0
-            self.failed_by = self.cancelled_by = self.waiting_for = ()
+            self.faults = PeerFaults(lost=self.faults.lost, gone=self.faults.gone)
             self._agreement.begin(mode, digest=digest, total=total, window=window)
             if failed:
                 self._agreement.fail()
-            if self.lost or self.left:
-                self._agreement.over = True
+            if self.faults.no_more_rounds:
+                self._agreement.update.over = True
         self._wake()
 
     def end(self, *, broken: bool) -> None:
         """End the update here."""
-        with self._lock:
+        with self._changing():
             self._agreement.end(broken=broken)
 
-    def advance(self, *, staged: int = 0, committed: int = 0) -> None:
-        """Count layers."""
+    def count(self, *, staged: int = 0, finished: int = 0) -> None:
+        """Count waves that are staged here, or whose commit is done on the device here."""
         with self._lock:
-            self._agreement.staged += staged
-            self._agreement.committed += committed
+            self._agreement.update.staged += staged
+            self._agreement.update.finished += finished
             is_eager = self._agreement.is_eager()
         if is_eager:
             self._wake()
 
     def offer(self, parts: int) -> None:
-        """Say that one more layer can be launched here, in so many parts."""
+        """Count one more wave that can be launched here, in so many parts."""
         with self._lock:
-            self._agreement.parts = (*self._agreement.parts, parts)
+            self._agreement.update.parts = (*self._agreement.update.parts, parts)
         self._wake()
 
     def cancel(self) -> None:
-        """Ask all ranks to end the update at the same layer."""
+        """Ask all ranks to end the update at the same wave."""
         with self._lock:
             self._agreement.cancel()
         self._wake()
 
     def fail(self, *, alone: bool = False) -> None:
-        """Tell all ranks that this one cannot go on; ``alone``: do not wait until they have heard it."""
-        with self._lock:
+        """Let all ranks know that this one cannot go on; ``alone``: do not wait until they do."""
+        with self._changing():
             self._agreement.fail()
             if alone:
-                self._agreement.over = True
+                self._agreement.update.over = True
         self._wake()
-        self._ring()
+        self.ring()
 
     def leave(self) -> None:
         """Make the next round the last."""
@@ -199,121 +170,99 @@ class Driver:
             self._agreement.leave()
         self._wake()
 
-    def stand(self, *, standing: bool) -> None:
-        """Say whether this rank makes no steps at present."""
+    def hold(self, error: EplbError) -> None:
+        """Let no boundary pass from here on; ``error`` is raised there."""
         with self._lock:
-            self._agreement.standing = standing
-        self._ring()
+            self._hold(error)
+
+    def hold_before(self, index: int, error: EplbError) -> bool:
+        """Hold, unless the wave's commit is taken; return whether this rank is held, so that it is never taken."""
+        with self._lock:
+            if self.taken > index:
+                return False
+            self._hold(error)
+            return True
+
+    def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
+        """Forget all that went wrong and go on with the remaining ranks; no rounds are held meanwhile."""
+        with self._changing():
+            self._agreement.restart(members, generation=generation, step=step)
+            self._numbered = False
+            self._alarm = math.inf
+            self.in_doubt = False
+            self.held = None
+            self.faults = PeerFaults()
+        self.ring()
+
+    def set_standing(self, *, standing: bool) -> None:
+        """Let this rank make no steps from now on, or make them again."""
+        with self._changing():
+            self._agreement.boundaries.standing = standing
+        self.ring()
 
     def due_while_standing(self, *, for_good: bool) -> Decision | None:
         """Return what is due before the next boundary, or ``for_good`` at any boundary to come."""
         with self._lock:
-            if not self._agreement.standing or self.held is not None:
+            boundaries = self._agreement.boundaries
+            if not boundaries.standing or self.held is not None:
                 return None
-            return self._take(self._agreement.drain() if for_good else self._agreement.stand())
+            return self._take(boundaries.due_ever() if for_good else boundaries.due_next())
 
     def demand(self, number: int) -> None:
         """Ask all ranks for their rebalance of this number, counted from 1."""
-        with self._lock:
+        with self._changing():
             self._agreement.demanded = max(self._agreement.demanded, number)
         self._wake()
-        self._ring()
+        self.ring()
 
     def behind(self, staged: int) -> tuple[int, ...]:
-        """Return the ranks that had not staged so many layers in the last round."""
+        """Return the ranks that had not staged so many waves in the last round."""
         return self._agreement.named(place for place, ballot in enumerate(self.ballots) if ballot.staged < staged)
 
-    @property
-    def demanded(self) -> int:
-        """Rebalances that some rank has demanded."""
-        return self._agreement.demanded
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Return once ``holds`` does; it is looked at now and whenever there is something new."""
+        await self.news.until(holds)
 
-    @property
-    def standing(self) -> bool:
-        """Whether this rank makes no steps at present."""
-        return self._agreement.standing
-
-    @property
-    def generation(self) -> int:
-        """Updates begun."""
-        return self._agreement.generation
-
-    @property
-    def begun(self) -> bool:
-        """Whether all ranks have begun the update with equal inputs."""
-        return self._agreement.begun
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left to agree on."""
-        return self._agreement.over
-
-    @property
-    def limit(self) -> int:
-        """Layers of the update, fewer after a cancellation."""
-        return self._agreement.limit
-
-    @property
-    def agreed(self) -> int:
-        """Layers that are staged everywhere."""
-        return self._agreement.agreed
-
-    @property
-    def launched(self) -> int:
-        """Layers whose launch is agreed."""
-        return self._agreement.launched
+    async def until_step(self, number: int, *, unless: Callable[[], bool]) -> None:
+        """Return when boundary ``number`` has been passed, or ``unless`` holds when there is something new."""
+        while self.outlook.step < number and not unless():
+            self._ring_at(number)
+            await self.news.until_notified()
 
     # --- Step boundaries: called in the serving thread. ---
 
-    @property
-    def step(self) -> int:
-        """Boundaries passed."""
-        return self._agreement.step
-
-    @property
-    def lead(self) -> int:
-        """Boundaries from the last one passed to a new fence."""
-        return self._agreement.lead
-
     def may_pass(self) -> bool:
-        """Whether the next boundary can be passed, or never will be."""
-        return self._agreement.may_pass() or self.lost is not None or self.held is not None
+        """Return whether the next boundary can be passed, or never will be."""
+        return self._agreement.boundaries.may_pass() or self.faults.lost is not None or self.held is not None
 
     def try_pass(self, number: int | None) -> tuple[bool, Decision | None]:
         """Pass the next boundary unless a fence stands there; return whether it was passed, and what is due.
 
         :param number: of the boundary, as the engine counts
         :raises StepMismatch: if ``number`` is not that of the next boundary
-        :raises RankInDoubt: if a peer may have committed layers, and it will never be known here
-        :raises CommitFailed: if a layer's copies failed on this rank only
+        :raises RankInDoubt: if a peer may have committed waves, and it will never be known here
+        :raises CommitFailed: if a wave's copies failed on this rank only
         """
         with self._lock:
-            agreement = self._agreement
+            boundaries = self._agreement.boundaries
             if number is not None:
                 self._require_next(number)
             self._require_no_doubt()
-            if not agreement.may_pass():
+            if not boundaries.may_pass():
                 return False, None
-            decision = self._take(agreement.pass_boundary())
-            alarm = agreement.step >= self._alarm
+            decision = self._take(boundaries.pass_next())
+            self.outlook = self._look()
+            alarm = boundaries.step >= self._alarm
             if alarm:
                 self._alarm = math.inf
         if alarm:
-            self._ring()
+            self.ring()
         return True, decision
 
-    def ring_at(self, step: int) -> None:
-        """Ring the loop when this boundary is passed; who asked for a later one then asks anew."""
-        with self._lock:
-            passed = self._agreement.step >= step
-            self._alarm = self._alarm if passed else min(self._alarm, step)
-        if passed:
-            self._ring()
-
     def waited(self) -> None:
-        """Say that a step had to wait at its fence."""
-        with self._lock:
-            self._agreement.waited()
+        """Make the lead larger, because a step had to wait at its fence."""
+        with self._changing():
+            self._agreement.lead.waited()
 
     def wait_for_result(self) -> None:
         """Block the calling thread until the next boundary may be passed or never will be.
@@ -322,6 +271,36 @@ class Driver:
         """
         with self._lock:
             self._lock.wait_for(self.may_pass)
+
+    def _look(self) -> Outlook:
+        agreement, update, boundaries = self._agreement, self._agreement.update, self._agreement.boundaries
+        return Outlook(
+            generation=agreement.generation,
+            agreed=update.agreed,
+            launched=update.launched,
+            limit=update.limit,
+            begun=update.begun,
+            over=update.over,
+            demanded=agreement.demanded,
+            standing=boundaries.standing,
+            step=boundaries.step,
+            lead=agreement.lead.boundaries,
+        )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock; what was changed inside is in the outlook when it is given back."""
+        with self._lock:
+            yield
+            self.outlook = self._look()
+
+    def _ring_at(self, step: int) -> None:
+        """Ring when this boundary is passed; whoever waits for a later one then asks anew."""
+        with self._lock:
+            passed = self._agreement.boundaries.step >= step
+            self._alarm = self._alarm if passed else min(self._alarm, step)
+        if passed:
+            self.ring()
 
     def _ballots(self, rows: Sequence[Sequence[int]]) -> tuple[Ballot, ...]:
         ballots = []
@@ -334,7 +313,7 @@ class Driver:
 
     def _take(self, decision: Decision | None) -> Decision | None:
         if decision is not None:
-            self.taken = decision.committed
+            self.taken = decision.copied
         return decision
 
     def _hold(self, error: EplbError) -> None:
@@ -343,36 +322,30 @@ class Driver:
         self._lock.notify_all()
 
     def _require_no_doubt(self) -> None:
-        agreement = self._agreement
+        # Agreement rule 6: behind a fence whose round was lost, a peer may have committed.
+        boundaries, lost = self._agreement.boundaries, self.faults.lost
         if self.held is not None:
             raise self.held
-        at_once = self.in_doubt and not agreement.fence
-        if self.lost is not None and (at_once or not agreement.may_pass()):
-            boundary = agreement.fence or agreement.step + 1
+        at_once = self.in_doubt and not boundaries.fence
+        if lost is not None and (at_once or not boundaries.may_pass()):
+            boundary = boundaries.fence or boundaries.step + 1
             raise RankInDoubt(
                 f"boundary {boundary} cannot be passed: the control round that decides whether layers are committed "
-                f"there was lost, and a peer may have committed them ({self.lost}); recover() finds out",
-                step=agreement.step,
+                f"there was lost, and a peer may have committed them ({lost}); recover() finds out",
+                step=boundaries.step,
                 boundary=boundary,
-                missing=self.lost.missing,
-            ) from self.lost
+                missing=lost.missing,
+            ) from lost
 
     def _require_next(self, number: int) -> None:
-        agreement = self._agreement
-        untouched = agreement.step == agreement.fence == agreement.last_boundary == 0
+        boundaries = self._agreement.boundaries
+        untouched = boundaries.step == boundaries.fence == boundaries.last == 0
         if not self._numbered and untouched:
-            agreement.step = number - 1
+            boundaries.step = number - 1
         self._numbered = True
-        if number != agreement.step + 1:
+        if number != boundaries.step + 1:
             raise StepMismatch(
-                f"step({number}) after {agreement.step} boundaries: every rank passes every boundary, in order, and an "
+                f"step({number}) after {boundaries.step} boundaries: every rank passes every boundary, in order, and an "
                 "engine that numbers them begins before the first update",
-                steps=(agreement.step, number),
+                steps=(boundaries.step, number),
             )
-
-
-async def until_step(driver: Driver, news: News, number: int, *, unless: Callable[[], bool]) -> None:
-    """Return when boundary ``number`` has been passed, or ``unless`` holds after any news."""
-    while driver.step < number and not unless():
-        driver.ring_at(number)
-        await news.until_notified()

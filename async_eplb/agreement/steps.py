@@ -1,40 +1,32 @@
-"""Passing step boundaries on the serving thread, and standing before one."""
+"""Passing step boundaries on the serving thread."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from async_eplb.agreement.ballot import Decision
-from async_eplb.agreement.shared import Driver
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BusyUpdater
 from async_eplb.events.emit import Logger, emit
 from async_eplb.events.schema import FenceWaited
-from async_eplb.workers import News
 
 
 class Stepper:
-    """One rank's way from boundary to boundary. Used by one task or thread at a time.
+    """Passes one boundary after another. Used by one task or thread at a time.
 
-    :param news: notified in the event loop after each control round
     :param execute: does what is due at a boundary and returns what went wrong
     """
 
     def __init__(
-        self,
-        driver: Driver,
-        news: News,
-        logger: Logger,
-        rank: int,
-        execute: Callable[[Decision], Exception | None],
+        self, shared: SharedAgreement, logger: Logger, rank: int, execute: Callable[[Decision], Exception | None]
     ) -> None:
-        self._driver = driver
-        self._news = news
+        self._shared = shared
         self._logger = logger
         self._rank = rank
         self._execute = execute
         self._stepping = False
         self.standing_for = ""
-        """Why this rank makes no steps at present; empty if it does."""
+        """What this rank does instead of steps at present; empty if it makes steps."""
         self.num_waits = 0
         self.wait_ms = 0.0
         self.longest_ms = 0.0
@@ -44,7 +36,7 @@ class Stepper:
         with self._one_at_a_time() as start:
             waited = False
             while not self._try(number):
-                await self._news.until(self._driver.may_pass)
+                await self._shared.until(self._shared.may_pass)
                 waited = True
             if waited:
                 self._count_wait(start)
@@ -54,7 +46,7 @@ class Stepper:
         with self._one_at_a_time() as start:
             waited = False
             while not self._try(number):
-                self._driver.wait_for_result()
+                self._shared.wait_for_result()
                 waited = True
             if waited:
                 self._count_wait(start)
@@ -90,7 +82,7 @@ class Stepper:
 
     def _try(self, number: int | None) -> bool:
         """Pass the next boundary and do what is due there, unless a fence stands before it."""
-        passed, decision = self._driver.try_pass(number)
+        passed, decision = self._shared.try_pass(number)
         error = None if decision is None else self._execute(decision)
         if error is not None:
             raise error
@@ -98,14 +90,15 @@ class Stepper:
 
     def _count_wait(self, start: float) -> None:
         wait_ms = (time.perf_counter() - start) * 1e3
-        self._driver.waited()
+        self._shared.waited()
         self.num_waits += 1
         self.wait_ms += wait_ms
+        outlook = self._shared.outlook
         event = FenceWaited(
-            generation=self._driver.generation,
+            generation=outlook.generation,
             rank=self._rank,
-            step=self._driver.step,
+            step=outlook.step,
             duration_ms=wait_ms,
-            lead=self._driver.lead,
+            lead=outlook.lead,
         )
         emit(self._logger, event)

@@ -10,7 +10,7 @@ from async_eplb.errors import EplbError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 done but wrong, 2 refused."""
+    """Run a command and return its exit status: 0 success, 1 a failed check, 2 invalid input."""
     parser = argparse.ArgumentParser(
         prog="async_eplb", description="Move the expert weights of a Mixture-of-Experts model while it serves."
     )

@@ -20,7 +20,7 @@ from async_eplb.errors import InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.events.emit import Logger
 from async_eplb.events.event_logger import EventLogger
 from async_eplb.events.json_log import JsonLog
-from async_eplb.events.schema import LayerCommitted, LayerPlanned, LayerTransferred
+from async_eplb.events.stages import STAGES
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import SlotSource
@@ -29,10 +29,12 @@ from async_eplb.testing.processes import World, WorldRank, take_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
-from async_eplb.updater import ExpertUpdater, UpdateSummary
+from async_eplb.update.summary import UpdateSummary
+from async_eplb.updater import ExpertUpdater
 from async_eplb.weights import ExpertWeights
 
-_STAGES = {LayerPlanned.name: "planned", LayerTransferred.name: "transferred", LayerCommitted.name: "committed"}
+_BARS = {stage.event.name: stage.event.name.rpartition(".")[2] for stage in STAGES}
+"""Event of a layer → label of the progress bar that it advances: ``planned``, ``transferred``, ``committed``."""
 
 _SOURCES = {
     SlotSource.SAME_GPU: "from the same GPU",
@@ -42,7 +44,7 @@ _SOURCES = {
 }
 
 _SHAPE = ("ranks", "layers", "experts", "replicas")
-"""Options that make a placement of the demo's own; without them it is the published one."""
+"""Options that ask for a random placement; without them it is the published one."""
 
 _DESCRIPTION = """\
 Start one process for each rank, give each its part of a model's expert weights, move these to a
@@ -68,7 +70,7 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the demo moves, and where."""
+    """Weights and placements of the demo."""
 
     topology: EPTopology
     old: ExpertPlacement
@@ -80,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """What one rank reports."""
+    """Result of one rank."""
 
     summary: UpdateSummary
     wrong_slots: list[tuple[int, int]]
@@ -127,13 +129,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo and print what it did."""
+    """Run the demo and print its figures."""
     job = _job(options)
     if job.log_dir is not None:
         _make(job.log_dir)
     num_ranks = job.topology.num_ranks
     num_layers = len(job.new.changed_layers(job.old))
-    totals = dict.fromkeys(_STAGES.values(), num_layers * num_ranks)
+    totals = dict.fromkeys(_BARS.values(), num_layers * num_ranks)
     with progress(totals) as advance:
         world = World(num_ranks, on_message=lambda _rank, message: advance(str(message)))
         results = world.run(move_and_check, job)
@@ -148,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def move_and_check(world: WorldRank, job: Job) -> RankResult:
-    """Be one rank: move the weights, then compare them with what they should be."""
+    """Move the weights as one rank, then compare every slot with its expected contents."""
     device = torch.device("cpu")
     if job.backend == "nccl":
         device = take_gpu(world)
@@ -174,15 +176,15 @@ async def _move(rank: int, job: Job, weights: ExpertWeights, logger: Logger) -> 
 
 
 def _logger(world: WorldRank, log_dir: Path | None, stack: ExitStack) -> Logger:
-    """Return a logger that tells the parent of each stage, and writes events as JSON lines if asked to."""
+    """Return a logger that reports each stage to the parent process, and writes events to a folder if one is given."""
     path = os.devnull if log_dir is None else log_dir / f"rank-{world.rank}.jsonl"
     log = stack.enter_context(JsonLog(path, level="debug"))
 
-    def tell_parent(event: Mapping[str, Any]) -> None:
-        if event["event"] in _STAGES:
-            world.send(_STAGES[event["event"]])
+    def advance_parent(event: Mapping[str, Any]) -> None:
+        if event["event"] in _BARS:
+            world.send(_BARS[event["event"]])
 
-    return EventLogger(log.logger(), observers=[tell_parent])
+    return EventLogger(log.logger(), observers=[advance_parent])
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -264,9 +266,9 @@ def _rows(job: Job, results: list[RankResult]) -> Iterable[tuple[str, str]]:
         yield f"bytes {label}", in_bytes(by_source[source])
     yield "bytes sent within nodes", in_bytes(sum(s.sent_nbytes_within_node for s in summaries))
     yield "bytes sent across nodes", in_bytes(sum(s.sent_nbytes_across_nodes for s in summaries))
-    for stage in ("plan", "transfer", "wait", "commit"):
-        times = [getattr(summary, f"{stage}_ms") for summary in summaries]
-        yield f"{stage} time", f"{max(times):.1f} ms (slowest rank, all layers)"
+    for stage in STAGES:
+        times = [getattr(summary, stage.total) for summary in summaries]
+        yield f"{stage.label} time", f"{max(times):.1f} ms (slowest rank, all layers)"
     yield "duration", f"{max(s.duration_ms for s in summaries):.1f} ms"
     yield "overlap", f"{max(s.overlap for s in summaries):.2f} (stage time over duration)"
     wrong = sum(len(result.wrong_slots) for result in results)

@@ -1,4 +1,4 @@
-"""The fuzzer: simulated worlds, seed by seed, until an invariant does not hold."""
+"""The command ``fuzz``: simulated worlds, seed by seed, until an invariant is violated."""
 
 import argparse
 import multiprocessing
@@ -17,13 +17,13 @@ from async_eplb.errors import InvalidOptions
 from async_eplb.fuzz import Outcome, Scenario, scenario_for, shrink, simulate
 
 _BATCH = 25
-"""Seeds that a process runs before it reports."""
+"""Seeds that a process runs before it returns their sums."""
 
 _DESCRIPTION = """\
 Run simulated worlds of 2 to 4 ranks that move 2 to 4 layers, each from a seed that decides every
 interleaving and what goes wrong: messages late, lost, twice, or with another byte; ranks killed, frozen
-or slow; callers that go away; memory, worker threads and copies that fail; control rounds that one rank
-does not hear of. Survivors recover. What must hold is checked after every event.
+or slow; callers that cancel; memory, worker threads and copies that fail; control rounds whose result one
+rank does not get. Survivors recover. Invariants are checked after every event.
 
 A seed that fails is made smaller, and printed with how to run it again.
 
@@ -41,7 +41,7 @@ examples:
 
 @dataclass(slots=True)
 class Tally:
-    """What many seeds came to."""
+    """Sums over the outcomes of many seeds."""
 
     num_seeds: int = 0
     num_events: int = 0
@@ -51,7 +51,7 @@ class Tally:
     failing: list[Scenario] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
-        """Add another's."""
+        """Add the sums of other seeds."""
         self.num_seeds += other.num_seeds
         self.num_events += other.num_events
         self.num_recovered += other.num_recovered
@@ -77,7 +77,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the fuzzer."""
+    """Run the command and return its exit status."""
     if options.scenario is not None:
         return _report(simulate(_scenario(options.scenario)))
     seeds = _seeds(options.seeds)
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_seeds(seeds: Iterable[int]) -> Tally:
-    """Run the worlds of these seeds; stop at the first that fails."""
+    """Run the worlds of seeds, and stop after the first that fails."""
     torch.set_num_threads(1)
     tally = Tally()
     for seed in seeds:
@@ -127,7 +127,7 @@ def _tallies(seeds: range, jobs: int) -> Iterator[Tally]:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end with the body, also when it is interrupted."""
+    """Start processes that end when the body ends, also when it is interrupted."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interrupts_to_owner)
     try:

@@ -1,15 +1,15 @@
-"""Numbers on the command line."""
+"""Types of numeric arguments."""
 
 import argparse
 
 
 def positive(text: str) -> int:
-    """Return a whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     return _whole(text, at_least=1)
 
 
 def natural(text: str) -> int:
-    """Return a whole number of at least 0."""
+    """Parse a whole number of at least 0."""
     return _whole(text, at_least=0)
 
 

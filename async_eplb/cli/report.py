@@ -1,24 +1,23 @@
-"""Reports of what logs say: text, JSON, comparisons, pictures."""
+"""The command ``report``: text, JSON, comparisons, conditions and pictures from logs."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from async_eplb.cli.follow import follow
 from async_eplb.errors import InvalidOptions
 from async_eplb.report import EventLog, Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
+from async_eplb.report.intervals import pick_update, updates_of
 from async_eplb.report.page import write_page
 from async_eplb.report.pictures import draw_matrix, draw_timeline
 from async_eplb.report.runs import runs_of
-from async_eplb.report.spans import pick_update, updates_of
 from async_eplb.report.text import comparison_lines, report_lines
 from async_eplb.report.trace import write_trace
 
 _DESCRIPTION = """\
-Read the JSON lines that ranks have logged, and say what their updates did: times, bytes, overlap,
-stalls, the slowest layers and links, ranks that lag. Lines of other programs may stand between.
+Read the JSON lines that ranks have logged, and report on their updates: times, bytes, overlap,
+stalls, the slowest layers and links, ranks that lag. Lines of other programs are skipped.
 
 Exit status: 0, 1 if a --fail-if condition holds, 2 if there is nothing to report.
 """
@@ -29,7 +28,6 @@ examples:
   async_eplb report 'logs/*.jsonl.gz' --json
   async_eplb report --compare before/ after/
   async_eplb report logs --html report.html --trace trace.json
-  async_eplb report logs --follow
   async_eplb report logs --fail-if 'stall_p99_ms > 2' --fail-if 'num_failed > 0'
 """
 
@@ -38,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add ``report`` to the command line."""
     parser = commands.add_parser(
         "report",
-        help="say what the updates in logs did",
+        help="report on the updates in logs",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,15 +60,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("html", "html", "all of it in one page that works from disk"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"draw {what}, as in {name}.{suffix}")
-    parser.add_argument("--follow", action="store_true", help="show updates as they happen, until Ctrl-C")
     parser.add_argument("--update", type=int, metavar="N", help="number of the update to draw (default: the last)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, print and draw."""
-    if options.follow:
-        return follow(options.logs or ["."])
+    """Read logs, print their report and draw it."""
     report = _compare(options) if options.compare else _report(options)
     figures = report.figures()
     conditions = [parse_condition(text, figures) for text in options.fail_if]

@@ -1,1 +1,1 @@
-"""Staging buffers to live weights: the only code that writes what the model reads while it serves."""
+"""Staging buffers to live weights, and publishing: what of an update writes what the model reads."""

@@ -1,7 +1,10 @@
-"""Staged buffers → live weights, then publish: the only code that writes what the model reads."""
+"""Staged buffers to live weights, then publish: no other code of an update writes what the model reads.
 
-from collections.abc import Callable, Sequence
-from functools import partial
+Besides, recovery writes experts that no remaining rank has and that it loads from elsewhere, while nobody serves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -15,28 +18,61 @@ from async_eplb.staging import BufferState, StagingBuffer
 from async_eplb.weights import ExpertWeights
 
 
+class PreparedCommit(Protocol):
+    """The commit of one layer, for which everything but enqueuing the copies has been done."""
+
+    def run(self) -> int:
+        """Enqueue the copies of all staged slots to live weights, and publishing, on the current stream.
+
+        Called once, after the layer is staged on every rank.
+
+        :returns: bytes that are written to live weights
+        :raises EplbError: if the buffer is not STAGED; nothing is written then
+        """
+        ...
+
+
 class Committer(Protocol):
     """How the layers of one updater are committed; chosen once."""
 
     def spare_nbytes(self, row: int) -> int:
-        """Return the staging that committing a layer needs beside its slots."""
+        """Return the bytes of staging that committing a layer needs beside its slots."""
         ...
 
-    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> PreparedCommit:
         """Copy this rank's own slots to staging, and do what else can be done before the layer is staged.
 
-        All on the current stream, behind which the layer is staged.
+        All of it is enqueued on the current stream; the layer may be called staged once this stream has done it.
 
         :param buffer: laid out for the plan, with :meth:`spare_nbytes` to spare
-        :returns: the commit. Called once, when the layer is staged on every rank, it enqueues all of it on the
-            current stream and returns the bytes that are written to live weights; it raises EplbError if the
-            buffer is not STAGED
         """
         ...
 
 
 Copy = tuple[Tensor, Tensor]
-"""A live slot of a tensor, and what is staged for it; of the same dtype."""
+"""A live slot of a tensor, and what is staged for it: ``[elements]`` both, of the same dtype, int32 or uint8."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCommit:
+    """A commit as copies of lists of tensors."""
+
+    row: int
+    copies: Sequence[Copy]
+    buffer: StagingBuffer
+    expert_map: ExpertMap
+    maps: LayerMaps
+
+    @torch.no_grad()
+    def run(self) -> int:
+        """Enqueue one copy for each dtype, then publish."""
+        self.buffer.enter(BufferState.COMMITTING)
+        for dtype in (torch.int32, torch.uint8):
+            alike = [copy for copy in self.copies if copy[0].dtype is dtype]
+            if alike:
+                torch._foreach_copy_([live for live, _ in alike], [staged for _, staged in alike])
+        self.expert_map.publish(self.row, self.maps)
+        return sum(live.nbytes for live, _ in self.copies)
 
 
 class CopyCommitter:
@@ -47,11 +83,11 @@ class CopyCommitter:
         self._expert_map = expert_map
 
     def spare_nbytes(self, row: int) -> int:  # noqa: ARG002 - the protocol's
-        """Return 0."""
+        """Return 0: only slots are staged."""
         return 0
 
-    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Copy own slots; return the copies of the commit."""
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> CopyCommit:
+        """Copy own slots to staging, and list the copies of the commit."""
         live = self._weights.views(row)
         for own in plan.local_copies:
             for view, staged in zip(live, buffer.views(own.dst_slot), strict=True):
@@ -61,36 +97,16 @@ class CopyCommitter:
             for staged_slot, live_slot in committed_slots(plan)
             for view, staged in zip(live, buffer.views(staged_slot), strict=True)
         ]
-        return partial(commit_layer, row, copies, buffer, self._expert_map, maps)
+        return CopyCommit(row, copies, buffer, self._expert_map, maps)
 
 
 def committer_for(weights: ExpertWeights, expert_map: ExpertMap) -> Committer:
-    """Return the fastest committer there is for the device of the weights."""
+    """Return the fastest committer for the device of the weights: one with Triton on CUDA, if it is installed."""
     if weights.device.type == "cuda" and find_spec("triton") is not None:
         from async_eplb.commit.fused import FusedCommitter  # noqa: PLC0415 - needs Triton
 
         return FusedCommitter(weights, expert_map)
     return CopyCommitter(weights, expert_map)
-
-
-@torch.no_grad()
-def commit_layer(
-    row: int, copies: Sequence[Copy], buffer: StagingBuffer, expert_map: ExpertMap, maps: LayerMaps
-) -> int:
-    """Copy a layer's staged slots into the live weights and publish its maps, all on the current stream.
-
-    The layer must be staged on every rank.
-
-    :returns: bytes written to live weights
-    :raises EplbError: if the buffer is not STAGED
-    """
-    buffer.enter(BufferState.COMMITTING)
-    for dtype in (torch.int32, torch.uint8):
-        alike = [copy for copy in copies if copy[0].dtype is dtype]
-        if alike:
-            torch._foreach_copy_([live for live, _ in alike], [staged for _, staged in alike])
-    expert_map.publish(row, maps)
-    return sum(live.nbytes for live, _ in copies)
 
 
 def _in_words(live: Tensor, staged: Tensor) -> Copy:

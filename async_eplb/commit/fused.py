@@ -1,13 +1,15 @@
-"""The commit on CUDA, and own slots' way to staging, as one kernel launch each.
+"""On CUDA: one kernel launch commits a layer, and one copies this rank's own slots to staging.
 
-With Triton; imported only where both are there.
+Needs Triton; imported only where there are both.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from async_eplb.commit.table import (
     BYTEWISE_CHUNK_NBYTES,
@@ -30,7 +32,7 @@ _NUM_WARPS = 32
 
 @triton.jit
 def _commit_chunk(table):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Do one entry of a commit table: int64 ``[chunks, 3]``, one program for each."""
+    """Copy one chunk, or raise a counter: one program for each entry of a table int64 ``[chunks, 3]``."""
     entry = table + 3 * tl.program_id(0)
     src = tl.load(entry)
     dst = tl.load(entry + 1)
@@ -55,10 +57,35 @@ def _commit_chunk(table):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN20
         tl.store(counter, tl.load(counter) + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class FusedCommit:
+    """A commit as one kernel launch.
+
+    :param launch: launches the kernel with as many programs as the table has chunks
+    :param table: int64 ``[chunks, 3]``, on the device
+    :param nbytes: bytes that it writes to live weights
+    :param on_device: makes the device of the weights the current one; made before, for the serving thread enters it
+    """
+
+    launch: Callable[[Tensor], object]
+    table: Tensor
+    buffer: StagingBuffer
+    nbytes: int
+    on_device: torch.cuda.device
+
+    def run(self) -> int:
+        """Launch the kernel, which also publishes."""
+        self.buffer.enter(BufferState.COMMITTING)
+        with self.on_device:
+            self.launch(self.table)
+        return self.nbytes
+
+
 class FusedCommitter:
     """Copies all slots and tensors of a layer and publishes its maps in one launch.
 
-    Making one compiles the kernel, or loads it from Triton's cache.
+    The constructor launches the kernel once, on a counter of its own: this compiles it, or loads it from Triton's
+    cache, so that no commit waits for that.
     """
 
     def __init__(self, weights: ExpertWeights, expert_map: ExpertMap) -> None:
@@ -72,22 +99,15 @@ class FusedCommitter:
             self._kernel = _commit_chunk[(1,)](table, num_warps=_NUM_WARPS)
 
     def spare_nbytes(self, row: int) -> int:
-        """Return the staging that a layer's table and map rows need beside its slots."""
+        """Return the bytes of staging that a layer's tables and map rows need beside its slots."""
         return self._tables.nbytes(row)
 
-    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Upload the layer's tables and copy own slots, on the current stream; return the commit's launch."""
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FusedCommit:
+        """Upload the layer's tables and copy own slots to staging, on the current stream."""
         own, table = self._tables.write(row, plan, buffer, maps)
-        nbytes = len(committed_slots(plan)) * sum(self._weights.slot_nbytes(row))
-        launch, on_device = self._kernel[(len(table), 1, 1)], torch.cuda.device(self._device)
+        on_device = torch.cuda.device(self._device)
         if len(own):
             with on_device:
                 self._kernel[(len(own), 1, 1)](own)
-
-        def commit() -> int:
-            buffer.enter(BufferState.COMMITTING)
-            with on_device:
-                launch(table)
-            return nbytes
-
-        return commit
+        nbytes = len(committed_slots(plan)) * sum(self._weights.slot_nbytes(row))
+        return FusedCommit(self._kernel[(len(table), 1, 1)], table, buffer, nbytes, on_device)

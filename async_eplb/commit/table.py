@@ -1,12 +1,10 @@
-"""A layer's commit, and its own slots' way to staging, as tables of equal chunks: one kernel launch does all of one.
+"""What a layer's commit copies, as a table of equal chunks, all of which one kernel launch copies; own slots likewise.
 
 The table is made while the layer is being staged and waits beside the layer's slots in its staging buffer, together
 with the layer's new map rows. So committing needs nothing from the host but the launch.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import accumulate
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +18,9 @@ from async_eplb.weights import ExpertWeights
 
 VECTOR_NBYTES = 16
 CHUNK_NBYTES = 32768
-"""Bytes of a chunk that is copied in vectors, or a multiple of this."""
+"""Bytes of a chunk that is copied in vectors; in large layers a multiple of this."""
 MOST_CHUNKS = 8192
-"""Of those that are copied in vectors, beside the last of each segment: a GPU has room for some hundred at a time."""
+"""Most chunks that are copied in vectors, not counting the last of each segment. A GPU runs some hundred at a time."""
 BYTEWISE_CHUNK_NBYTES = 4096
 """Most bytes of a chunk that is copied byte by byte."""
 
@@ -50,13 +48,17 @@ def increment(address: int) -> npt.NDArray[np.int64]:
 
 
 def most_chunks(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return how many entries :func:`chunk_table` makes of each segment at most, beside whatever others."""
+    """Return the most entries that :func:`chunk_table` makes of each segment, whatever other segments there are.
+
+    :param segments: ``[..., 3]``
+    :returns: int64 ``[segments]``
+    """
     vectors, single = _pieces(segments)
     return _counts(single, BYTEWISE_CHUNK_NBYTES) + _counts(vectors, CHUNK_NBYTES)
 
 
 def committed_slots(plan: LayerPlan) -> list[tuple[int, int]]:
-    """Return what a commit copies: (slot whose staging is read, live slot that is written)."""
+    """List what a commit copies: (slot whose staging is read, live slot that is written)."""
     pairs = [(slot, slot) for slot in plan.staged_slots]
     return pairs + [(fan_out.staged_slot, fan_out.dst_slot) for fan_out in plan.fan_outs]
 
@@ -74,96 +76,120 @@ class CommitTables:
         self._nbytes = {row: self._largest_nbytes(row) for row in weights.rows}
 
     def nbytes(self, row: int) -> int:
-        """Return what a layer's table and map rows take in staging at most, whatever its plan."""
+        """Return the most bytes of staging that a layer's tables and map rows can take, whatever its plan."""
         return self._nbytes[row]
 
     def write(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> tuple[Tensor, Tensor]:
         """Put a layer's tables and map rows beside its staged slots, on the current stream.
 
         :param buffer: laid out, with :meth:`nbytes` to spare
-        :returns: the tables of what fills staging from this rank's own slots, and of the commit: int64
-            ``[chunks, 3]``, on the device
+        :returns: two tables, int64 ``[chunks, 3]`` on the device: what copies this rank's own slots to staging, and
+            what commits the layer
         """
-        spare, rows = buffer.spare, maps.tensors
-        *starts, tables_start = accumulate((_aligned(new.nbytes) for new in rows), initial=0)
-        own = [(copy.src_slot, copy.dst_slot) for copy in plan.local_copies]
-        to_staging = chunk_table(self._segments(row, own, self._weights_at(row), buffer.addresses))
+        new_rows = [new.numpy() for new in maps.tensors]
+        to_staging = chunk_table(self._own_slots(row, plan, buffer))
+        # The commit copies map rows from where the upload below puts them: at the start of the spare memory.
+        new_rows_at = buffer.spare.data_ptr() + _offsets(new_rows)
+        segments = np.concatenate([self._staged_slots(row, plan, buffer), self._map_rows(row, new_rows_at)])
+        generation = increment(self._expert_map.layer_generation[row].data_ptr())
+        to_live = np.concatenate([generation, chunk_table(segments)])
+        *_, to_staging_at, to_live_at = _upload([*new_rows, to_staging, to_live], buffer.spare)
+        return _as_table(to_staging_at), _as_table(to_live_at)
+
+    def _own_slots(self, row: int, plan: LayerPlan, buffer: StagingBuffer) -> npt.NDArray[np.int64]:
+        """Return the segments that go from live slots of this rank to staging: ``[slots * tensors, 3]``."""
+        live = self._weights.addresses(row, [copy.src_slot for copy in plan.local_copies])
+        staged = buffer.addresses([copy.dst_slot for copy in plan.local_copies])
+        return _segments(live, staged, self._weights.slot_nbytes(row))
+
+    def _staged_slots(self, row: int, plan: LayerPlan, buffer: StagingBuffer) -> npt.NDArray[np.int64]:
+        """Return the segments that go from staging to live slots: ``[slots * tensors, 3]``."""
+        pairs = committed_slots(plan)
+        staged = buffer.addresses([staged_slot for staged_slot, _ in pairs])
+        live = self._weights.addresses(row, [live_slot for _, live_slot in pairs])
+        return _segments(staged, live, self._weights.slot_nbytes(row))
+
+    def _map_rows(self, row: int, new_rows_at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the segments that go from a layer's new map rows to the published ones: ``[maps, 3]``.
+
+        :param new_rows_at: addresses ``[maps]``
+        """
         published = self._expert_map.published(row).tensors
-        maps_to_live = [
-            (spare.data_ptr() + start, place.data_ptr(), place.nbytes)
-            for start, place in zip(starts, published, strict=True)
-        ]
-        slots_to_live = self._segments(row, committed_slots(plan), buffer.addresses, self._weights_at(row))
-        counter = increment(self._expert_map.layer_generation[row].data_ptr())
-        segments = np.concatenate([slots_to_live, np.array(maps_to_live, dtype=np.int64)])
-        to_live = np.concatenate([counter, chunk_table(segments)])
-        second_start = tables_start + _aligned(to_staging.nbytes)
-        packed = torch.empty(second_start + to_live.nbytes, dtype=torch.uint8, pin_memory=spare.is_cuda)
-        content = packed.numpy()
-        for start, new in zip(starts, rows, strict=True):
-            content[start : start + new.nbytes] = new.numpy().reshape(-1).view(np.uint8)
-        for start, table in ((tables_start, to_staging), (second_start, to_live)):
-            content[start : start + table.nbytes] = table.reshape(-1).view(np.uint8)
-        # The pinned memory is reused only after this copy, which torch's allocator of pinned memory sees to.
-        spare[: packed.nbytes].copy_(packed, non_blocking=True)
-        first, second = (
-            spare[start : start + table.nbytes].view(torch.int64).view(-1, _COLUMNS)
-            for start, table in ((tables_start, to_staging), (second_start, to_live))
-        )
-        return first, second
-
-    def _weights_at(self, row: int) -> Callable[[Sequence[int]], npt.NDArray[np.int64]]:
-        return partial(self._weights.addresses, row)
-
-    def _segments(
-        self,
-        row: int,
-        pairs: Sequence[tuple[int, int]],
-        sources: Callable[[Sequence[int]], npt.NDArray[np.int64]],
-        destinations: Callable[[Sequence[int]], npt.NDArray[np.int64]],
-    ) -> npt.NDArray[np.int64]:
-        """Return all tensors of some slots as segments.
-
-        :param pairs: slot that is read and slot that is written
-        :param sources: returns the addresses of slots that are read, ``[slots, tensors]``
-        """
-        src, dst = (sources([src for src, _ in pairs]), destinations([dst for _, dst in pairs]))
-        nbytes = np.broadcast_to(np.array(self._weights.slot_nbytes(row), dtype=np.int64), src.shape)
-        return np.stack([src, dst, nbytes], axis=-1).reshape(-1, _COLUMNS)
+        places = np.array([(each.data_ptr(), each.nbytes) for each in published], dtype=np.int64)
+        return np.column_stack([new_rows_at, places])
 
     def _largest_nbytes(self, row: int) -> int:
-        """Return the size for a plan that writes all slots, from any slots; staging is aligned."""
-        maps = self._expert_map.published(row).tensors
-        maps_to_live = [(0, published.data_ptr(), published.nbytes) for published in maps]
-        num_slots = self._weights.num_local_physical_experts
-        live = self._weights.addresses(row, range(num_slots))
-        nbytes = np.broadcast_to(np.array(self._weights.slot_nbytes(row)), live.shape)
-        each = most_chunks(np.stack([live, np.zeros_like(live), nbytes], axis=-1)).reshape(live.shape)
-        to_staging = num_slots * each.max(axis=0).sum()
-        entries = 1 + int(to_staging + each.sum() + most_chunks(np.array(maps_to_live, dtype=np.int64)).sum())
-        return sum(_aligned(published.nbytes) for published in maps) + entries * _ENTRY_NBYTES + VECTOR_NBYTES
+        """Return the size for a plan that stages all slots, each from any live slot, and commits all of them.
+
+        Staging is aligned, so that only live addresses decide how much is copied byte by byte; zeros stand for it.
+        """
+        slots = range(self._weights.num_local_physical_experts)
+        live = self._weights.addresses(row, slots)  # [slots, tensors]
+        segments = _segments(live, np.zeros_like(live), self._weights.slot_nbytes(row))
+        chunks = most_chunks(segments).reshape(live.shape)  # [slots, tensors]
+        of_own_slots = len(slots) * chunks.max(axis=0).sum()  # any live slot may be the source of every staged one
+        map_rows = self._map_rows(row, np.zeros(len(self._expert_map.published(row).tensors), dtype=np.int64))
+        entries = 1 + int(of_own_slots + chunks.sum() + most_chunks(map_rows).sum())
+        # One vector more than entries, for the second table begins at an aligned address.
+        return sum(_aligned(nbytes) for nbytes in map_rows[:, 2].tolist()) + entries * _ENTRY_NBYTES + VECTOR_NBYTES
+
+
+def _segments(
+    src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], slot_nbytes: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """Return all tensors of some slots as segments: ``[slots * tensors, 3]``.
+
+    :param src: addresses that are read: ``[slots, tensors]``
+    :param dst: addresses that are written: ``[slots, tensors]``
+    :param slot_nbytes: bytes of a slot of each tensor: ``[tensors]``
+    """
+    nbytes = np.broadcast_to(np.array(slot_nbytes, dtype=np.int64), src.shape)  # [slots, tensors]
+    return np.stack([src, dst, nbytes], axis=-1).reshape(-1, _COLUMNS)
+
+
+def _upload(parts: Sequence[npt.NDArray[np.int64]], spare: Tensor) -> list[Tensor]:
+    """Copy arrays to the start of ``spare``, one after another, each aligned; return them there: uint8 ``[bytes]``."""
+    starts = _offsets(parts).tolist()
+    ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]
+    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=spare.is_cuda)
+    content = packed.numpy()
+    for start, end, part in zip(starts, ends, parts, strict=True):
+        content[start:end] = part.reshape(-1).view(np.uint8)
+    # The pinned memory is reused only after this copy, which torch's allocator of pinned memory sees to.
+    spare[: ends[-1]].copy_(packed, non_blocking=True)
+    return [spare[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _offsets(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Return where each array begins if they are put one after another, aligned: ``[parts]``, in bytes."""
+    return np.cumsum([0, *(_aligned(part.nbytes) for part in parts[:-1])], dtype=np.int64)
+
+
+def _as_table(content: Tensor) -> Tensor:
+    return content.view(torch.int64).view(-1, _COLUMNS)
 
 
 def _pieces(segments: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split segments into what can be copied in vectors and what is left over."""
-    src, dst, nbytes = segments.reshape(-1, _COLUMNS).T
+    """Split segments into what can be copied in vectors and the rest of each: ``[segments, 3]`` both."""
+    src, dst, nbytes = segments.reshape(-1, _COLUMNS).T  # [segments] each
     fits = (src % VECTOR_NBYTES == 0) & (dst % VECTOR_NBYTES == 0)
     whole = np.where(fits, nbytes - nbytes % VECTOR_NBYTES, 0)
     return np.stack([src, dst, whole], axis=1), np.stack([src + whole, dst + whole, nbytes - whole], axis=1)
 
 
 def _counts(pieces: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """Return the chunks of each piece: ``[pieces]``."""
     return -(-pieces[:, 2] // size)
 
 
 def _cut(pieces: npt.NDArray[np.int64], size: int, unit: int) -> npt.NDArray[np.int64]:
-    """Cut pieces into chunks of ``size`` bytes, the last of each shorter; amounts in units."""
-    counts = _counts(pieces, size)
-    ends = np.cumsum(counts)
-    offset = size * np.arange(ends[-1] if len(ends) else 0)
-    first = size * (ends - counts)  # offset at which a piece begins
-    src, dst, left = (np.repeat(column, counts) for column in (pieces + first[:, None] * [-1, -1, 1]).T)
-    return np.stack([src + offset, dst + offset, np.minimum(size, left - offset) // unit], axis=1)
+    """Cut pieces into chunks of ``size`` bytes, the last of each shorter; amounts in units: ``[chunks, 3]``."""
+    counts = _counts(pieces, size)  # [pieces]
+    piece = np.repeat(np.arange(len(pieces)), counts)  # [chunks]: the piece that a chunk is of
+    number = np.arange(len(piece)) - (np.cumsum(counts) - counts)[piece]  # [chunks]: its number in the piece
+    src, dst, nbytes = pieces[piece].T  # [chunks] each
+    offset = size * number
+    return np.stack([src + offset, dst + offset, np.minimum(size, nbytes - offset) // unit], axis=1)
 
 
 def _aligned(nbytes: int) -> int:

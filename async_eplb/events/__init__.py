@@ -1,1 +1,1 @@
-"""What happened, as structured events: their schema, how they are emitted, and what listens to them."""
+"""Structured log events: their schema, emission, and observers such as metrics and traces."""

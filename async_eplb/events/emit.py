@@ -1,4 +1,4 @@
-"""How an event is emitted: through a structlog logger of the caller's choice. Importing this configures nothing."""
+"""Emission of events through a structlog logger of the caller's choice. Importing this configures nothing."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from async_eplb.events.schema import EVENTS, SCHEMA_VERSION, Event, field_names
 
 
 class Logger(Protocol):
-    """What events are logged by: structlog's bound loggers are such."""
+    """A logger that accepts events, such as structlog's bound loggers."""
 
     def bind(self, **values: Any) -> "Logger":  # noqa: ANN401
         """Return a logger that adds ``values`` to each event."""
@@ -34,7 +34,7 @@ _FIELDS = {event: (field_names(event), attrgetter(*field_names(event))) for even
 
 
 def stamped(event: Event) -> dict[str, Any]:
-    """Return an event's fields as flat keys, with the schema's version and the time of both clocks."""
+    """Return an event's fields as flat keys, with the schema version and the current time of both clocks."""
     names, get = _FIELDS[type(event)]
     values: dict[str, Any] = dict(zip(names, get(event), strict=True))
     values["schema_version"] = SCHEMA_VERSION
@@ -44,7 +44,10 @@ def stamped(event: Event) -> dict[str, Any]:
 
 
 def emit(logger: Logger, event: Event) -> None:
-    """Log an event under its name. The logger's owner has bound ``run_id``."""
+    """Log an event under its name, at its level.
+
+    :param logger: has ``run_id`` bound
+    """
     getattr(logger, event.level)(event.name, **stamped(event))
 
 
@@ -52,7 +55,7 @@ _STANDARD_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": log
 
 
 class _StandardLogger(structlog.stdlib.BoundLogger):
-    """Standard logging that does nothing for a level that is off, not even run processors."""
+    """Standard logging that skips disabled levels before any processor runs."""
 
     def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **values: Any) -> Any:  # noqa: ANN401
         if self._logger.isEnabledFor(_STANDARD_LEVELS[method_name]):

@@ -1,4 +1,4 @@
-"""A logger that turns events down by kind, and shows all of them to observers such as metrics."""
+"""A logger with a level for each kind of event, and observers, such as metrics, that are called with every event."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,17 +8,17 @@ from async_eplb.events.emit import Logger, default_logger
 from async_eplb.events.schema import EVENTS
 
 Observer = Callable[[Mapping[str, Any]], None]
-"""Is called with every event as it is logged, ``event`` and ``run_id`` among its keys; fast, and on any thread."""
+"""Called with every event as it is logged, including ``event`` and ``run_id``. Must be fast, and safe on any thread."""
 
 LEVELS = ("off", "debug", "info", "warning")
 
 
 class EventLogger:
-    """Passes events on to a structlog logger; pass it wherever this package takes a ``logger``.
+    """Forwards events to a structlog logger; pass it as ``logger`` wherever this package takes one.
 
-    :param logger: where events go; the application's without it
-    :param levels: event name → level that it is logged at, ``"off"`` for not at all; its own if it is not named
-    :param observers: see every event, also those that are off
+    :param logger: target of the events; without it, the application's logger
+    :param levels: event name → level to log it at, ``"off"`` for not at all; the level of the schema if not named
+    :param observers: called with every event, also with those that are off
     :raises InvalidOptions: for an unknown event or level
     """
 

@@ -1,4 +1,4 @@
-"""Events as lines of JSON in a file, written by a thread of their own: logging waits for no disk."""
+"""Events as lines of JSON in a file, written by a separate thread: logging never waits for the disk."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from async_eplb.events.emit import Logger, stamped
 from async_eplb.events.schema import LogDropped
 
 MAX_WAITING = 100_000
-"""Events that may wait to be written; one has about 500 bytes."""
+"""Limit of events that wait to be written; one has about 500 bytes."""
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30}
 
@@ -30,8 +30,8 @@ def configure_json_logging(path: str | os.PathLike[str], *, level: str = "info")
 
     Nothing else in this package configures anything. Lines are appended. When the disk is full or too slow, events are
     dropped and counted: :attr:`JsonLog.num_dropped`, and an ``eplb.log.dropped`` line as soon as writing works again.
-    Every line is written by the end of the process; close the log, or leave it as a context manager, to have them
-    written before and structlog as it was.
+    Every line is written by the end of the process. Closing the log, or leaving it as a context manager, writes them
+    before and restores the former configuration of structlog.
 
     :param level: ``"debug"``, ``"info"`` or ``"warning"``
     :raises InvalidOptions: if the file cannot be opened, or the level is none of these
@@ -45,7 +45,7 @@ class JsonLog:
     """A file of JSON lines, and the thread that writes it.
 
     :param level: lowest level that is written
-    :param max_waiting: events that may wait for the disk; what is above that is dropped
+    :param max_waiting: limit of events that wait for the disk; further ones are dropped and counted
     :param write: as ``os.write``
     :raises InvalidOptions: if the file cannot be opened, or the level is unknown
     """
@@ -61,7 +61,7 @@ class JsonLog:
         if level not in _LEVELS:
             raise InvalidOptions(f"level is {level!r}; it must be one of {', '.join(_LEVELS)}", option="level")
         self.num_dropped = 0
-        """Events lost so far."""
+        """Events dropped so far."""
         self._level = _LEVELS[level]
         self._max_waiting = max_waiting
         self._waiting: deque[EventDict] = deque()
@@ -80,14 +80,14 @@ class JsonLog:
         self._writer.submit(lambda: None)  # starts the thread now, not while the model serves
 
     def logger(self) -> Logger:
-        """Return a logger of this file alone, for those who configure nothing."""
+        """Return a logger that writes to this file only; structlog stays as it is configured."""
         logger: Logger = structlog.wrap_logger(
             None, processors=self._processors(), wrapper_class=structlog.make_filtering_bound_logger(self._level)
         )
         return logger
 
     def configure_structlog(self) -> None:
-        """Send all that structlog logs here, until closed."""
+        """Configure structlog to log to this file, until the log is closed."""
         self._was_configured, self._previous = structlog.is_configured(), structlog.get_config()
         structlog.configure(
             processors=self._processors(),
@@ -97,7 +97,7 @@ class JsonLog:
         )
 
     def close(self) -> None:
-        """Write what waits, close the file, and give structlog its former configuration back."""
+        """Write all waiting events, close the file, and restore the former configuration of structlog."""
         if self._previous is not None:
             structlog.configure(**self._previous) if self._was_configured else structlog.reset_defaults()
             self._previous = None
@@ -121,11 +121,11 @@ class JsonLog:
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
             structlog.processors.TimeStamper(fmt="iso"),
-            self._take,
+            self._queue,
         ]
 
-    def _take(self, _logger: object, _method: str, event: EventDict) -> NoReturn:
-        """End a chain of processors: remember the event for the writer."""
+    def _queue(self, _logger: object, _method: str, event: EventDict) -> NoReturn:
+        """Queue the event for the writer; the last processor of a chain."""
         with self._lock:
             if len(self._waiting) < self._max_waiting:
                 self._waiting.append(event)
@@ -143,7 +143,7 @@ class JsonLog:
         raise structlog.DropEvent
 
     def _drain(self) -> None:
-        """Write until nothing waits; in the writer's thread."""
+        """Write until no event waits; runs in the writer's thread."""
         while True:
             with self._lock:
                 events, self._waiting = list(self._waiting), deque()
@@ -156,7 +156,7 @@ class JsonLog:
                 self._count_dropped(events[num_written:], str(self._lines.error))
 
     def _report_dropped(self) -> None:
-        """Write how many events were dropped since the last time that writing worked."""
+        """Write the number of events that were dropped since writing last succeeded."""
         with self._lock:
             dropped, run_id = self._dropped, self._run_id
         if dropped is None:
@@ -167,7 +167,7 @@ class JsonLog:
                 self._dropped = replace(self._dropped or dropped, num_events=num_since) if num_since else None
 
     def _count_dropped(self, events: list[EventDict], error: str) -> None:
-        """Add to what is reported when writing works again; the lock is held."""
+        """Add to the number that is written when writing succeeds again. The caller holds the lock."""
         if not events:
             return
         self.num_dropped += len(events)
@@ -181,17 +181,17 @@ class JsonLog:
 
 
 class _LineFile:
-    """Appends whole lines, and knows how many of them have reached the file."""
+    """Appends whole lines to a file."""
 
     def __init__(self, path: str | os.PathLike[str], write: Callable[[int, bytes], int]) -> None:
         self.error: OSError | None = None
-        """Why writing failed last."""
+        """Last error of writing."""
         self._write = write
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._torn = False
 
     def write(self, lines: list[bytes]) -> int:
-        """Return how many lines were written; fewer than given if writing failed."""
+        """Write lines and return the number that is wholly in the file: fewer than given if writing failed."""
         data = (b"\n" if self._torn else b"") + b"".join(lines)
         start = len(data) - sum(map(len, lines))
         done = 0

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from async_eplb.errors import MissingExtra
 from async_eplb.events.schema import (
+    LINK_NBYTES,
     FenceWaited,
     LayerCommitted,
     LayerPlanned,
@@ -14,6 +15,7 @@ from async_eplb.events.schema import (
     UpdateFailed,
     UpdateFinished,
 )
+from async_eplb.events.stages import COMMIT, FENCE, STAGES
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -24,12 +26,12 @@ _STALL_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e
 
 
 class Metrics:
-    """Counts events; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
+    """Counts events as Prometheus metrics; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
 
-    ``EventLogger(observers=[Metrics(registry)])`` is passed to updater and rebalancer as their logger. Metrics are of
-    this process alone; Prometheus' own labels tell processes apart.
+    Pass ``EventLogger(observers=[Metrics(registry)])`` to updater and rebalancer as their logger. Metrics count
+    events of this process only; labels that Prometheus adds distinguish processes.
 
-    :param registry: where metrics are registered; the client library's default one without it
+    :param registry: registry of the metrics; without it, the default one of the client library
     :raises MissingExtra: without prometheus-client
     """
 
@@ -70,10 +72,10 @@ class Metrics:
             "eplb_balancedness_ratio", "Mean over maximum of ranks' loads, mean of layers", ["when"], registry=into
         )
         self._observers: dict[str, Callable[[Mapping[str, Any]], None]] = {
-            LayerPlanned.name: lambda e: self._stage("plan", e["duration_ms"]),
+            LayerPlanned.name: self._stages,
             LayerTransferred.name: self._transferred,
             LayerCommitted.name: self._commit,
-            FenceWaited.name: lambda e: self._stall("fence", e["duration_ms"]),
+            FenceWaited.name: lambda e: self._stall(FENCE.name, e["duration_ms"]),
             UpdateFinished.name: lambda e: self._update("finished", e["duration_ms"]),
             UpdateFailed.name: self._failed,
             RebalanceEvaluated.name: lambda e: self._rebalances.labels(e["reason"]).inc(),
@@ -86,8 +88,10 @@ class Metrics:
         if observe is not None:
             observe(event)
 
-    def _stage(self, stage: str, ms: float) -> None:
-        self._stage_seconds.labels(stage).observe(ms / 1e3)
+    def _stages(self, event: Mapping[str, Any]) -> None:
+        for stage in STAGES:
+            if stage.event.name == event["event"]:
+                self._stage_seconds.labels(stage.name).observe(event[stage.duration] / 1e3)
 
     def _stall(self, cause: str, ms: float) -> None:
         self._stall_seconds.labels(cause).observe(ms / 1e3)
@@ -96,17 +100,15 @@ class Metrics:
         self._update_seconds.labels(outcome).observe(ms / 1e3)
 
     def _transferred(self, event: Mapping[str, Any]) -> None:
-        self._stage("transfer", event["duration_ms"])
-        for direction in ("sent", "received"):
-            for link in ("within_node", "across_nodes"):
-                self._bytes.labels(direction, link).inc(event[f"{direction}_nbytes_{link}"])
+        self._stages(event)
+        for key, labels in LINK_NBYTES.items():
+            self._bytes.labels(*labels).inc(event[key])
 
     def _commit(self, event: Mapping[str, Any]) -> None:
-        self._stage("wait", event["wait_ms"])
-        self._stage("commit", event["duration_ms"])
+        self._stages(event)
         self._committed.inc(event["nbytes"])
         if event["step"]:
-            self._stall("commit", event["copy_ms"])
+            self._stall(COMMIT.name, event["copy_ms"])
 
     def _failed(self, event: Mapping[str, Any]) -> None:
         self._update("failed", event["duration_ms"])

@@ -1,4 +1,4 @@
-"""The reference of all events, as Markdown, made of their classes; EVENTS.md is what this returns."""
+"""The reference of all events, generated from their classes as Markdown: the contents of EVENTS.md."""
 
 import inspect
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ its meaning or goes away.
 
 
 def event_reference() -> str:
-    """Return the page: keys of every event, then one table an event."""
+    """Return the reference: a table of the keys of every event, then one table an event."""
     return "\n".join(_lines())
 
 

@@ -1,8 +1,7 @@
-"""The log schema, one dataclass an event, and how an event is emitted.
+"""The log schema, one dataclass an event.
 
 Event names are ``eplb.<noun>.<past tense>``; keys are flat and numbers carry their unit in the name. A field's
-annotation says what it means: EVENTS.md is made of these. Emitting goes through a structlog logger of the caller's
-choice; importing this package configures nothing.
+annotation is its description in EVENTS.md, which is generated from these classes.
 """
 
 from dataclasses import dataclass, fields
@@ -15,15 +14,27 @@ STAMPS = {
     "event": "name of the event",
     "schema_version": f"version of this schema: {SCHEMA_VERSION}",
     "run_id": "an updater's life, from open to close; the same on all its ranks",
-    "monotonic_s": "seconds on the host's monotonic clock, when the event was emitted: at the end of what it tells of",
+    "monotonic_s": "seconds on the host's monotonic clock, when the event was emitted: at the end of what it reports",
     "wall_s": "seconds since 1970 on the host's wall clock, at the same time",
 }
 """Keys that every logged event has besides its fields, and what they mean."""
 
+LINK_NBYTES = {
+    "sent_nbytes_within_node": ("sent", "within_node"),
+    "sent_nbytes_across_nodes": ("sent", "across_nodes"),
+    "received_nbytes_within_node": ("received", "within_node"),
+    "received_nbytes_across_nodes": ("received", "across_nodes"),
+}
+"""Keys of bytes between ranks, of a transfer and of an update → direction and kind of link."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Base of all events; :attr:`name` is the event's name in the log, :attr:`level` the method it is logged by."""
+    """Base of all events.
+
+    :cvar name: the event's name in the log
+    :cvar level: level that it is logged at: ``"debug"``, ``"info"`` or ``"warning"``
+    """
 
     name: ClassVar[str]
     level: ClassVar[str] = "info"
@@ -50,7 +61,7 @@ class UpdateStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateInputsLogged(Event):
-    """What an update works on (option ``log_inputs``)."""
+    """The inputs of an update (option ``log_inputs``)."""
 
     name: ClassVar[str] = "eplb.update.inputs_logged"
 
@@ -74,7 +85,7 @@ class LayerPlanned(Event):
     layer: Annotated[int, "row of the placement"]
     duration_ms: Annotated[float, "time of the planning thread, queueing included"]
     num_same_gpu: Annotated[int, "slots copied from this rank"]
-    num_free_rider: Annotated[int, "slots that get what another slot of this rank receives"]
+    num_free_rider: Annotated[int, "slots filled from what another slot of this rank receives"]
     num_same_node: Annotated[int, "slots received from this node"]
     num_cross_node: Annotated[int, "slots received from other nodes"]
     num_sends: Annotated[int, "experts sent to other ranks, counted for each"]
@@ -92,7 +103,7 @@ class LayerDecided(Event):
     local_copies: Annotated[list[dict[str, int]], "copies between slots of this rank"]
     recvs: Annotated[list[dict[str, int]], "receives, in slot order"]
     sends: Annotated[list[dict[str, int]], "sends, in the order of logical experts"]
-    fan_outs: Annotated[list[dict[str, int]], "slots that get what another slot receives"]
+    fan_outs: Annotated[list[dict[str, int]], "slots filled from what another slot receives"]
     relays: Annotated[list[dict[str, int]], "sends from staging of what this rank receives"]
 
 
@@ -163,15 +174,15 @@ class UpdateFailed(Event):
 
     duration_ms: Annotated[float, "of the update"]
     error: Annotated[str, "name of the exception"]
-    error_message: Annotated[str, "what it says"]
+    error_message: Annotated[str, "message of the exception"]
     committed_layers: Annotated[list[int], "layers that are new, in update order"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStalled(Event):
-    """A stage made no progress for ``progress_timeout_s``: the update fails. Each stage that does so is told once.
+    """A stage made no progress for ``progress_timeout_s``: the update fails. Each such stage is reported once.
 
-    ``stages`` says what each stage does, ``rank_states`` what each rank said in the last control round.
+    ``stages`` lists the work of each stage, ``rank_states`` the state of each rank in the last control round.
     """
 
     name: ClassVar[str] = "eplb.update.stalled"
@@ -179,11 +190,11 @@ class UpdateStalled(Event):
 
     layer: Annotated[int, "row of the placement"]
     stage: Annotated[str, "`plan`, `transfer`, `relay`, `agree` or `commit`"]
-    doing: Annotated[str, "what the stage was doing"]
-    duration_ms: Annotated[float, "how long a stage may do one thing"]
-    stages: Annotated[list[str], "what each stage does with which layer, longest first"]
+    doing: Annotated[str, "work of the stage"]
+    duration_ms: Annotated[float, "limit of one piece of work of a stage"]
+    stages: Annotated[list[str], "work of each stage and its layer, longest first"]
     buffers: Annotated[list[str], "each staging buffer with its state"]
-    rank_states: Annotated[list[str], "what each rank said in the last control round, by rank"]
+    rank_states: Annotated[list[str], "state of each rank in the last control round, by rank"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,16 +224,16 @@ class RebalanceFinished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceEvaluated(Event):
-    """A candidate placement was weighed: what it would bring, what it would cost, and whether it pays.
+    """A candidate placement was compared with the current one: its gain, its cost, and whether it pays.
 
     ``num_slots`` are those of the layers that would change; balancedness is the mean over the maximum of ranks' loads.
     """
 
     name: ClassVar[str] = "eplb.rebalance.evaluated"
 
-    policy: Annotated[str, "that chose the candidate"]
+    policy: Annotated[str, "policy that chose the candidate"]
     pays: Annotated[bool, "whether it will be moved to"]
-    reason: Annotated[str, "why, or why not"]
+    reason: Annotated[str, "reason of the decision"]
     num_layers: Annotated[int, "layers of the model"]
     num_changed_layers: Annotated[int, "layers that would change"]
     mean_balancedness_before: Annotated[float, "mean of all layers, now"]

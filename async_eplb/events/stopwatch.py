@@ -4,14 +4,14 @@ import anyio
 
 
 class Stopwatch:
-    """Milliseconds on the event loop's clock.
+    """Measures milliseconds on the event loop's clock.
 
-    :param ahead_ms: what has gone by already
+    :param ahead_ms: time to begin with
     """
 
     def __init__(self, ahead_ms: float = 0.0) -> None:
         self._start = anyio.current_time() - ahead_ms / 1e3
 
     def ms(self) -> float:
-        """Return the time since construction, and what had gone by then."""
+        """Return the time since construction plus ``ahead_ms``."""
         return (anyio.current_time() - self._start) * 1e3

@@ -1,39 +1,28 @@
-"""Events → OpenTelemetry spans, by the API package (extra ``tracing``): updates, and in them the stages of layers."""
+"""Events → OpenTelemetry spans, through the API package (extra ``tracing``): updates, with stages of layers inside."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from async_eplb.errors import MissingExtra
-from async_eplb.events.schema import (
-    FenceWaited,
-    LayerCommitted,
-    LayerPlanned,
-    LayerTransferred,
-    UpdateFailed,
-    UpdateFinished,
-    UpdateStarted,
-)
+from async_eplb.events.schema import LayerPlanned, UpdateFailed, UpdateFinished, UpdateStarted
+from async_eplb.events.stages import COMMIT, FENCE, PLAN, TRANSFER
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
 
-_STAGES = {
-    LayerPlanned.name: "eplb.plan",
-    LayerTransferred.name: "eplb.transfer",
-    LayerCommitted.name: "eplb.commit",
-    FenceWaited.name: "eplb.fence",
-}
+_STAGES = {stage.event.name: f"eplb.{stage.name}" for stage in (PLAN, TRANSFER, COMMIT, FENCE)}
+"""Event that is logged at a stage's end → name of the stage's span."""
 _ENDS = (UpdateFinished.name, UpdateFailed.name)
 _NOT_ATTRIBUTES = frozenset({"event", "schema_version", "monotonic_s", "wall_s"})
 
 
 class Spans:
-    """Makes spans of events; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
+    """Turns events into spans; an observer for :class:`async_eplb.events.event_logger.EventLogger`.
 
-    Times are those of the wall clock. A layer that was planned before its update's start was logged is held back until
-    then. If the application has set no tracer provider, the API package makes nothing of all this.
+    Times are those of the wall clock. The span of a layer that was planned before its update's start was logged is made
+    after it. Without a tracer provider of the application, the API package discards all spans.
 
-    :param provider: whose spans these are; the application's without it
+    :param provider: provider of the tracer; without it, the application's
     :raises MissingExtra: without opentelemetry-api
     """
 
@@ -50,7 +39,7 @@ class Spans:
         self._early: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take in an event."""
+        """Start or end the span of an event."""
         name = event["event"]
         key = (str(event.get("run_id")), event["generation"], event["rank"])
         if name == UpdateStarted.name:
@@ -94,7 +83,7 @@ class Spans:
 
 
 def _attributes(event: Mapping[str, Any]) -> Iterator[tuple[str, str | bool | int | float]]:
-    """Yield an event's plain values; lists stay in the log."""
+    """Yield the attributes of a span: all keys of the event whose values are no lists."""
     for name, value in event.items():
         if name not in _NOT_ATTRIBUTES and isinstance(value, str | bool | int | float):
             yield f"eplb.{name}", value

@@ -1,4 +1,4 @@
-"""What must hold after every event of a simulated world."""
+"""Invariants, which are checked after every event of a simulated world."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from async_eplb.updater import ExpertUpdater
 
 
 class Invariant(Enum):
-    """What must hold."""
+    """A condition that is true at all times."""
 
     WHOLE_LAYERS = "a layer is wholly old or new on every rank"
     SAME_MAPS = "all live ranks use the same map in the same step"
@@ -24,12 +24,12 @@ class Invariant(Enum):
     ONE_STATE = "no buffer is used in two states"
     STAGED_EVERYWHERE = "no commit without staged everywhere"
     ENDS_IN_TIME = "an update ends within its deadline"
-    TYPED_ERRORS = "what goes wrong is told by a typed error"
+    TYPED_ERRORS = "every failure is a typed error"
     RECOVERED = "after recovery all survivors serve the same placement"
 
 
 class Violation(Exception):
-    """An invariant does not hold."""
+    """An invariant is violated."""
 
     def __init__(self, invariant: Invariant, message: str) -> None:
         super().__init__(f"{invariant.value}: {message}")
@@ -38,11 +38,16 @@ class Violation(Exception):
 
 @dataclass(slots=True)
 class Watched:
-    """One rank, as the checker sees it.
+    """What the checker reads of one rank, and what it has seen of it.
 
-    :param memory: of its live weights: uint8 ``[layers, slots, bytes]``
-    :param serving: it is between two boundaries, in a pass, and its layers must not change
-    :param recovering: layers may change together with other ranks' only at the end
+    :param memory: its live weights: uint8 ``[layers, slots, bytes]``
+    :param serving: it is inside a forward pass, in which its layers must not change
+    :param recovering: it is in a recovery, in which its maps may differ from other ranks'
+    :param gone: it was killed, or has left its updater; it is not checked any more
+    :param map: its published map: int64 ``[layers, physical]``, in place
+    :param generation: how often each of its layers was replaced: int64 ``[layers]``, in place
+    :param seen: what :meth:`content` returned when it was last checked
+    :param generations: ``generation`` when it was last checked
     """
 
     rank: int
@@ -65,15 +70,16 @@ class Watched:
         self._live = (self.memory.data, self.map.data, self.generation.data)
 
     def content(self) -> bytes:
-        """Return all that layers consist of."""
+        """Return all bytes that a commit may change: weights, map and generations."""
         return b"".join(self._live)
 
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """A staged layer, as it was when it was staged.
+    """A staged layer, and the bytes that it had when it was staged.
 
-    :param mark: update and layer
+    :param mark: (generation of the update, layer)
+    :param live: the bytes of ``memory`` as they are now
     """
 
     mark: tuple[int, int]
@@ -83,10 +89,7 @@ class _Staged:
 
 
 class Checker:
-    """Compares the world with the invariants.
-
-    :param rows: layer → maps that the layer may have
-    """
+    """Compares the ranks of a world with the invariants."""
 
     def __init__(self, model: TinyModel, topology: EPTopology, ranks: Sequence[Watched]) -> None:
         self._model = model
@@ -99,8 +102,9 @@ class Checker:
             watched.seen = watched.content()
 
     def after_event(self, rank: int | None) -> None:
-        """Check what the event of a rank, or of none, can have changed; not of ranks that are gone and only cleaned up.
+        """Check what an event can have changed.
 
+        :param rank: whose event it was; all ranks are checked without one
         :raises Violation: if an invariant does not hold
         """
         for watched in self.ranks if rank is None else (self.ranks[rank],):
@@ -113,9 +117,9 @@ class Checker:
                 self._check_change(watched)
 
     def passes(self, watched: Watched, step: int) -> None:
-        """Note which maps a rank uses in a pass, and compare with the others'.
+        """Compare the maps that a rank uses in a forward pass with those that other ranks use in it.
 
-        :raises Violation: if another rank used others in the same pass, or a layer is torn
+        :raises Violation: if another rank used other maps in the same pass, or a layer is partly old and partly new
         """
         self.after_event(watched.rank)
         self.check_layers(watched)
@@ -129,26 +133,26 @@ class Checker:
             )
 
     def check_layers(self, watched: Watched) -> None:
-        """Compare every byte of a rank's slots with what its maps say, but for a layer that is known to be torn there.
+        """Compare every byte of a rank's slots with its map, except in a layer whose commit failed half way there.
 
-        :raises Violation: if a slot holds something else
+        :raises Violation: if the bytes of a slot are not those of the expert in the map
         """
         self.num_checks += 1
-        held = watched.map[:, self._topology.slots_of(watched.rank)]
-        differs = watched.memory != self._model.slots(held)
+        experts = watched.map[:, self._topology.slots_of(watched.rank)]
+        differs = watched.memory != self._model.slots(experts)
         if not differs.any():
             return
-        wrong = (held != EMPTY_SLOT) & differs.any(axis=-1)
+        wrong = (experts != EMPTY_SLOT) & differs.any(axis=-1)
         for layer in np.flatnonzero(wrong.any(axis=1)):
-            if layer not in self._torn(watched):
+            if layer not in self._half_committed(watched):
                 raise Violation(
                     Invariant.WHOLE_LAYERS,
-                    f"rank {watched.rank}, layer {layer}: slots {np.flatnonzero(wrong[layer]).tolist()} do not hold "
-                    f"{held[layer].tolist()}",
+                    f"rank {watched.rank}, layer {layer}: slots {np.flatnonzero(wrong[layer]).tolist()} are not "
+                    f"experts {experts[layer].tolist()}",
                 )
 
     def check_replicas(self, watched: Watched) -> None:
-        """Check that each expert of the map in use has a replica on a rank that is alive.
+        """Check that each expert has a replica in the map in use.
 
         :raises Violation: if one has none
         """
@@ -160,8 +164,9 @@ class Checker:
                 )
 
     @staticmethod
-    def _torn(watched: Watched) -> set[int]:
-        error = watched.updater._driver.held
+    def _half_committed(watched: Watched) -> set[int]:
+        """Return the layer whose commit failed on this rank, if there is one."""
+        error = watched.updater.held
         return set() if error is None else {getattr(error, "layer", -1)}
 
     def _check_change(self, watched: Watched) -> None:
@@ -188,21 +193,22 @@ class Checker:
     def _has_staged(watched: Watched, layer: int, generation: int) -> bool:
         if watched.gone or int(watched.generation[layer]) >= generation:
             return True
-        run = watched.updater._run or watched.updater._failed_run
-        return run is not None and layer in [each.planned.row for each in run._staged]
+        run = watched.updater.running or watched.updater.failed
+        return run is not None and layer in run.progress.rows[: run.progress.staged]
 
     def _check_buffers(self, watched: Watched) -> None:
         """Check that staged layers have buffers of their own, whose bytes do not change until they are committed."""
-        run = watched.updater._run
-        if run is None or len(run._staged) == run._num_finished:
+        run = watched.updater.running
+        if run is None or run.progress.staged == run.progress.finished:
             return
-        staged = run._staged[run._num_finished :]
+        finished = run.progress.finished
+        staged = run.progress.layers[finished : run.progress.staged]
         buffers = [layer.buffer.index for layer in staged]
         if len(set(buffers)) < len(buffers):
             raise Violation(Invariant.ONE_STATE, f"rank {watched.rank}: staged layers share buffers {buffers}")
-        for number, layer in enumerate(staged, run._num_finished):
-            key, mark = (watched.rank, layer.buffer.index), (run.generation, layer.planned.row)
-            memory, known = layer.buffer._memory, self._kept.get(key)
+        for number, layer in enumerate(staged, finished):
+            key, mark = (watched.rank, layer.buffer.index), (run.update.generation, layer.planned.row)
+            memory, known = layer.buffer.memory, self._kept.get(key)
             if known is None or known.mark != mark:
                 live = memory.numpy().data
                 self._kept[key] = _Staged(mark, memory, live, bytes(live))

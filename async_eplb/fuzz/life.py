@@ -1,4 +1,4 @@
-"""What one simulated rank does: update alone or beside serving, then recover and update again, until all is well."""
+"""The program of one simulated rank: update, alone or beside serving; then recover and update again, as directed."""
 
 import asyncio
 import random
@@ -19,18 +19,18 @@ from async_eplb.transport.memory.transport import MemoryTransport
 from async_eplb.updater import ExpertUpdater
 
 _COLLECTIVE_TIMEOUT_S = 30.0
-"""How long a model's collective waits for a rank."""
+"""How long the model's collectives wait for a rank."""
 
 FAILURES = (EplbError, OSError, MemoryError)
-"""What a caller may meet with: this package's errors, and those that the machine raised in what the caller called."""
+"""Errors that a caller may get: this package's, and those that the simulated machine raises."""
 
 
 class PassBroken(Exception):
-    """A pass cannot be finished: a rank does not take part in its collectives."""
+    """A forward pass cannot be finished: a rank does not take part in its collectives."""
 
 
 class Collectives:
-    """What ranks that serve do together in each pass."""
+    """Stands for the model's collectives: in each forward pass, serving ranks wait for each other."""
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
@@ -39,16 +39,16 @@ class Collectives:
         self._all_done: dict[int, bool] = {}
         self._broken = False
 
-    def break_off(self) -> None:
-        """Fail all passes, those to come too."""
+    def fail_all(self) -> None:
+        """Fail all passes under way, and all later ones."""
         self._broken = True
         for event in self._complete.values():
             event.set()
 
     async def meet(self, number: int, rank: int, *, done: bool) -> bool:
-        """Wait for all ranks in a pass; return whether all are done.
+        """Wait for all ranks in a pass; return whether all of them are done with their updates.
 
-        :raises PassBroken: if one does not come
+        :raises PassBroken: if one does not come in time
         """
         arrived = self._arrived.setdefault(number, set())
         complete = self._complete.setdefault(number, Event())
@@ -60,18 +60,23 @@ class Collectives:
             with anyio.move_on_after(_COLLECTIVE_TIMEOUT_S):
                 await complete.wait()
         if len(arrived) < self._num_ranks:
-            self.break_off()
+            self.fail_all()
             raise PassBroken(f"rank {rank}, pass {number}: only ranks {sorted(arrived)} came")
         return self._all_done[number]
 
 
 @dataclass(slots=True, eq=False)
-class Rank:
-    """One rank of the world, and what the world tells it.
+class SimulatedRank:
+    """State of one rank that the world reads, and by which it directs the rank.
 
-    :param settled: it has nothing left to do, well or ill, until it is told how to go on
-    :param cancel: cancels what its caller waits for, if it can be cancelled now
-    :param cancel_natively: the same by asyncio's own means
+    :param settled: its updates have ended, well or not, and it waits until it is resumed
+    :param failure: the first error since it was last resumed
+    :param excluded: the world directs it no more
+    :param cancel: cancels the update that its caller waits for; None if there is none
+    :param cancel_natively: cancels the task that waits, by asyncio's own means
+    :param life: is cancelled to make it leave its updater
+    :param resumed: is set when :meth:`resume` is called, and when it is excluded
+    :param placement: where to move to after a recovery
     """
 
     watched: Watched
@@ -83,40 +88,40 @@ class Rank:
     cancel: Callable[[], None] | None = None
     cancel_natively: Callable[[], object] | None = None
     life: CancelScope = field(default_factory=CancelScope)
-    left: bool = False
-    go_on: Event = field(default_factory=Event)
+    resumed: Event = field(default_factory=Event)
     placement: ExpertPlacement | None = None
 
     @property
     def number(self) -> int:
-        """Its number."""
+        """Number of the rank."""
         return self.watched.rank
 
-    def tell(self, transport: MemoryTransport, placement: ExpertPlacement | None) -> None:
-        """Let it recover over a transport, then move to a placement, if there is one."""
+    def resume(self, transport: MemoryTransport, placement: ExpertPlacement | None) -> None:
+        """Let the rank recover over a transport, then move to a placement unless that is None."""
         self.settled, self.failure = False, None
         self.transport, self.placement = transport, placement
-        self.go_on.set()
-        self.go_on = Event()
+        self.resumed.set()
+        self.resumed = Event()
 
 
 class Life:
-    """What a rank does.
+    """The program of a rank.
 
     :param placements: to move to, one after another
-    :param tell: says that something has changed that others wait for
+    :param source: of experts that no rank has after a loss
+    :param notify: called when the rank has settled
     """
 
     def __init__(
         self,
         scenario: Scenario,
-        rank: Rank,
+        rank: SimulatedRank,
         placements: Sequence[ExpertPlacement],
         *,
         checker: Checker,
         collectives: Collectives,
         source: TinyModel,
-        tell: Callable[[], None],
+        notify: Callable[[], None],
     ) -> None:
         self._scenario = scenario
         self._rank = rank
@@ -124,11 +129,11 @@ class Life:
         self._checker = checker
         self._collectives = collectives
         self._source = source
-        self._tell = tell
+        self._notify = notify
         self._random = random.Random(scenario.seed * 17 + rank.number)  # noqa: S311 - repeatable
 
     async def live(self) -> None:
-        """Be the rank, from entering the updater to leaving it."""
+        """Run the rank from entering its updater to leaving it."""
         rank = self._rank
         try:
             async with rank.updater:
@@ -138,21 +143,21 @@ class Life:
                         await self._settle(self._recover)
         except FAILURES as error:
             rank.failure = rank.failure or error
-        rank.left = rank.watched.gone = rank.settled = True
-        self._collectives.break_off()
-        self._tell()
+        rank.watched.gone = rank.settled = True
+        self._collectives.fail_all()
+        self._notify()
 
     async def _settle(self, live: Callable[[], Awaitable[None]]) -> None:
-        rank, go_on = self._rank, self._rank.go_on
+        rank, resumed = self._rank, self._rank.resumed
         try:
             await live()
         except (*FAILURES, PassBroken) as error:
             rank.failure = rank.failure or error
         if rank.failure is not None:
-            self._collectives.break_off()
+            self._collectives.fail_all()
         rank.settled = True
-        self._tell()
-        await go_on.wait()
+        self._notify()
+        await resumed.wait()
 
     async def _recover(self) -> None:
         rank = self._rank
@@ -170,7 +175,7 @@ class Life:
             await self._update_to(placement)
 
     async def _update_to(self, placement: ExpertPlacement) -> None:
-        """Update alone; a caller that goes away, in either way, is followed by another."""
+        """Update without serving, and wait for the end of the update even if the caller was cancelled."""
         rank = self._rank
         with CancelScope() as scope, self._natively(), suppress(UpdateCancelled):
             rank.cancel = scope.cancel
@@ -178,15 +183,15 @@ class Life:
                 await rank.updater.update(placement)
             finally:
                 rank.cancel = None
-        run = rank.updater._run
+        run = rank.updater.running
         if run is not None:  # a second cancellation ends the wait, not the update
             await run.finished.wait()
-        failed = rank.updater._failed_run
-        if failed is not None and failed.error is not None:  # a caller that went away has not heard of it
+        failed = rank.updater.failed
+        if failed is not None and failed.error is not None:  # a cancelled caller did not get it
             raise failed.error
 
     async def _serve(self) -> None:
-        """Make passes until all ranks have done all updates."""
+        """Make forward passes, with updates beside them, until all ranks have made all updates."""
         rank, done = self._rank, Event()
         async with create_task_group() as tasks:
             tasks.start_soon(self._update_beside, done)
@@ -194,8 +199,8 @@ class Life:
                 await self._make_passes(done)
             except (*FAILURES, PassBroken) as error:
                 rank.failure = rank.failure or error
-                self._collectives.break_off()
-                tasks.cancel_scope.cancel()  # nobody waits for an update that no step follows
+                self._collectives.fail_all()
+                tasks.cancel_scope.cancel()  # without further steps the update would never end
             finally:
                 rank.watched.serving = False
 
@@ -240,9 +245,9 @@ class Life:
 
 
 class _Natively:
-    """Inside, the task can be cancelled by asyncio itself, once; it goes on after the body."""
+    """Lets ``rank.cancel_natively`` cancel the task in the body, once; the task goes on after the body."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: SimulatedRank) -> None:
         self._rank = rank
         self._task = asyncio.current_task()
         self._asked = False

@@ -1,4 +1,4 @@
-"""An event loop under a virtual clock, in which a seed decides what runs next and whole ranks can stand still."""
+"""An event loop under a virtual clock, in which a seed decides what runs next and ranks can be frozen."""
 
 import asyncio
 import random
@@ -16,11 +16,11 @@ except ImportError:  # then anyio does not look there
 T = TypeVar("T")
 
 RANK: ContextVar[int] = ContextVar("RANK")
-"""The rank that a task belongs to; what belongs to none, such as the world around it, never stands still."""
+"""The rank that a task belongs to. Tasks of none, such as the world around the ranks, are never frozen."""
 
 
 class Stuck(Exception):
-    """Nothing can ever happen again, but somebody still waits."""
+    """Nothing can ever happen again, but a task still waits."""
 
 
 class SimulatedTask(asyncio.Task[T]):
@@ -45,28 +45,28 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._draws = seed is not None
         self.after_event = after_event
         self.broken_by: Exception | None = None
-        """What ends the run at once: tasks of ranks that stand still would never end by themselves."""
+        """Raised at once if it is set: tasks of frozen ranks would never end by themselves."""
         self.num_events = 0
         self.history = 0
-        """Condenses every choice so far: equal runs have equal histories."""
-        self.still: set[int] = set()
-        """Ranks whose callbacks wait until they are taken from this set, by :meth:`go_on`."""
+        """A hash of every choice so far: equal runs have equal histories."""
+        self.frozen: set[int] = set()
+        """Ranks whose callbacks do not run until :meth:`thaw` takes them from this set."""
         self._now = 0.0
         self._num_tasks = 0
         self._ready: list[Handle] = []
         self._scheduled: list[TimerHandle] = []
-        self._held: list[Handle] = []
+        self._withheld: list[Handle] = []
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
         """Return the virtual time, in seconds."""
         return self._now
 
-    def go_on(self, rank: int) -> None:
-        """Let a rank that stood still run again."""
-        self.still.discard(rank)
-        self._ready += self._held
-        self._held = []
+    def thaw(self, rank: int) -> None:
+        """Let a frozen rank run again."""
+        self.frozen.discard(rank)
+        self._ready += self._withheld
+        self._withheld = []
 
     def _make_task(
         self,
@@ -83,7 +83,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         """Run one callback."""
         ready = self._ready
-        nothing = not ready or (self.still and all(map(_asks_again, ready)))
+        nothing = not ready or (self.frozen and all(map(_asks_again, ready)))
         while self._scheduled and (nothing or self._scheduled[0].when() <= self._now):
             timer = heappop(self._scheduled)
             timer._scheduled = False  # type: ignore[attr-defined]
@@ -101,8 +101,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         if handle._cancelled:
             return
         rank = handle._context.get(RANK, None)  # type: ignore[attr-defined]
-        if self.still and rank in self.still:
-            self._held.append(handle)
+        if self.frozen and rank in self.frozen:
+            self._withheld.append(handle)
             return
         self.num_events += 1
         self.history = hash((self.history, number, len(ready), self._now))
@@ -123,12 +123,15 @@ def _callback(handle: Handle) -> object:
 
 
 def _asks_again(handle: Handle) -> bool:
-    """Whether this is anyio asking a cancelled task to go, in each turn of the loop: one that is still cannot."""
+    """Whether this is anyio's callback that, in each turn of the loop, cancels a task anew until it has ended.
+
+    The task of a frozen rank does not end; without this, such callbacks would keep time from passing.
+    """
     return getattr(_callback(handle), "__name__", "") == "_deliver_cancellation"
 
 
 def _order(handle: Handle) -> int:
-    """Order callbacks by their tasks, for sets of tasks are cancelled in the order of their addresses."""
+    """Return the number of a callback's task, or 0: anyio cancels sets of tasks in the order of their addresses."""
     task = getattr(_callback(handle), "__self__", None)
     return task.number if isinstance(task, SimulatedTask) else 0
 

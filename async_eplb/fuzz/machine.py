@@ -1,14 +1,15 @@
-"""A simulated rank's machine: worker threads that are tasks, a device that runs out of memory, copies that fail."""
+"""The machine of a simulated rank: tasks for worker threads, a device that runs out of memory, copies that fail."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
 import torch
 from torch import Tensor
 
-from async_eplb.commit.committer import Committer
+from async_eplb.commit.committer import Committer, PreparedCommit
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.expert_map import LayerMaps
 from async_eplb.fuzz.scenario import Mishap, Trouble
@@ -20,9 +21,9 @@ T = TypeVar("T")
 
 
 class SimulatedWorkers:
-    """Workers without threads: work begins after a random time and its result is known after another.
+    """Workers without threads: a function runs after a random time, and its result is returned after another.
 
-    :param troubles: of this rank
+    :param troubles: those of this rank
     """
 
     def __init__(self, rng: random.Random, troubles: tuple[Trouble, ...]) -> None:
@@ -33,7 +34,7 @@ class SimulatedWorkers:
         self._slow: Mapping[str, float] = {t.work: t.seconds for t in troubles if t.mishap is Mishap.SLOW_WORK}
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
-        """Run ``function`` after and before a random time, one of a kind at a time."""
+        """Run ``function`` between two random times, one of a kind at a time."""
         async with self._turns.setdefault(kind, anyio.Lock()):
             with anyio.CancelScope(shield=True):
                 await self._pass_time(kind)
@@ -57,7 +58,7 @@ class SimulatedWorkers:
 
 
 class _NotKnownToHavePassed:
-    """An event of a device that has passed, and nobody can know without waiting."""
+    """An event that has passed, but whose ``query`` does not show it: it must be waited for, as on a GPU."""
 
     def query(self) -> bool:
         return False
@@ -67,9 +68,9 @@ class _NotKnownToHavePassed:
 
 
 class SimulatedDevice(CpuDevice):
-    """A CPU whose memory is known to be garbage before it is written, and which may have none left.
+    """A CPU whose new memory is filled with ones, so that use before writing shows, and which can run out of memory.
 
-    Every other event is one that a GPU would have to be waited for.
+    Every other event must be waited for, as on a GPU.
     """
 
     def __init__(self, troubles: tuple[Trouble, ...]) -> None:
@@ -83,9 +84,9 @@ class SimulatedDevice(CpuDevice):
         return _NotKnownToHavePassed() if self._num_events % 2 else super().record()
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Return memory full of ones.
+        """Return memory full of ones: uint8 ``[nbytes]``.
 
-        :raises MemoryError: if it is time for it
+        :raises MemoryError: if the troubles say so for this allocation
         """
         count = self._count
         self._count += nbytes > 0
@@ -94,8 +95,34 @@ class SimulatedDevice(CpuDevice):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class FailingCommit:
+    """A commit that fails half way if its layer is among those that are to fail.
+
+    :param failing: layers whose next commit fails, of all commits of the rank
+    :param one_slot: live and staged bytes of each tensor of one slot; empty if the layer has no staged slots
+    """
+
+    commit: PreparedCommit
+    row: int
+    failing: set[int]
+    one_slot: Sequence[tuple[Tensor, Tensor]]
+
+    def run(self) -> int:
+        """Commit the layer, or write one slot and fail.
+
+        :raises OSError: if it fails
+        """
+        if self.row in self.failing and self.one_slot:
+            self.failing.discard(self.row)
+            for live, staged in self.one_slot:
+                live.copy_(staged)
+            raise OSError("simulated: a copy failed")
+        return self.commit.run()
+
+
 class FailingCommitter:
-    """Commits, unless it is time to fail half way.
+    """Commits, except that the first commit of each layer that the troubles name fails half way.
 
     :param live: row → byte views of its tensors
     """
@@ -108,20 +135,14 @@ class FailingCommitter:
         self._failing = {t.layer for t in troubles if t.mishap is Mishap.TEAR}
 
     def spare_nbytes(self, row: int) -> int:
-        """Return what the committer needs."""
+        """Return the spare bytes of the committer that this one uses."""
         return self._committer.spare_nbytes(row)
 
-    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> Callable[[], int]:
-        """Return copies that write into one slot and fail, once, or the committer's."""
-        copies = self._committer.prepare(row, plan, buffer, maps)
-
-        def commit() -> int:
-            if row in self._failing and plan.staged_slots:
-                self._failing.discard(row)
-                slot = plan.staged_slots[0]
-                for live, staged in zip(self._live(row), buffer.views(slot), strict=True):
-                    live[slot].copy_(staged)
-                raise OSError("simulated: a copy failed")
-            return copies()
-
-        return commit
+    def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FailingCommit:
+        """Prepare the committer's commit, and what is written if it fails."""
+        one_slot = [
+            (live[slot], staged)
+            for slot in plan.staged_slots[:1]
+            for live, staged in zip(self._live(row), buffer.views(slot), strict=True)
+        ]
+        return FailingCommit(self._committer.prepare(row, plan, buffer, maps), row, self._failing, one_slot)

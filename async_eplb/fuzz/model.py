@@ -16,28 +16,26 @@ _SIZES = [8, 3]
 
 
 class TinyModel:
-    """Experts of two tensors with random bytes. As a source of weights it holds all of them.
-
-    :param content: uint8 ``[layers, experts, bytes]``
-    """
+    """Experts of two tensors with random bytes. It is also a source of weights for recoveries."""
 
     def __init__(self, seed: int, num_layers: int, num_experts: int) -> None:
         self.num_experts = num_experts
         rng = np.random.default_rng(seed)
+        # [layers, experts + 1, bytes]; the last expert stands for an empty slot, whose number is -1
         self._content = rng.integers(0, 256, (num_layers, num_experts + 1, sum(_SIZES)), dtype=np.uint8)
 
-    def slots(self, held: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-        """Return the bytes of the experts that slots hold: ``[layers, slots]`` → ``[layers, slots, bytes]``."""
-        layers = np.arange(len(held))[:, None]
-        slots: npt.NDArray[np.uint8] = self._content[layers, held]
+    def slots(self, experts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """Return the bytes of slots with these experts: ``[layers, slots]`` → uint8 ``[layers, slots, bytes]``."""
+        layers = np.arange(len(experts))[:, None]
+        slots: npt.NDArray[np.uint8] = self._content[layers, experts]
         return slots
 
     def memory(self, placement: ExpertPlacement, topology: EPTopology, rank: int) -> npt.NDArray[np.uint8]:
-        """Return the live weights of a rank: ``[layers, slots, bytes]``; empty slots hold anything."""
+        """Return the live weights of a rank: uint8 ``[layers, slots, bytes]``; bytes of empty slots mean nothing."""
         return self.slots(placement.physical_to_logical_map[:, topology.slots_of(rank)]).copy()
 
     def load(self, layer: int, logical_expert: int) -> list[Tensor]:
-        """Return an expert's tensors.
+        """Return an expert's tensors: uint8 ``[bytes]`` each.
 
         :raises InvalidWeightSource: if there is no such expert
         """

@@ -1,4 +1,4 @@
-"""Run one scenario to its end, and say what came of it."""
+"""Run one scenario to its end, and return its outcome."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,15 +8,18 @@ from async_eplb.events.emit import Logger
 from async_eplb.fuzz.invariants import Invariant, Violation
 from async_eplb.fuzz.loop import SimulatedLoop, Stuck, run
 from async_eplb.fuzz.scenario import Scenario
-from async_eplb.fuzz.world import World
+from async_eplb.fuzz.world import SimulatedWorld
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a scenario.
+    """What happened in a scenario.
 
-    :param trace: condenses every choice and every event logged: equal for equal scenarios
-    :param failures: names of the errors that ranks met with
+    :param violation: of an invariant; None if all were true to the end
+    :param trace: a hash of every choice and every logged event: equal for equal scenarios
+    :param num_events: callbacks of the event loop that ran
+    :param failures: names of the errors that ranks failed with
+    :param virtual_s: time on the simulated clock
     """
 
     scenario: Scenario
@@ -29,7 +32,7 @@ class Outcome:
 
 
 class _TraceLogger:
-    """Adds what is logged to a trace, but for host times."""
+    """Adds logged events to a trace, without the times that a host took."""
 
     def __init__(self, rank: int, trace: "hashlib.blake2b") -> None:
         self._rank = rank
@@ -47,15 +50,15 @@ class _TraceLogger:
 
 _MAX_EVENTS = 50_000
 _VARYING = frozenset({"overlap", "run_id"})
-"""Of what is logged, that which differs from run to run, besides times."""
+"""Fields of logged events that differ from run to run, besides times."""
 
 
 def simulate(scenario: Scenario) -> Outcome:
-    """Run a scenario. Equal scenarios give equal outcomes."""
+    """Run a scenario and return its outcome. Equal scenarios give equal outcomes."""
     trace = hashlib.blake2b(digest_size=8)
     loop = SimulatedLoop(scenario.seed)
     violation: Violation | None = None
-    world: World | None = None
+    world: SimulatedWorld | None = None
 
     def log_to(rank: int) -> Logger:
         return _TraceLogger(rank, trace)  # type: ignore[return-value]
@@ -68,7 +71,7 @@ def simulate(scenario: Scenario) -> Outcome:
 
     async def main() -> None:
         nonlocal world
-        world = World(scenario, loop, log_to)
+        world = SimulatedWorld(scenario, loop, log_to)
         await world.run()
 
     loop.after_event = after_event
@@ -76,7 +79,7 @@ def simulate(scenario: Scenario) -> Outcome:
         run(loop, main)
     except Stuck as stuck:
         violation = Violation(Invariant.ENDS_IN_TIME, f"all ranks wait for ever: {stuck}")
-    except Exception as error:  # noqa: BLE001 - whatever a rank met with that it should not have
+    except Exception as error:  # noqa: BLE001 - any error that a rank should not have raised
         violation = _violation(error)
     trace.update(repr(loop.history).encode())
     return Outcome(
@@ -91,7 +94,7 @@ def simulate(scenario: Scenario) -> Outcome:
 
 
 def _violation(error: Exception) -> Violation:
-    """Return the violation that ended a run, out of the groups that it was raised through."""
+    """Return the violation that ended a run, unpacked from exception groups; any other error is one, too."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, Violation):

@@ -1,4 +1,4 @@
-"""What a simulated world is and what goes wrong in it: values, drawn from a seed."""
+"""Scenarios: a simulated world and what goes wrong in it, as values drawn from a seed."""
 
 import json
 import random
@@ -7,10 +7,11 @@ from enum import Enum
 from typing import Any
 
 from async_eplb.agreement.rules import LaunchRule
+from async_eplb.workers import Work
 
 
 class Mishap(Enum):
-    """What can go wrong."""
+    """A kind of thing that can go wrong."""
 
     DELAY = "delay"
     """Messages to a rank come late."""
@@ -19,17 +20,17 @@ class Mishap(Enum):
     DUPLICATE = "duplicate"
     """Messages to a rank come twice."""
     CORRUPT = "corrupt"
-    """A byte of messages to a rank is another."""
+    """A byte of messages to a rank is changed."""
     KILL = "kill"
     """A rank stops for good, and its connections are closed."""
     FREEZE = "freeze"
-    """A rank stands still for a time, and its connections stay."""
+    """A rank does nothing for a time, and its connections stay."""
     CANCEL = "cancel"
-    """The caller of an update goes away."""
+    """The caller of an update cancels it."""
     CANCEL_NATIVELY = "cancel natively"
     """The task that waits for an update or a step is cancelled by asyncio itself."""
     LEAVE = "leave"
-    """A rank leaves its updater, whatever it is doing."""
+    """A rank leaves its updater, also in the middle of an update."""
     FAIL_ALLOCATION = "fail allocation"
     """The device has no memory for staging."""
     FAIL_WORK = "fail work"
@@ -37,12 +38,12 @@ class Mishap(Enum):
     TEAR = "tear"
     """The copies of a commit fail half way."""
     LOSE_ROUND = "lose round"
-    """A rank does not hear the result of a control round, and gives up."""
+    """A rank does not get the result of a control round, and gives up."""
     SLOW_WORK = "slow work"
     """A kind of work takes a rank long, so that staging is full."""
 
 
-WORK = ("plan", "transfer", "commit", "finish")
+WORK = (Work.PLAN, Work.TRANSFER, Work.COMMIT, Work.FINISH)
 """Kinds of work that can fail or be slow."""
 _LATEST_EVENT = 1500
 
@@ -51,13 +52,13 @@ _LATEST_EVENT = 1500
 class Trouble:
     """One thing that goes wrong.
 
-    :param rank: whom it happens to
-    :param event: number of the event after which it strikes, for what strikes once
-    :param layer: for messages and copies
-    :param peer: source of the messages
-    :param count: which time it is, for allocations, work and rounds
-    :param work: kind of work
-    :param seconds: how long it takes
+    :param rank: the rank that it happens to
+    :param event: number of the event after which it happens, for kills, freezes, leaves and cancellations
+    :param layer: of the messages or copies
+    :param peer: the rank that sends the messages
+    :param count: number of the allocation, the function or the control round, from 0
+    :param work: kind of work (:class:`async_eplb.workers.Work`)
+    :param seconds: of a delay, a freeze or slow work
     """
 
     mishap: Mishap
@@ -75,8 +76,10 @@ class Scenario:
     """One world and what happens in it; equal scenarios give equal runs.
 
     :param seed: of every choice of the scheduler and every duration
+    :param num_slots: of each rank
     :param serving: ranks serve while weights move; otherwise they wait for the end of the update
-    :param idle_every: passes between two times of standing still, 0 for never
+    :param idle_every: forward passes between two times in ``ExpertUpdater.idle``; 0 for never
+    :param numbered: ranks pass the number of the step to ``ExpertUpdater.step``
     :param by_policy: placements are a policy's for a random load; otherwise they are random themselves
     :param sources: of the planner
     """
@@ -107,9 +110,9 @@ class Scenario:
 
     @classmethod
     def from_json(cls, text: str) -> "Scenario":
-        """Read what :meth:`to_json` wrote.
+        """Read a scenario that :meth:`to_json` wrote.
 
-        :raises ValueError: if it is something else
+        :raises ValueError: if the text is no such scenario
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -157,7 +160,7 @@ def scenario_for(seed: int) -> Scenario:
 
 
 def _relaying(scenario: Scenario, rng: random.Random) -> Scenario:
-    """Return the scenario on two nodes, with replicas and a transport that sends: ranks pass experts on."""
+    """Return the scenario changed so that ranks relay experts: two nodes, replicas, and a transport that sends."""
     return replace(
         scenario,
         num_ranks=4,

@@ -1,4 +1,4 @@
-"""Make a failing scenario smaller while it still fails. Pure, but for the judge that is handed in."""
+"""Make a failing scenario smaller as long as it still fails. Pure, except for the function that runs scenarios."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,15 +7,15 @@ from async_eplb.agreement.rules import LaunchRule
 from async_eplb.fuzz.scenario import Scenario
 
 _OTHER_SEEDS = 3
-"""A smaller world takes other turns; as many other seeds are tried for each."""
+"""Other seeds that are tried for each smaller scenario, since events have another order in it."""
 _SEED_STRIDE = 1_000_003
 
 
 def shrink(scenario: Scenario, fails: Callable[[Scenario], bool], *, max_runs: int = 400) -> Scenario:
-    """Return a scenario that fails too, with nothing left that it could do without.
+    """Return a smaller scenario that fails too, and from which no single thing can be taken away.
 
-    :param fails: runs a scenario and says whether it fails in the way that matters
-    :param max_runs: how often it is asked at most
+    :param fails: runs a scenario; whether it fails in the same way
+    :param max_runs: most calls of ``fails``; the smallest scenario so far is returned then
     """
     runs = 0
     found = True
@@ -36,7 +36,7 @@ def shrink(scenario: Scenario, fails: Callable[[Scenario], bool], *, max_runs: i
 
 
 def _smaller(scenario: Scenario) -> Iterator[Scenario]:
-    """Return scenarios with one thing less, those that take away most first."""
+    """Yield scenarios with one thing less, those that take away most first."""
     for number in range(len(scenario.troubles)):
         yield replace(scenario, troubles=scenario.troubles[:number] + scenario.troubles[number + 1 :])
     if scenario.num_updates > 1:

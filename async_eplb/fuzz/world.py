@@ -1,7 +1,8 @@
-"""A simulated world: its ranks, what strikes them, and who sees to it that survivors recover together."""
+"""A simulated world: its ranks, the troubles that strike them, and a director that lets survivors recover together."""
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -10,7 +11,7 @@ from anyio import Event, create_task_group
 
 from async_eplb.events.emit import Logger
 from async_eplb.fuzz.invariants import Checker, Invariant, Violation, Watched
-from async_eplb.fuzz.life import Collectives, Life, Rank
+from async_eplb.fuzz.life import Collectives, Life, SimulatedRank
 from async_eplb.fuzz.loop import RANK, SimulatedLoop
 from async_eplb.fuzz.machine import FailingCommitter, SimulatedDevice, SimulatedWorkers
 from async_eplb.fuzz.model import TinyModel, tensors_of
@@ -25,6 +26,7 @@ from async_eplb.testing.sample_model import random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
 from async_eplb.transport.memory.transport import MemoryTransport
+from async_eplb.update.admission import admit_rank
 from async_eplb.updater import ExpertUpdater
 from async_eplb.weights import ExpertWeights
 
@@ -35,7 +37,7 @@ _MESSAGE_FAULTS = {
     Mishap.CORRUPT: FaultKind.CORRUPT,
 }
 _CONTROL_S = 0.01
-"""What a control round takes at least; without it, rounds would go on for ever at one instant."""
+"""The least time of a control round; without it, rounds would go on for ever at one instant."""
 TRANSFER_TIMEOUT_S = 2.0
 CONTROL_TIMEOUT_S = 4.0
 PROGRESS_TIMEOUT_S = 40.0
@@ -46,11 +48,11 @@ _MAX_INTERRUPTED = 2
 """Recoveries in which rounds may be lost."""
 
 
-class World:
-    """Ranks, and the one who sees to it that survivors recover together.
+class SimulatedWorld:
+    """The ranks of a scenario, and the director that lets survivors recover together.
 
-    :param loop: that it runs in
-    :param logger: of a rank
+    :param loop: the event loop that it runs in
+    :param logger: rank → where it logs
     """
 
     def __init__(self, scenario: Scenario, loop: SimulatedLoop, logger: Callable[[int], Logger]) -> None:
@@ -68,16 +70,17 @@ class World:
         self.ranks = [self._make_rank(number, transport, logger(number)) for number, transport in enumerate(transports)]
         self.checker = Checker(self._model, self._topology, [rank.watched for rank in self.ranks])
 
-    def _make_rank(self, number: int, transport: MemoryTransport, logger: Logger) -> Rank:
+    def _make_rank(self, number: int, transport: MemoryTransport, logger: Logger) -> SimulatedRank:
         scenario = self._scenario
         troubles = tuple(trouble for trouble in scenario.troubles if trouble.rank == number)
         memory = self._model.memory(self._old, self._topology, number)
-        updater = ExpertUpdater(
+        rank = admit_rank(
             ExpertWeights(tensors_of(memory)),
             self._old,
             self._topology,
-            rank=number,
+            number=number,
             transport=transport,
+            on_commit=lambda _layer: None,
             options=UpdateOptions(
                 verify=scenario.verify,
                 planner=Planner(scenario.sources),
@@ -90,11 +93,11 @@ class World:
             ),
             workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
             device=SimulatedDevice(troubles),
-            logger=logger,
+            logger=logger.bind(run_id=transport.run_id),
         )
-        live = updater._verifier.weights
-        updater._committer = FailingCommitter(updater._committer, live.views, troubles)
-        return Rank(Watched(number, updater, memory), updater, transport)
+        rank = replace(rank, committer=FailingCommitter(rank.committer, rank.weights.views, troubles))
+        updater = ExpertUpdater.of(rank, self._old, transport)
+        return SimulatedRank(Watched(number, updater, memory), updater, transport)
 
     async def run(self) -> None:
         """Run the world to its end.
@@ -110,14 +113,14 @@ class World:
                     checker=self.checker,
                     collectives=self._collectives,
                     source=self._model,
-                    tell=self._tell,
+                    notify=self._notify,
                 )
                 tasks.start_soon(self._or_break, partial(_as_rank, rank.number, life))
             await self._or_break(self._direct)
             for rank in self.ranks:
                 rank.excluded = True
-                self._loop.go_on(rank.number)
-                rank.go_on.set()
+                self._loop.thaw(rank.number)
+                rank.resumed.set()
 
     async def _or_break(self, function: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -127,7 +130,7 @@ class World:
             raise
 
     def after_event(self, number: int | None) -> None:
-        """Check the invariants, and let happen what is due."""
+        """Check the invariants, then let the troubles that are due strike."""
         self.checker.after_event(number)
         while self._to_strike and self._to_strike[0].event <= self._loop.num_events:
             self._strike(self._to_strike.pop(0))
@@ -141,34 +144,34 @@ class World:
         elif trouble.mishap is Mishap.CANCEL_NATIVELY and rank.cancel_natively is not None:
             rank.cancel_natively()
         elif trouble.mishap is Mishap.FREEZE:
-            self._loop.still.add(rank.number)
+            self._loop.frozen.add(rank.number)
             self._loop.call_later(trouble.seconds, self._thaw, rank)
         elif trouble.mishap is Mishap.LEAVE and self._is_one_of_many():
             rank.life.cancel()
         elif trouble.mishap is Mishap.KILL and self._is_one_of_many():
             rank.watched.gone = True
-            self._loop.still.add(rank.number)
+            self._loop.frozen.add(rank.number)
             rank.transport.die()
-            self._collectives.break_off()
-            self._tell()
+            self._collectives.fail_all()
+            self._notify()
 
     def _is_one_of_many(self) -> bool:
         return sum(not rank.watched.gone and not rank.life.cancel_called for rank in self.ranks) > 1
 
-    def _thaw(self, rank: Rank) -> None:
+    def _thaw(self, rank: SimulatedRank) -> None:
         if not rank.watched.gone:
-            self._loop.go_on(rank.number)
+            self._loop.thaw(rank.number)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._news.set()
         self._news = Event()
 
     async def _direct(self) -> None:
-        """Let survivors recover until all is well."""
+        """Let the ranks that remain recover together, until none has failed and none is lost."""
         while True:
             survivors = await self._settled()
             if not survivors:
-                return  # the last ones were struck at once
+                return  # the last ones were lost at the same time
             failures = [repr(rank.failure) for rank in survivors if rank.failure is not None]
             self.failures += [type(rank.failure).__name__ for rank in survivors if rank.failure is not None]
             lost = [rank for rank in self.ranks if rank not in survivors and not rank.excluded]
@@ -183,10 +186,10 @@ class World:
             schedule = self._recovery_schedule([rank.number for rank in survivors])
             placement = self._placement_for([rank.number for rank in survivors])
             for rank, transport in zip(survivors, MemoryTransport.world(len(survivors), schedule), strict=True):
-                rank.tell(transport, placement)
+                rank.resume(transport, placement)
 
     def _recovery_schedule(self, members: Sequence[int]) -> MemorySchedule:
-        """Return the schedule of a recovery and what follows; rounds are lost in the first ones too."""
+        """Return the schedule of a recovery and the update after it; in the first recoveries, rounds are lost too."""
         lost = _lost_rounds(self._scenario) if self.num_recoveries <= _MAX_INTERRUPTED else frozenset()
         places = {number: place for place, number in enumerate(members)}
         return MemorySchedule(
@@ -196,28 +199,31 @@ class World:
             lost_results=frozenset((places[number], count) for number, count in lost if number in places),
         )
 
-    async def _settled(self) -> list[Rank]:
-        """Wait until every rank that runs has settled; return them without those that are lost."""
+    async def _settled(self) -> list[SimulatedRank]:
+        """Wait until every running rank has settled; return those that are not lost.
+
+        :raises Violation: if one has not settled by the deadline
+        """
         with anyio.move_on_after(DEADLINE_S):
             while not self._have_settled():
                 with anyio.move_on_after(1.0):
                     await self._news.wait()
-        late = [rank.number for rank in self.ranks if not (rank.settled or rank.excluded or self._is_still(rank))]
+        late = [rank.number for rank in self.ranks if not (rank.settled or rank.excluded or self._is_frozen(rank))]
         if late:
             raise Violation(Invariant.ENDS_IN_TIME, f"ranks {late} have not ended within {DEADLINE_S} s")
-        return [rank for rank in self.ranks if rank.settled and not (rank.watched.gone or rank.excluded or rank.left)]
+        return [rank for rank in self.ranks if rank.settled and not (rank.watched.gone or rank.excluded)]
 
     def _have_settled(self) -> bool:
-        """Whether all ranks have, those that stand still excepted, unless nobody has missed them yet."""
+        """Whether all ranks have settled. A frozen one counts if it is gone, or another rank has failed meanwhile."""
         live = [rank for rank in self.ranks if not rank.excluded]
         missed = any(rank.failure is not None for rank in live)
-        return all(rank.settled or (self._is_still(rank) and (missed or rank.watched.gone)) for rank in live)
+        return all(rank.settled or (self._is_frozen(rank) and (missed or rank.watched.gone)) for rank in live)
 
-    def _is_still(self, rank: Rank) -> bool:
-        return rank.number in self._loop.still
+    def _is_frozen(self, rank: SimulatedRank) -> bool:
+        return rank.number in self._loop.frozen
 
     def _placement_for(self, members: Sequence[int]) -> ExpertPlacement | None:
-        """Return a placement for survivors, if they have a slot for each expert."""
+        """Return a placement on the ranks that remain, or None if they have fewer slots than experts."""
         physical = len(members) * self._scenario.num_slots
         if physical < self._scenario.num_experts:
             return None
@@ -225,8 +231,8 @@ class World:
         drawn = random_placement(rng, self._scenario.num_layers, physical, self._scenario.num_experts)
         return on_survivors(drawn, self._topology, members)
 
-    def _check_end(self, survivors: Sequence[Rank]) -> None:
-        """Check that survivors have the same placement, and nothing is left of any update.
+    def _check_end(self, survivors: Sequence[SimulatedRank]) -> None:
+        """Check that the ranks that remain have the same placement, publish it, and have all staging free.
 
         :raises Violation: if not
         """
@@ -238,9 +244,11 @@ class World:
         for rank in survivors:
             self.checker.check_layers(rank.watched)
             if rank.watched.map.tolist() != placement.physical_to_logical_map.tolist():
-                raise Violation(Invariant.RECOVERED, f"rank {rank.number} publishes another map than it says")
+                raise Violation(Invariant.RECOVERED, f"rank {rank.number} publishes another map than its placement")
             if not rank.updater._pool.all_free:
-                raise Violation(Invariant.ONE_STATE, f"rank {rank.number} holds {rank.updater._pool.buffers}")
+                raise Violation(
+                    Invariant.ONE_STATE, f"rank {rank.number} has staging in use: {rank.updater._pool.buffers}"
+                )
             if enough:
                 self.checker.check_replicas(rank.watched)
 
@@ -285,7 +293,7 @@ def _schedule(scenario: Scenario) -> MemorySchedule:
 
 
 def _lost_rounds(scenario: Scenario) -> frozenset[tuple[int, int]]:
-    """Return the ranks and the rounds that they do not hear."""
+    """Return (rank, number of a control round whose result it does not get)."""
     return frozenset((t.rank, t.count) for t in scenario.troubles if t.mishap is Mishap.LOSE_ROUND)
 
 

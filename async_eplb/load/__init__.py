@@ -1,1 +1,1 @@
-"""Loads: what experts are given, as values, counted on the device while serving, and summed over ranks."""
+"""Loads: tokens of each logical expert, counted on the device while the model serves, and summed over ranks."""

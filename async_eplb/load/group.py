@@ -1,4 +1,4 @@
-"""Sums loads over ranks on a gloo group of their own, in a thread of their own: never on the serving path."""
+"""Sums of loads over ranks, in a thread and a gloo group of their own: never on the serving path."""
 
 from datetime import timedelta
 from functools import partial
@@ -12,11 +12,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BrokenLoadGroup
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 
 class LocalLoadGroup:
-    """One rank alone: copies counts to the host without blocking the caller."""
+    """The load group of a rank alone: copies counts to the host without blocking the caller."""
 
     num_ranks = 1
 
@@ -25,12 +25,15 @@ class LocalLoadGroup:
         self._workers = workers
 
     async def sum(self, counts: Tensor) -> Tensor:
-        """Launch the copy, and wait for it in the load thread. Once cancelled, this does not fail any more."""
+        """Return the counts on the CPU, in their shape; the copy is launched here and waited for in a thread.
+
+        A cancelled sum ends as a cancelled one, also where closing the group made it fail.
+        """
         pinned = counts.device.type != "cpu"
         host = torch.empty_like(counts, device="cpu", pin_memory=pinned)
         host.copy_(counts, non_blocking=True)
         try:
-            return await self._workers.run("load", partial(self._finish, host, self._device.record()))
+            return await self._workers.run(Work.LOAD, partial(self._finish, host, self._device.record()))
         except BrokenLoadGroup:
             await anyio.lowlevel.checkpoint_if_cancelled()
             raise
@@ -41,9 +44,11 @@ class LocalLoadGroup:
 
 
 class GlooLoadGroup(LocalLoadGroup):
-    """The processes of a torch.distributed group. It connects in the constructor, which blocks; see :meth:`open`.
+    """The load group of the processes of a torch.distributed group.
 
-    :param store: where ranks find each other; nobody else may use its keys
+    The constructor connects them, which blocks; so :meth:`open` calls it in a thread.
+
+    :param store: where ranks find each other; its keys must be unused
     :param timeout_s: how long a sum waits for the slowest rank
     """
 
@@ -60,17 +65,18 @@ class GlooLoadGroup(LocalLoadGroup):
     async def open(
         cls, device: Device, workers: Workers, group: ProcessGroup | None = None, *, timeout_s: float = 60.0
     ) -> "GlooLoadGroup":
-        """Connect the processes of a group. All of them open their load groups in the same order.
+        """Connect the processes of a group, in a thread. All of them open their load groups in the same order.
 
         :param group: the EP group, of which this process must be a member; the world without it. It is only used to
             find the other ranks.
-        :raises BrokenLoadGroup: if this process is not in the group, or another does not come
+        :param timeout_s: how long to wait for the slowest rank, here and in each sum, in seconds
+        :raises BrokenLoadGroup: if this process is not in the group, or another one does not connect in time
         """
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, ProcessGroup):
             raise BrokenLoadGroup("this process is not a member of the group", rank=-1, timeout_s=timeout_s)
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        return await workers.run("load", partial(cls._connect, group, rank, num_ranks, device, workers, timeout_s))
+        return await workers.run(Work.LOAD, partial(cls._connect, group, rank, num_ranks, device, workers, timeout_s))
 
     @classmethod
     def _connect(
@@ -85,10 +91,10 @@ class GlooLoadGroup(LocalLoadGroup):
             raise _broken(rank, timeout_s, error) from error
 
     def close(self) -> None:
-        """Close the connections, from any thread. A sum under way ends with an error, here and at the other ranks.
+        """Close the connections, from any thread. A sum under way ends with an error, here and on the other ranks.
 
-        So close it when every rank has cancelled what sums, and a sum that one rank began and another did not ends at
-        once.
+        Close it when every rank has cancelled its sums: one that not all ranks began then ends at once, instead of
+        at its timeout.
         """
         self._group.abort()
 
@@ -99,30 +105,6 @@ class GlooLoadGroup(LocalLoadGroup):
         except RuntimeError as error:
             raise _broken(self._rank, self._timeout_s, error) from error
         return host
-
-
-class MemoryLoadGroup:
-    """Ranks inside one event loop, for tests and simulation: all of them are given this one object."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self.num_ranks = num_ranks
-        self._round = _Round()
-
-    async def sum(self, counts: Tensor) -> Tensor:
-        """Wait for the other ranks, then add up."""
-        current = self._round
-        current.counts.append(counts.cpu().clone())
-        if len(current.counts) == self.num_ranks:
-            self._round = _Round()
-            current.complete.set()
-        await current.complete.wait()
-        return torch.stack(current.counts).sum(dim=0)
-
-
-class _Round:
-    def __init__(self) -> None:
-        self.counts: list[Tensor] = []
-        self.complete = anyio.Event()
 
 
 def _broken(rank: int, timeout_s: float, error: RuntimeError) -> BrokenLoadGroup:

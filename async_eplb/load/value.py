@@ -1,4 +1,4 @@
-"""Load statistics: tokens of each logical expert, counted on the device while serving, and as a frozen value."""
+"""A load as a frozen value: tokens of each logical expert of each layer, over some steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,25 +7,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import ImpossibleCount, InvalidLoad
+from async_eplb.errors import InvalidLoad
 from async_eplb.placement import LOAD_KEY, MAP_KEY, describe, on_host, read_document
 
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 PHASES = ("prefill", "decode")
-"""Kinds of steps whose loads differ; they are counted apart."""
+"""Kinds of steps whose loads differ and are counted apart."""
 
 _MOST_TOKENS = 2.0**53
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertLoad:
-    """Tokens that each logical expert of each layer was given.
+    """Tokens that were routed to each logical expert of each layer.
 
     :param tokens: int64 or float64 ``[layers, logical]``, read-only
     :param num_steps: steps that they were counted over
-    :param phase: kind of these steps; None for all of them
-    :raises InvalidLoad: if it is no such table, or holds NaN, infinite, negative or uncountably large numbers
+    :param phase: kind of these steps; None for all kinds
+    :raises InvalidLoad: if ``tokens`` is no such table, or has NaN, infinite or negative numbers, or any above 2**53,
+        where float64 stops counting in ones
     """
 
     tokens: Tokens
@@ -60,7 +61,7 @@ class ExpertLoad:
         tokens: Tokens = np.array(table, dtype=np.int64) if whole else np.array(table, dtype=np.float64)
         steps = 1
         if tokens.ndim == 3:  # noqa: PLR2004
-            _require_countable(tokens)
+            _require_countable(tokens)  # of each step: sums of wrong numbers may look right
             steps = len(tokens)
             tokens = tokens.sum(axis=0)
         tokens.setflags(write=False)
@@ -68,7 +69,7 @@ class ExpertLoad:
 
     @classmethod
     def load(cls, source: str | Path) -> "ExpertLoad":
-        """Read a load in a form that serving engines write.
+        """Read a load from a document as serving engines write it.
 
         :param source: a ``.json`` or ``.pt`` file, or an inline JSON object, that holds ``logical_count`` as
             ``[layers, logical]`` or ``[steps, layers, logical]``. Tensors are read without unpickling code.
@@ -84,12 +85,12 @@ class ExpertLoad:
 
     @property
     def num_layers(self) -> int:
-        """Rows of the table."""
+        """Number of layers, the rows of the table."""
         return int(self.tokens.shape[0])
 
     @property
     def num_logical_experts(self) -> int:
-        """Columns of the table."""
+        """Number of logical experts, the columns of the table."""
         return int(self.tokens.shape[1])
 
     def tokens_per_step(self) -> npt.NDArray[np.float64]:
@@ -106,12 +107,15 @@ class ExpertLoad:
 
 
 def _require_countable(tokens: Tokens) -> None:
+    """Check that all numbers are counts.
+
+    :param tokens: ``[..., layers, logical]``
+    :raises InvalidLoad: if one is not
+    """
     wrong = np.argwhere(~((tokens >= 0) & (tokens <= _MOST_TOKENS)))
     if len(wrong):
         layer, expert = (int(index) for index in wrong[0][-2:])
-        raise ImpossibleCount(
+        raise InvalidLoad(
             f"layer {layer}: logical expert {expert} has {tokens[tuple(wrong[0])]} tokens; "
-            "counts are finite, at least 0 and at most 2**53",
-            layer=layer,
-            logical_expert=expert,
+            "counts are finite, at least 0 and at most 2**53"
         )

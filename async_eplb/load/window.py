@@ -1,4 +1,4 @@
-"""Tokens of each logical expert, counted on the device while the model serves."""
+"""A window over the last steps: tokens of each logical expert, counted on the device while the model serves."""
 
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -7,32 +7,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidOptions, RecordedBeyondModel
+from async_eplb.errors import InvalidLoad, InvalidOptions
 from async_eplb.load.value import PHASES, ExpertLoad
 
 _IGNORED = 0
-
-
+"""Column of a table of counts for tokens to ignore: they are counted there, since leaving them out would need a mask
+whose size the host would have to wait for."""
 _FIRST_EXPERT = 1
+"""Column of logical expert 0."""
 
 
 class PhysicalMap(Protocol):
-    """What folds physical experts to logical ones; an ``ExpertMap`` is one."""
+    """A map from physical experts to logical ones, int64 ``[layers, physical]``; an ``ExpertMap`` is one."""
 
     physical_to_logical_map: Tensor
 
 
 class LoadGroup(Protocol):
-    """Sums counts over the ranks that serve together, away from the serving path."""
+    """Sums counts over the ranks of an EP group, away from the serving path."""
 
     num_ranks: int
 
     async def sum(self, counts: Tensor) -> Tensor:
-        """Return the sum over all ranks, int64 on the CPU, equal on every rank.
+        """Return the sum over all ranks: int64 on the CPU, in the shape of ``counts``, equal on every rank.
 
-        All ranks call this together, as often, with tensors of the same shape.
+        All ranks call this equally often, with tensors of the same shape.
 
         :param counts: int64, on the device, complete in the order of the calling thread's current stream
+        :raises BrokenLoadGroup: if a rank does not take part in time
         """
         ...
 
@@ -40,15 +42,16 @@ class LoadGroup(Protocol):
 class LoadWindow:
     """Counts tokens of each expert on the device, over the last steps.
 
-    Recording and advancing only launch device work: they never wait for the device, allocate nothing that stays, and
-    use buffers whose addresses never change, so that :meth:`record` can be part of a CUDA graph. They are called
-    where the model runs, on its stream. Counts of a step are in the window once :meth:`advance` has ended it.
+    :meth:`record` and :meth:`advance` only launch device work: they never wait for the device and allocate no memory
+    that stays. They use buffers whose addresses never change, which the constructor allocates, so that :meth:`record`
+    can be part of a CUDA graph. Call them where the model runs, on its stream. Counts of a step are in the window once
+    :meth:`advance` has ended the step.
 
     The window takes ``4 * window_steps * phases * layers * (experts + 2)`` bytes of the device.
 
     :param window_steps: steps that the window covers
     :param phases: kinds of steps that are counted apart
-    :param expert_map: folds physical experts; needed to record them
+    :param expert_map: from physical experts to logical ones; only needed to record physical ones
     :raises InvalidOptions: if a number is not positive, or there is no phase
     """
 
@@ -72,6 +75,7 @@ class LoadWindow:
         self._expert_map = expert_map
         self._num_logical_experts = num_logical_experts
         self._beyond = _FIRST_EXPERT + num_logical_experts
+        # Columns of a table of counts: ignored tokens, logical experts in order, experts beyond the model.
         shape = (len(phases), num_layers, self._beyond + 1)
         self._step = torch.zeros(shape, dtype=torch.int32, device=device)
         self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
@@ -81,8 +85,8 @@ class LoadWindow:
         self._next = 0
 
     def num_steps(self, phase: str | None = None) -> int:
-        """Count the steps in the window, all or those of one phase; in any thread."""
-        steps = tuple(self._phases_of_steps)  # in one go: the serving thread appends
+        """Return the number of steps in the window, of all phases or one; can be called in any thread."""
+        steps = tuple(self._phases_of_steps)  # a copy, for the serving thread appends meanwhile
         return sum(phase is None or phase in phases for phases in steps)
 
     def record(
@@ -98,25 +102,25 @@ class LoadWindow:
 
         :param experts: the experts that tokens go to, integers of any shape, ``[tokens, top_k]`` for example; negative
             ones are ignored
-        :param physical: they are physical experts, and are folded to logical ones by the map as it is now
-        :param valid: False for tokens to ignore (padding, dummies): bool, the leading dimensions of ``experts``
+        :param physical: ``experts`` are physical; they are counted as the logical ones of the map as it is now
+        :param valid: False for tokens to ignore (padding, dummies): bool, of the leading dimensions of ``experts``
         :raises InvalidOptions: if the phase is not counted, or there is no map to fold with
         """
         if physical:
             if self._expert_map is None:
-                raise InvalidOptions("physical experts are folded by expert_map; it is None", option="expert_map")
+                raise InvalidOptions("physical experts are mapped by expert_map; it is None", option="expert_map")
             experts = self._folded(experts, self._expert_map.physical_to_logical_map[layer])
-        columns = experts.clamp(-1, self._num_logical_experts) + _FIRST_EXPERT
+        columns = experts.clamp(-1, self._num_logical_experts) + _FIRST_EXPERT  # -1 becomes _IGNORED
         if valid is not None:
-            kept = valid.reshape(valid.shape + (1,) * (experts.ndim - valid.ndim))
+            kept = valid.reshape(valid.shape + (1,) * (experts.ndim - valid.ndim))  # [tokens, ..., 1]
             columns = columns.masked_fill(~kept, _IGNORED)
-        columns = columns.reshape(-1).long()
+        columns = columns.reshape(-1).long()  # [recorded experts]
         self._step[self._phase(phase), layer].scatter_add_(0, columns, self._one.expand(len(columns)))
 
     def advance(self, phases: Collection[str] | None = None) -> None:
-        """End a step: its counts enter the window, and those of the oldest step leave it.
+        """End a step: add its counts to the window, and remove those of the oldest step.
 
-        :param phases: what kind of step it was; without them, of each kind. A load of one phase covers its own steps
+        :param phases: phases that the step had; all without it. A load of one phase covers only steps that had it
         """
         oldest = self._ring[self._next]
         self._total.add_(self._step).sub_(oldest)
@@ -125,43 +129,41 @@ class LoadWindow:
         self._next = (self._next + 1) % len(self._ring)
         self._phases_of_steps.append(frozenset(self._phases if phases is None else phases))
 
-    def snapshot(self, phase: str | None = None) -> Tensor:
-        """Copy the sum over the window: int64 ``[layers, logical]`` on the device, in the current stream's order.
-
-        :param phase: of these steps only; without it, of all phases
-        :raises InvalidOptions: if the phase is not counted
-        """
-        return self._counts(phase)[:, _FIRST_EXPERT : self._beyond].contiguous()
-
     async def gather(self, group: LoadGroup, phase: str | None = None) -> ExpertLoad:
-        """Return the load of all ranks together. It is equal on every rank; all of them call this together.
+        """Return the load of all ranks together, which is equal on every rank. All ranks call this together.
 
-        The copy that is summed is launched before this first waits, so call it from the thread that serves, or with
-        the stream current that :meth:`record` runs on.
+        The copy that is summed is launched before this first waits: call it from the serving thread, or while the
+        stream of :meth:`record` is current.
 
-        :raises RecordedBeyondModel: if experts beyond the model's were recorded
+        :raises InvalidLoad: if experts beyond the model's were recorded
         :raises InvalidOptions: if the phase is not counted
         """
-        counts = self._counts(phase)
-        steps = counts.new_full((1, counts.shape[1]), self.num_steps(phase))
-        summed = (await group.sum(torch.cat([counts, steps]))).numpy()
-        tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)
+        counts = self._counts(phase)  # [layers, columns]
+        steps = counts.new_full((1, counts.shape[1]), self.num_steps(phase))  # one more row, to be summed as well
+        summed = (await group.sum(torch.cat([counts, steps]))).numpy()  # [layers + 1, columns]
+        tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)  # the mean over ranks, rounded up
         beyond = int(tokens[:, self._beyond].sum())
         if beyond:
-            raise RecordedBeyondModel(
+            raise InvalidLoad(
                 f"{beyond} recorded experts are beyond the {self._num_logical_experts} of the model; "
-                "record physical experts with physical=True",
-                num_recorded=beyond,
+                "record physical experts with physical=True"
             )
         counted = tokens[:, _FIRST_EXPERT : self._beyond]
         return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)
 
     def _folded(self, physical: Tensor, table: Tensor) -> Tensor:
+        """Return the logical experts of physical ones, in their shape: -1 for negative ones and empty slots.
+
+        Physical experts beyond the table become a logical expert beyond the model's, which is counted as such.
+
+        :param table: ``[physical]``
+        """
         logical = table[physical.clamp(0, len(table) - 1)]
         logical = logical.masked_fill(physical >= len(table), self._num_logical_experts)
         return logical.masked_fill(physical < 0, -1)
 
     def _counts(self, phase: str | None) -> Tensor:
+        """Return a copy of the window's counts: int64 ``[layers, columns]``."""
         return self._total.sum(dim=0) if phase is None else self._total[self._phase(phase)].clone()
 
     def _phase(self, phase: str) -> int:

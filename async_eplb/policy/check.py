@@ -1,10 +1,10 @@
 """What policies refuse: loads, placements and options that do not fit together, and invalid results."""
 
 from async_eplb.errors import (
+    InvalidLoad,
     InvalidPlacement,
     InvalidPolicyOutput,
     LayerCountMismatch,
-    LoadMismatch,
     TooFewSlots,
     UnplacedExpert,
 )
@@ -30,16 +30,14 @@ def require_room(load: ExpertLoad, topology: EPTopology) -> None:
 def require_same_model(load: ExpertLoad, placement: ExpertPlacement) -> None:
     """Check that a load and a placement have the same layers and experts.
 
-    :raises LoadMismatch: if not
+    :raises InvalidLoad: if not
     """
     of_load = (load.num_layers, load.num_logical_experts)
     of_placement = (placement.num_layers, placement.num_logical_experts)
     if of_load != of_placement:
-        raise LoadMismatch(
+        raise InvalidLoad(
             f"the load has {of_load[0]} layers of {of_load[1]} logical experts, the placement {of_placement[0]} layers "
-            f"of {of_placement[1]}",
-            expected=of_placement,
-            actual=of_load,
+            f"of {of_placement[1]}"
         )
 
 

@@ -134,7 +134,7 @@ def choose(
     take as long as the rank that receives most, layer by layer. The model is linear and meant to be on the safe side:
     it knows no faster links within a node, and no overlap but ``slowdown``.
 
-    :raises LoadMismatch: if load and placement have different layers or experts
+    :raises InvalidLoad: if load and placement have different layers or experts
     :raises InvalidPlacement: if a placement does not fit the topology, or lacks an expert
     """
     require_complete(current, topology)

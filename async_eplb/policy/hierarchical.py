@@ -12,7 +12,7 @@ of a group is summed in float64 and rounded once (its sum depends on the process
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import InvalidGroups
+from async_eplb.errors import InvalidOptions
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy.check import require_room
@@ -30,7 +30,7 @@ def hierarchical(load: ExpertLoad, topology: EPTopology, *, num_groups: int) -> 
 
     :param load: of each expert
     :param num_groups: groups that the router limits tokens to, so that traffic stays within nodes
-    :raises InvalidGroups: if the groups do not divide the experts
+    :raises InvalidOptions: if the groups do not divide the experts
     :raises TooFewSlots: if there are fewer slots than experts
     """
     require_room(load, topology)
@@ -119,13 +119,12 @@ def replicate(weight: Weight, num_replicas: int) -> tuple[IntArray, Weight]:
 def require_groups(num_groups: int, num_logical_experts: int) -> None:
     """Check that groups are equally large.
 
-    :raises InvalidGroups: if not
+    :raises InvalidOptions: if not
     """
     if num_groups < 1 or num_logical_experts % num_groups:
-        raise InvalidGroups(
+        raise InvalidOptions(
             f"{num_groups} groups do not divide {num_logical_experts} logical experts; every group needs as many",
-            num_groups=num_groups,
-            num_logical_experts=num_logical_experts,
+            option="num_groups",
         )
 
 

@@ -53,9 +53,8 @@ def incremental(
         most loaded node costs more than this factor of what it does then; infinite for never
     :param replan_above: a layer that would end with a peak more than this factor above a full replan's, regrouping
         included, takes the replan's row, unless that takes too many moves; infinite for never
-    :raises InvalidGroups: if the groups do not divide the experts
-    :raises LoadMismatch: if load and placement have different layers or experts
-    :raises InvalidOptions: if an option is out of its range
+    :raises InvalidLoad: if load and placement have different layers or experts
+    :raises InvalidOptions: if an option is out of its range, or the groups do not divide the experts
     :raises InvalidPlacement: if the current placement does not fit the topology, or lacks an expert
     """
     _require_options(max_moves_per_layer, target, regroup_above, replan_above)

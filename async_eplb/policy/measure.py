@@ -17,7 +17,7 @@ def rank_costs(
     A logical expert's tokens spread evenly over its replicas; the cost of a rank is the sum over its slots. With the
     default objective it is tokens a step.
 
-    :raises LoadMismatch: if load and placement have different layers or experts
+    :raises InvalidLoad: if load and placement have different layers or experts
     :raises InvalidPlacement: if the placement does not fit the topology
     """
     placement.require_fit(topology)
@@ -28,7 +28,7 @@ def rank_costs(
 def slot_costs(load: ExpertLoad, placement: ExpertPlacement, objective: Objective = tokens) -> FloatArray:
     """Return the cost of each slot in one step: float64 ``[layers, physical]``, 0 where empty.
 
-    :raises LoadMismatch: if load and placement have different layers or experts
+    :raises InvalidLoad: if load and placement have different layers or experts
     """
     require_same_model(load, placement)
     maps = placement.physical_to_logical_map

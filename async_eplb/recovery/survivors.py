@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_eplb.errors import DeadRankPlaced, InvalidPlacement
+from async_eplb.errors import InvalidPlacement
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
@@ -45,23 +45,6 @@ def on_survivors(placement: ExpertPlacement, topology: EPTopology, members: Coll
     for place, rank in enumerate(sorted(members)):
         table[:, topology.slots_of(rank)] = placement.physical_to_logical_map[:, place * slots : (place + 1) * slots]
     return ExpertPlacement.from_mapping(table, placement.num_logical_experts)
-
-
-def require_on(placement: ExpertPlacement, topology: EPTopology, dead: Iterable[int]) -> None:
-    """Check that a placement leaves the slots of ``dead`` ranks empty.
-
-    :raises DeadRankPlaced: if not
-    """
-    for rank in dead:
-        used = np.argwhere(placement.physical_to_logical_map[:, topology.slots_of(rank)] != EMPTY_SLOT)
-        if len(used):
-            layer = int(used[0][0])
-            raise DeadRankPlaced(
-                f"layer {layer}: the new placement uses slots of rank {rank}, which is lost; place the survivors' "
-                "slots only (async_eplb.on_survivors)",
-                layer=layer,
-                rank=rank,
-            )
 
 
 def homes(placement: ExpertPlacement, topology: EPTopology, dead: Collection[int]) -> tuple[Home, ...]:

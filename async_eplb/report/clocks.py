@@ -1,8 +1,8 @@
 """One time line for all ranks of a run: how far each rank's monotonic clock is from the first one's.
 
-Ranks of one host share that clock: their wall clock is ahead of it by the same time, that of the host's start. Those of
-another host are set by what all ranks learn in the same control round: that an update has begun, and that it is over.
-Both are logged within moments of each other.
+Ranks of one host share that clock: wall clock minus monotonic clock is the host's start, equal for all of its ranks.
+Clocks of other hosts are aligned by two events that all ranks log after the same control round, within moments of each
+other: the start and the end of an update.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,13 @@ from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog
 
 SAME_HOST_S = 0.01
-"""Hosts that started within so many seconds are taken for one."""
+"""Ranks whose hosts started within this time are assumed to share a host."""
 
 SAME_CLOCK_S = 0.1
-"""Clocks that are less apart are taken for one: such a rank is late, not its clock."""
+"""A smaller difference between clocks is ignored: the rank is late, not its clock."""
 
 JUMP_S = 1.0
-"""A wall clock that leaves the monotonic one by more has been set."""
-
+"""A larger change of the wall clock against the monotonic one means that one of them was set."""
 
 _MAX_NAMED = 8
 
@@ -34,9 +33,8 @@ class Clocks:
 
     :param origin_s: time of the run's first event, on the time line
     :param offset_s: rank → seconds that its clock is ahead of the time line
-    :param error_s: how far the anchors of ranks of other hosts are from the first one's once they are set; what times
-        can be wrong by
-    :param notes: what is wrong with clocks, in words
+    :param error_s: bound on the error of times of ranks of other hosts: how far shared events are apart after alignment
+    :param notes: faults of clocks, in words
     """
 
     origin_s: float
@@ -45,14 +43,14 @@ class Clocks:
     notes: tuple[str, ...]
 
     def times_s(self, table: Table) -> NDArray[np.float64]:
-        """Return when events were emitted, in seconds from the run's first event."""
+        """Return the times at which events were emitted, float64 ``[rows]``, in seconds from the run's first event."""
         offsets = np.array([self.offset_s.get(int(rank), 0.0) for rank in np.unique(table["rank"])])
         positions = np.searchsorted(np.unique(table["rank"]), table["rank"])
         return np.asarray(table["monotonic_s"] - (offsets[positions] if len(offsets) else 0.0) - self.origin_s)
 
 
 def set_clocks(log: EventLog, run: int) -> Clocks:
-    """Return the clocks of a run.
+    """Return the aligned clocks of a run.
 
     :param run: number of the run in ``log.run_ids``
     """
@@ -68,6 +66,7 @@ def set_clocks(log: EventLog, run: int) -> Clocks:
     offsets: dict[int, float] = {}
     residuals = [0.0]
     for each in ranks:
+        # two estimates: from the hosts' start times, and from events that both ranks logged at nearly the same moment
         by_wall_clock = float(np.median(starts_s[reference]) - np.median(starts_s[each]))
         shared = anchors.get(each, {}).keys() & anchors.get(reference, {}).keys()
         apart = [anchors[each][key] - anchors[reference][key] for key in shared]

@@ -1,4 +1,4 @@
-"""Which keys of which events a report needs, and rows of them gathered into columns."""
+"""Keys of events that a report reads, and their values as columns."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_eplb.events.schema import (
+    LINK_NBYTES,
     FenceWaited,
     LayerCommitted,
     LayerPlanned,
@@ -20,6 +21,7 @@ from async_eplb.events.schema import (
     UpdateFinished,
     UpdateStarted,
 )
+from async_eplb.events.stages import STAGES
 
 Table = dict[str, NDArray[Any]]
 """Columns of equal length, by name; rows in no particular order."""
@@ -36,20 +38,12 @@ _BOUNDS = {
     "num_layers": (0, 1 << 20),
     "num_unchanged_layers": (0, 1 << 20),
 }
-"""Least value and limit of what sizes arrays: a damaged number must not."""
+"""Least value and limit of numbers that size arrays: a damaged line must not exhaust memory."""
 
 COMMON = {"run_id": "int", "generation": "int", "rank": "int", "step": "int", "monotonic_s": "float", "wall_s": "float"}
 _LAYER = {**COMMON, "layer": "int", "duration_ms": "float"}
-_BYTES = dict.fromkeys(
-    (
-        "sent_nbytes_within_node",
-        "sent_nbytes_across_nodes",
-        "received_nbytes_within_node",
-        "received_nbytes_across_nodes",
-    ),
-    "int",
-)
-_STAGES = dict.fromkeys(("duration_ms", "plan_ms", "transfer_ms", "wait_ms", "commit_ms", "overlap"), "float")
+_BYTES = dict.fromkeys(LINK_NBYTES, "int")
+_TIMES = dict.fromkeys(("duration_ms", *(stage.total for stage in STAGES), "overlap"), "float")
 
 COLUMNS: dict[str, dict[str, str]] = {
     UpdateStarted.name: {
@@ -68,7 +62,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "received_nbytes_by_rank": "ints",
     },
     LayerCommitted.name: {**_LAYER, "copy_ms": "float", "wait_ms": "float", "nbytes": "int"},
-    UpdateFinished.name: {**COMMON, **_STAGES, "num_layers": "int", **_BYTES},
+    UpdateFinished.name: {**COMMON, **_TIMES, "num_layers": "int", **_BYTES},
     UpdateFailed.name: {
         **COMMON,
         "duration_ms": "float",
@@ -95,16 +89,16 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     LogDropped.name: {**COMMON, "num_events": "int", "error": "str"},
 }
-"""Event → key → what its values are. Run ids are numbered before they come here."""
+"""Event → key → kind of its values. Run ids are numbers by the time they get here."""
 
 LINKS = {
     "sent": ("sent_to_ranks", "sent_nbytes_by_rank"),
     "received": ("received_from_ranks", "received_nbytes_by_rank"),
 }
-"""Tables of links, one row a peer: a transfer's key of peers, and of bytes to or from each of these."""
+"""Table of links, one row a peer → keys of a transfer: its peers, and the bytes to or from each of them."""
 
 LINK_COLUMNS = ("run_id", "generation", "rank", "layer", "peer", "nbytes", "transfer_ms", "transfer_nbytes")
-"""The last two are of the whole transfer that the peer had a part in."""
+"""The last two are those of the whole transfer, with all its peers."""
 
 _TYPES: dict[str, frozenset[type]] = {
     "int": frozenset({int}),
@@ -117,14 +111,15 @@ _DTYPES = {"int": np.int64, "float": np.float64, "str": object, "bool": np.bool_
 
 
 class TableBuilder:
-    """Gathers rows of one kind of event.
+    """Gathers the rows of one kind of event.
 
-    :param columns: key → what its values are
+    :param columns: key → kind of its values
+    :param links: name of a table of links → its two keys, as in :data:`LINKS`
     """
 
     def __init__(self, columns: Mapping[str, str], links: Mapping[str, tuple[str, str]]) -> None:
         self.num_malformed = 0
-        """Rows that were left out because a value is not what its key says."""
+        """Rows that were left out because a value is not of its key's kind."""
         self._columns = dict(columns)
         self._links = dict(links)
         self._rows: list[tuple[Any, ...]] = []
@@ -142,7 +137,7 @@ class TableBuilder:
             self._flush()
 
     def table(self) -> Table:
-        """Return all rows. Lists are not among the columns, but their lengths are."""
+        """Return all rows. Of lists, only the lengths are columns."""
         self._flush()
         names = self._chunks[0] if self._chunks else _columns_of([], self._columns)
         return {name: np.concatenate([chunk[name] for chunk in self._chunks] or [names[name]]) for name in names}
@@ -168,15 +163,15 @@ class TableBuilder:
 
     def _fit(self, rows: list[tuple[Any, ...]]) -> bool:
         columns = dict(zip(self._columns, zip(*rows, strict=True), strict=False))
-        return all(fits(values, self._columns[name], name) for name, values in columns.items()) and all(
+        return all(_fits(values, self._columns[name], name) for name, values in columns.items()) and all(
             list(map(len, columns[peers])) == list(map(len, columns[nbytes]))
             for peers, nbytes in self._links.values()
             if columns
         )
 
 
-def fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
-    """Return whether all values are of a kind, and in the bounds of their name."""
+def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
+    """Return whether all values are of a kind, and within the bounds of their key."""
     if not set(map(type, values)) <= _TYPES[kind]:
         return False
     if kind == "int":
@@ -185,11 +180,11 @@ def fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
     if kind == "float":
         try:
             return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
-        except OverflowError:  # a whole number beyond all real ones
+        except OverflowError:  # an integer too large for a float
             return False
     if kind == "ints":
         numbers = list(chain.from_iterable(values))
-        return not numbers or fits(numbers, "int")
+        return not numbers or _fits(numbers, "int")
     return True
 
 

@@ -21,7 +21,7 @@ _FORM = re.compile(r"\s*([a-z0-9_]+)\s*(>=|<=|==|!=|>|<)\s*([-+]?[0-9.]+(?:[eE][
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A figure, an operator and a limit."""
+    """A figure, an operator and a limit: a run fails if the comparison is true."""
 
     figure: str
     operator: str
@@ -31,7 +31,7 @@ class Condition:
         return f"{self.figure} {self.operator} {self.limit:g}"
 
     def broken_by(self, figures: Mapping[str, float]) -> str:
-        """Return why a run must be failed for this, empty if it must not. A figure that is not in the log fails it."""
+        """Return the reason to fail a run; empty if there is none. A figure that is not in the log is a reason."""
         value = figures[self.figure]
         if math.isnan(value):
             return f"{self.figure} is not in this log, so that {self} cannot be ruled out"
@@ -39,10 +39,10 @@ class Condition:
 
 
 def parse_condition(text: str, known: Mapping[str, float]) -> Condition:
-    """Return the condition that a text states.
+    """Parse ``FIGURE OPERATOR NUMBER``.
 
-    :param known: figures that there are
-    :raises InvalidOptions: if it is none, or of a figure that there is not
+    :param known: existing figures
+    :raises InvalidOptions: if the text has another form, or names an unknown figure
     """
     match = _FORM.fullmatch(text)
     if match is None:

@@ -1,5 +1,6 @@
 """Pictures of an update by matplotlib: a timeline of all ranks, and a heat map of the bytes between them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,11 @@ import einops
 import numpy as np
 
 from async_eplb.errors import InvalidOptions, MissingExtra
+from async_eplb.events.stages import FENCE, STAGES, TRANSFER, Stage
+from async_eplb.report.intervals import FROM_BELOW, MAX_LANES, TRACKS, Intervals, stage_intervals
+from async_eplb.report.records import Traffic
 from async_eplb.report.runs import Run
-from async_eplb.report.spans import COLOURS, FROM_BELOW, MAX_LANES, STAGES, Spans, stage_spans
 from async_eplb.report.text import in_bytes
-from async_eplb.report.values import Traffic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,24 +30,24 @@ _MAX_ANNOTATED = 16
 def draw_timeline(run: Run, generation: int, path: Path) -> None:
     """Draw ranks by time: each has a lane with one line for each stage.
 
-    :raises InvalidOptions: if the file's name says no format that can be drawn
+    :raises InvalidOptions: if the file's name ends in none of ``.png``, ``.svg``, ``.pdf``
     :raises MissingExtra: without matplotlib
     """
-    spans = stage_spans(run, generation)
+    intervals = stage_intervals(run, generation)
     figure, axes = _figure(path, (13.0, min(max(3.2, 0.42 * run.num_ranks + 1.6), 14.0)))
-    start_s = min(float(each.starts_s.min()) for each in spans.values() if len(each))
+    start_s = min(float(each.starts_s.min()) for each in intervals.values() if len(each))
     height = _LANE / len(STAGES)
     if run.num_ranks <= MAX_LANES:
         for line, stage in enumerate(STAGES):
-            _draw(axes, spans[stage], start_s, line * height, height * 0.92, COLOURS[stage])
+            _draw(axes, stage, intervals, start_s, line * height, height * 0.92)
     else:
         for stage in FROM_BELOW:
-            _draw(axes, spans[stage], start_s, 0.0, _LANE, COLOURS[stage])
-    _draw(axes, spans["fence"], start_s, 0.0, _LANE, COLOURS["fence"])
-    drawn = [stage for stage in (*STAGES, "fence") if len(spans[stage])]
+            _draw(axes, stage, intervals, start_s, 0.0, _LANE)
+    _draw(axes, FENCE, intervals, start_s, 0.0, _LANE)
+    drawn = [stage for stage in TRACKS if len(intervals[stage.name])]
     axes.legend(
-        handles=[_patch(COLOURS[stage]) for stage in drawn],
-        labels=["wait at a fence" if stage == "fence" else stage for stage in drawn],
+        handles=[_patch(stage.colour) for stage in drawn],
+        labels=[stage.label for stage in drawn],
         loc="lower right",
         bbox_to_anchor=(1.0, 1.005),
         ncols=len(drawn),
@@ -63,7 +65,7 @@ def draw_timeline(run: Run, generation: int, path: Path) -> None:
     axes.set_title(f"update {generation}: {_shape(run)}", loc="left", fontsize=11)
     axes.grid(axis="x", color="#e4e6ea", linewidth=0.6)
     axes.set_axisbelow(True)
-    _number_layers(axes, spans["transfer"], start_s, 1.5 * height)
+    _number_layers(axes, intervals[TRANSFER.name], start_s, (STAGES.index(TRANSFER) + 0.5) * height)
     axes.tick_params(axis="y", length=0)
     _save(figure, path)
 
@@ -71,7 +73,7 @@ def draw_timeline(run: Run, generation: int, path: Path) -> None:
 def draw_matrix(traffic: Traffic, path: Path, *, title: str) -> None:
     """Draw bytes from rank to rank as a heat map; lines part the nodes.
 
-    :raises InvalidOptions: if the file's name says no format that can be drawn
+    :raises InvalidOptions: if the file's name ends in none of ``.png``, ``.svg``, ``.pdf``
     :raises MissingExtra: without matplotlib
     """
     num_ranks = len(traffic.nbytes)
@@ -112,22 +114,25 @@ def _node_totals(traffic: Traffic) -> tuple[float, float]:
     return within, float(nodes.sum()) - within
 
 
-def _draw(axes: "Axes", spans: Spans, start_s: float, offset: float, height: float, colour: str) -> None:
+def _draw(
+    axes: "Axes", stage: Stage, intervals: Mapping[str, Intervals], start_s: float, offset: float, height: float
+) -> None:
     from matplotlib.collections import PolyCollection  # noqa: PLC0415 - an extra
 
-    left, right = (spans.starts_s - start_s) * 1e3, (spans.ends_s - start_s) * 1e3
-    top = spans.ranks + offset
+    mine = intervals[stage.name]
+    left, right = (mine.starts_s - start_s) * 1e3, (mine.ends_s - start_s) * 1e3
+    top = mine.ranks + offset
     bottom = top + height
     corners = np.stack(
         [np.stack(pair, axis=1) for pair in ((left, top), (right, top), (right, bottom), (left, bottom))], axis=1
     )
-    lines = 0.25 if len(spans) < 5000 else 0.0  # noqa: PLR2004 - thinner than a pixel above
-    axes.add_collection(PolyCollection(list(corners), facecolors=colour, edgecolors="white", linewidths=lines))
+    lines = 0.25 if len(mine) < 5000 else 0.0  # noqa: PLR2004 - thinner than a pixel above
+    axes.add_collection(PolyCollection(list(corners), facecolors=stage.colour, edgecolors="white", linewidths=lines))
     axes.autoscale_view()
 
 
-def _number_layers(axes: "Axes", transfers: Spans, start_s: float, offset: float) -> None:
-    """Write layers' numbers on their transfers, where there is room."""
+def _number_layers(axes: "Axes", transfers: Intervals, start_s: float, offset: float) -> None:
+    """Write layers' numbers on their transfers, if there is room."""
     left, right = axes.get_xlim()
     wide = (transfers.ends_s - transfers.starts_s) * 1e3 > (right - left) / 60
     if len(transfers) > _MAX_NUMBERED:

@@ -7,19 +7,20 @@ from numpy.typing import NDArray
 
 from async_eplb.events.schema import LayerCommitted, LayerPlanned, LayerTransferred
 from async_eplb.report.columns import Table
+from async_eplb.report.records import LayerReport, LinkReport, RankReport
 from async_eplb.report.runs import Run
-from async_eplb.report.values import LayerReport, LinkReport, RankReport
 
 _MIN_SHARE = 1e-2
-"""Links with a smaller share of the mean link's bytes say little about their speed."""
+"""Links with a smaller share of the mean link's bytes are left out: their speed is not measured well."""
 
 
 def layer_reports(run: Run) -> list[LayerReport]:
-    """Return each layer of each update, on the rank that took longest from plan to commit."""
+    """Return each layer of each update, on the rank with the longest total time from plan to commit."""
     planned, moved, committed = (run.events(event.name) for event in (LayerPlanned, LayerTransferred, LayerCommitted))
     keys, ranks = _keys(committed), committed["rank"]
     plan_ms, transfer_ms = (_looked_up(run.num_ranks, table, keys, ranks) for table in (planned, moved))
     total = plan_ms + transfer_ms + committed["wait_ms"] + committed["duration_ms"]
+    # sorted by layer, then by total time: the last row of each layer is that of its slowest rank
     order = np.lexsort((total, keys))
     last = order[np.flatnonzero(np.append(np.diff(keys[order]) != 0, True))] if len(order) else order
     _, index = np.unique(keys, return_inverse=True)
@@ -41,13 +42,13 @@ def layer_reports(run: Run) -> list[LayerReport]:
 
 
 def slowest_layers(runs: Iterable[Run], number: int) -> tuple[LayerReport, ...]:
-    """Return the layers that took longest on any rank."""
+    """Return the layers with the longest total time on any rank, longest first."""
     layers = [layer for run in runs for layer in layer_reports(run)]
     return tuple(sorted(layers, key=lambda layer: -layer.total_ms)[:number])
 
 
 def slowest_links(runs: Iterable[Run], number: int) -> tuple[LinkReport, ...]:
-    """Return the links with the fewest bytes a second, of those that moved more than next to nothing."""
+    """Return the links with the fewest bytes a second, slowest first; links with very few bytes are left out."""
     found = []
     for run in runs:
         links = run.links("received")
@@ -73,7 +74,7 @@ def slowest_links(runs: Iterable[Run], number: int) -> tuple[LinkReport, ...]:
 
 
 def lagging_ranks(runs: Iterable[Run], number: int) -> tuple[RankReport, ...]:
-    """Return the ranks that had layers staged after the others."""
+    """Return the ranks with the largest mean lag in staging their layers, largest first."""
     found = []
     for run in runs:
         moved = run.events(LayerTransferred.name)
@@ -81,7 +82,7 @@ def lagging_ranks(runs: Iterable[Run], number: int) -> tuple[RankReport, ...]:
             continue
         _, index = np.unique(_keys(moved), return_inverse=True)
         lag_ms = (moved["time_s"] - medians(index.reshape(-1), moved["time_s"])[index.reshape(-1)]) * 1e3
-        last = np.zeros(len(lag_ms), dtype=bool)
+        last = np.zeros(len(lag_ms), dtype=bool)  # [transfers]: whether it was the last of its layer
         order = np.lexsort((lag_ms, index.reshape(-1)))
         last[order[np.flatnonzero(np.append(np.diff(index.reshape(-1)[order]) != 0, True))]] = True
         layers = np.bincount(moved["rank"])

@@ -1,4 +1,4 @@
-"""Lines of logs → columns of events, and an account of every line that is in none."""
+"""Lines of logs → columns of events; lines that are in no column are counted with the reason."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from async_eplb.errors import UnreadableLog
 from async_eplb.events.schema import EVENTS, SCHEMA_VERSION, LayerTransferred
 from async_eplb.report.columns import COLUMNS, LINKS, Table, TableBuilder
-from async_eplb.report.sources import find_logs, read_lines
+from async_eplb.report.files import find_logs, read_lines
 
 try:
     import orjson
@@ -27,17 +27,14 @@ _CUT_OFF = "a line that is cut off"
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Lines that are in no column, and why.
-
-    :param num_lines: so many of this source, for this reason
-    """
+    """A number of lines of one source that are in no column for the same reason."""
 
     source: str
     reason: str
     num_lines: int
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return it as one line of text."""
         return f"{self.source}: {self.num_lines} line{'s' if self.num_lines > 1 else ''} left out: {self.reason}"
 
 
@@ -47,7 +44,7 @@ class EventLog:
 
     :param tables: event name → its table; of every event that a report needs, with no rows if there are none
     :param links: ``"sent"`` and ``"received"`` → one row for each peer of each transfer
-    :param run_ids: what ``run_id`` in the tables counts
+    :param run_ids: ``run_id`` in the tables is an index into these
     :param left_out: lines that are in no table
     """
 
@@ -77,7 +74,7 @@ def read_events(*logs: str) -> EventLog:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep the collector from looking at rows again and again: none is part of a cycle."""
+    """Turn the collector off: it would traverse all rows again and again, though none is part of a cycle."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -88,7 +85,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class EventReader:
-    """Takes in lines, any number of times, and returns the log so far."""
+    """Parses lines, any number of times, into one log."""
 
     def __init__(self) -> None:
         self._runs: dict[str, int] = {}
@@ -99,7 +96,10 @@ class EventReader:
         }
 
     def read(self, lines: Iterable[bytes], source: str) -> None:
-        """Take in lines of a source, which names them in what is left out."""
+        """Add the events of lines.
+
+        :param source: names the lines that are left out
+        """
         adders: dict[str, Callable[[Mapping[str, Any]], None]] = {n: b.add for n, b in self._builders.items()}
         left_out, runs = self._left_out, self._runs
         for line in lines:
@@ -122,7 +122,7 @@ class EventReader:
                 left_out[source, _reason(line, error)] += 1
 
     def log(self) -> EventLog:
-        """Return all that was taken in."""
+        """Return the log of all lines so far."""
         tables = {name: builder.table() for name, builder in self._builders.items()}
         transfers = self._builders[LayerTransferred.name]
         malformed = tuple(

@@ -7,7 +7,7 @@ from async_eplb.events.schema import UpdateStarted
 from async_eplb.report.clocks import Clocks, set_clocks
 from async_eplb.report.columns import Table
 from async_eplb.report.reading import EventLog
-from async_eplb.report.values import Traffic
+from async_eplb.report.records import Traffic
 
 
 class Run:
@@ -34,15 +34,18 @@ class Run:
         self.generations = [int(each) for each in np.unique(np.concatenate(numbers))]
 
     def events(self, name: str, generation: int | None = None) -> Table:
-        """Return the rows of an event, of one update or of all; ``time_s`` is when they were emitted."""
+        """Return the rows of an event, of one update or of all.
+
+        ``time_s`` is the time of emission on the run's time line, in seconds.
+        """
         return _part(self._tables[name], generation)
 
     def links(self, name: str, generation: int | None = None) -> Table:
-        """Return the rows of a table of links."""
+        """Return the rows of a table of links (``"sent"`` or ``"received"``), of one update or of all."""
         return _part(self._links[name], generation)
 
     def node_of(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the nodes that ranks are on."""
+        """Return the node of each rank, in the shape of ``ranks``."""
         return np.asarray(ranks // max(self.num_ranks // self.num_nodes, 1))
 
     def traffic(self, generation: int | None = None) -> Traffic:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from async_eplb.events.schema import (
+    LINK_NBYTES,
     FenceWaited,
     LayerCommitted,
     LayerPlanned,
@@ -18,24 +20,18 @@ from async_eplb.events.schema import (
     UpdateFinished,
     UpdateStarted,
 )
+from async_eplb.events.stages import STAGES
 from async_eplb.report.columns import Table
 from async_eplb.report.rankings import lagging_ranks, slowest_layers, slowest_links
 from async_eplb.report.reading import EventLog
+from async_eplb.report.records import RebalanceReport, Report, UpdateReport
 from async_eplb.report.runs import Run, runs_of
-from async_eplb.report.values import RebalanceReport, Report, UpdateReport
-
-_BYTES = (
-    "sent_nbytes_within_node",
-    "sent_nbytes_across_nodes",
-    "received_nbytes_within_node",
-    "received_nbytes_across_nodes",
-)
 
 
 def summarize(log: EventLog, *, num_slowest: int = 10) -> Report:
-    """Return what a log says.
+    """Return the report of a log.
 
-    :param num_slowest: how many layers, links and ranks are named
+    :param num_slowest: number of layers, of links and of ranks that are listed
     """
     runs = runs_of(log)
     updates = [update for run in runs for update in _updates(run)]
@@ -70,11 +66,14 @@ def _update(run: Run, generation: int) -> UpdateReport:
     p50, p99, worst = np.percentile(stalls, [50, 99, 100]) if len(stalls) else [math.nan] * 3
     outcome = "failed" if len(failed["rank"]) else "finished" if len(finished["rank"]) else "unfinished"
     ends = failed if outcome == "failed" else finished
-    start_s, duration_ms = _span((planned, moved, committed, ends))
+    start_s, duration_ms = _extent((planned, moved, committed, ends))
     layers = np.unique(np.concatenate([planned["layer"], committed["layer"]]))
     num_layers = int(started["num_layers"].max(initial=0)) or len(layers)
     num_unchanged = int(started["num_unchanged_layers"].max(initial=0))
     skipped = np.setdiff1d(np.arange(num_layers + num_unchanged), layers)
+    times: dict[str, Any] = {
+        stage.total: _slowest_rank(run.events(stage.event.name, generation), stage.duration) for stage in STAGES
+    }
     balance, saved = _balance(run, generation), _saved(run, generation)
     return UpdateReport(
         run_id=run.run_id,
@@ -90,13 +89,10 @@ def _update(run: Run, generation: int) -> UpdateReport:
         num_unchanged_layers=num_unchanged,
         skipped_layers=tuple(int(layer) for layer in skipped) if len(layers) == num_layers else (),
         duration_ms=float(ends["duration_ms"].max()) if len(ends["rank"]) else duration_ms,
-        plan_ms=_slowest_rank(planned, "duration_ms"),
-        transfer_ms=_slowest_rank(moved, "duration_ms"),
-        wait_ms=_slowest_rank(committed, "wait_ms"),
-        commit_ms=_slowest_rank(committed, "duration_ms"),
+        **times,
         overlap=float(finished["overlap"].mean()) if len(finished["rank"]) else math.nan,
         copied_nbytes=int(moved["copied_nbytes"].sum()),
-        **{name: int(moved[name].sum()) for name in _BYTES},
+        **{name: int(moved[name].sum()) for name in LINK_NBYTES},
         committed_nbytes=int(committed["nbytes"].sum()),
         num_stalls=len(stalls),
         stall_p50_ms=float(p50),
@@ -111,13 +107,13 @@ def _update(run: Run, generation: int) -> UpdateReport:
     )
 
 
-def _span(tables: tuple[Table, ...]) -> tuple[float, float]:
-    """Return when the first thing began, in seconds, and how long it is until the last ended, in milliseconds."""
-    spans = [t for t in tables if len(t["rank"])]
-    if not spans:
+def _extent(tables: tuple[Table, ...]) -> tuple[float, float]:
+    """Return the start of the first event in seconds, and the time from it to the end of the last in milliseconds."""
+    logged = [t for t in tables if len(t["rank"])]
+    if not logged:
         return math.nan, math.nan
-    start = min(float((t["time_s"] - t["duration_ms"] / 1e3).min()) for t in spans)
-    return start, (max(float(t["time_s"].max()) for t in spans) - start) * 1e3
+    start = min(float((t["time_s"] - t["duration_ms"] / 1e3).min()) for t in logged)
+    return start, (max(float(t["time_s"].max()) for t in logged) - start) * 1e3
 
 
 def _slowest_rank(table: Table, key: str) -> float:
@@ -125,7 +121,8 @@ def _slowest_rank(table: Table, key: str) -> float:
 
 
 def _stalls(committed: Table, fences: Table) -> NDArray[np.float64]:
-    """Return the host time that each step of each rank lost to commits and fences; exclusive commits have no step."""
+    """Return the host time in milliseconds of commits and fences, summed by step and rank: float64 ``[steps]``."""
+    # step is 0 in the exclusive mode, where no step waits
     serving = committed["step"] > 0
     ranks = np.concatenate([committed["rank"][serving], fences["rank"]])
     steps = np.concatenate([committed["step"][serving], fences["step"]])
@@ -135,7 +132,7 @@ def _stalls(committed: Table, fences: Table) -> NDArray[np.float64]:
 
 
 def _balance(run: Run, generation: int) -> tuple[float, float]:
-    """Return balancedness before and after; also of a rebalance whose end is not logged yet."""
+    """Return balancedness before and after the update; estimates, if the end of its rebalance is not logged."""
     finished = run.events(RebalanceFinished.name, generation)
     moved = np.flatnonzero(finished["moved"])
     if len(moved):

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from async_eplb.report.values import LayerReport, LinkReport, RankReport, Report, UpdateReport
+from async_eplb.events.stages import STAGES
+from async_eplb.report.records import LayerReport, LinkReport, RankReport, Report, UpdateReport
 
 _MAX_LISTED = 8
 
@@ -18,7 +19,7 @@ def in_bytes(nbytes: float) -> str:
 
 
 def report_lines(report: Report) -> Iterator[str]:
-    """Yield the report: updates, rebalances, slowest layers and links, ranks that lag, faults, what was left out."""
+    """Yield the report: updates, rebalances, slowest layers and links, lagging ranks, faults, lines left out."""
     for update in report.updates:
         yield from update_lines(update)
         yield ""
@@ -40,7 +41,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def update_lines(update: UpdateReport) -> Iterator[str]:
-    """Yield one update."""
+    """Yield the lines of one update."""
     ranks = f"{update.num_ranks} ranks on {update.num_nodes} node{'s' if update.num_nodes > 1 else ''}"
     missing = update.num_ranks - update.num_ranks_logged
     yield (
@@ -60,10 +61,8 @@ def update_lines(update: UpdateReport) -> Iterator[str]:
         f"  bytes copied      {in_bytes(update.copied_nbytes)} from the same GPU, "
         f"{in_bytes(update.committed_nbytes)} committed"
     )
-    yield (
-        f"  slowest rank      plan {in_ms(update.plan_ms)}, transfer {in_ms(update.transfer_ms)}, "
-        f"wait {in_ms(update.wait_ms)}, commit {in_ms(update.commit_ms)}"
-    )
+    times = ", ".join(f"{stage.label} {in_ms(getattr(update, stage.total))}" for stage in STAGES)
+    yield f"  slowest rank      {times}"
     yield f"  overlap           {_number(update.overlap)} (stage time over duration)"
     if update.num_stalls:
         yield (
@@ -95,7 +94,7 @@ def comparison_lines(names: tuple[str, str], first: Report, second: Report) -> I
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield rows with columns of equal width: the first to the left, the others to the right."""
+    """Yield each row as a line, columns padded to equal width: the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
@@ -119,9 +118,9 @@ def _section(title: str, rows: list[Sequence[str]]) -> Iterator[str]:
 
 
 def _layer_rows(layers: Iterable[LayerReport]) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("update", "layer", "rank", "total", "plan", "transfer", "wait", "commit", "bytes")]
+    rows: list[Sequence[str]] = [("update", "layer", "rank", "total", *(stage.label for stage in STAGES), "bytes")]
     for layer in layers:
-        times = (layer.total_ms, layer.plan_ms, layer.transfer_ms, layer.wait_ms, layer.commit_ms)
+        times = (layer.total_ms, *(getattr(layer, stage.total) for stage in STAGES))
         place = (str(layer.generation), str(layer.layer), str(layer.rank))
         rows.append((*place, *map(in_ms, times), in_bytes(layer.nbytes)))
     return rows

@@ -3,6 +3,7 @@
 A process is a rank, a thread is a stage; readers want thread numbers that no other process has. Flow arrows lead from a
 sender's transfer of a layer to the receiver's. Layers wait for their commit at the same time, so waits are asynchronous
 events.
+
 Format: "Trace Event Format", Google, 2016 (the Chromium project's document).
 """
 
@@ -13,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from async_eplb.events.stages import TRANSFER, WAIT, Stage
+from async_eplb.report.intervals import TRACKS, Intervals, stage_intervals
 from async_eplb.report.runs import Run
-from async_eplb.report.spans import STAGES, Spans, stage_spans
 
-_TRACKS = (*STAGES, "fence")
 _RANKS_PER_RUN = 1 << 16
 
 
@@ -39,13 +40,13 @@ def trace_events(updates: list[tuple[Run, int]]) -> Iterator[dict[str, Any]]:
     for number, run in enumerate(runs):
         first_pid = number * _RANKS_PER_RUN + 1
         yield from _names(run, first_pid, many=len(runs) > 1)
-        mine = [(generation, stage_spans(run, generation)) for each, generation in updates if each is run]
-        origin_s = min(float(s.starts_s.min()) for _, spans in mine for s in spans.values() if len(s))
-        for generation, spans in mine:
-            for stage in _TRACKS:
-                slices = _waits if stage == "wait" else _slices
-                yield from slices(spans[stage], stage, generation, first_pid, origin_s)
-            for start, end in _flows(run, generation, spans["transfer"], first_pid, origin_s):
+        mine = [(generation, stage_intervals(run, generation)) for each, generation in updates if each is run]
+        origin_s = min(float(each.starts_s.min()) for _, intervals in mine for each in intervals.values() if len(each))
+        for generation, intervals in mine:
+            for stage in TRACKS:
+                slices = _waits if stage is WAIT else _slices
+                yield from slices(intervals[stage.name], stage, generation, first_pid, origin_s)
+            for start, end in _flows(run, generation, intervals[TRANSFER.name], first_pid, origin_s):
                 flow_id += 1
                 yield {**start, "id": flow_id}
                 yield {**end, "id": flow_id}
@@ -56,19 +57,20 @@ def _names(run: Run, first_pid: int, *, many: bool) -> Iterator[dict[str, Any]]:
     for rank in range(run.num_ranks):
         name = f"rank {rank} (node {nodes[rank]})" + (f" of {run.run_id[:8]}" if many else "")
         pid = first_pid + rank
-        about = {"ph": "M", "pid": pid, "tid": _tid(pid, _TRACKS[0])}
+        about = {"ph": "M", "pid": pid, "tid": _tid(pid, TRACKS[0])}
         yield {**about, "name": "process_name", "args": {"name": name}}
         yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}
-        for index, stage in enumerate(_TRACKS):
+        for index, stage in enumerate(TRACKS):
             track = {**about, "tid": _tid(pid, stage)}
-            yield {**track, "name": "thread_name", "args": {"name": stage}}
+            yield {**track, "name": "thread_name", "args": {"name": stage.name}}
             yield {**track, "name": "thread_sort_index", "args": {"sort_index": index}}
 
 
-def _slices(spans: Spans, stage: str, generation: int, first_pid: int, origin_s: float) -> Iterator[dict[str, Any]]:
-    what = "step" if stage == "fence" else "layer"
-    starts, ends = _us(spans.starts_s - origin_s), _us(spans.ends_s - origin_s)
-    for rank, layer, start, end in zip(spans.ranks, spans.layers, starts, ends, strict=True):
+def _slices(
+    intervals: Intervals, stage: Stage, generation: int, first_pid: int, origin_s: float
+) -> Iterator[dict[str, Any]]:
+    starts, ends = _us(intervals.starts_s - origin_s), _us(intervals.ends_s - origin_s)
+    for rank, layer, start, end in zip(intervals.ranks, intervals.layers, starts, ends, strict=True):
         pid = first_pid + int(rank)
         yield {
             "ph": "X",
@@ -76,21 +78,23 @@ def _slices(spans: Spans, stage: str, generation: int, first_pid: int, origin_s:
             "tid": _tid(pid, stage),
             "ts": float(start),
             "dur": round(float(end - start), 3),
-            "cat": stage,
-            "name": f"{stage} {layer}",
-            "args": {"update": generation, what: int(layer)},
+            "cat": stage.name,
+            "name": f"{stage.name} {layer}",
+            "args": {"update": generation, stage.counted_by: int(layer)},
         }
 
 
-def _waits(spans: Spans, stage: str, generation: int, first_pid: int, origin_s: float) -> Iterator[dict[str, Any]]:
-    starts, ends = _us(spans.starts_s - origin_s), _us(spans.ends_s - origin_s)
-    for rank, layer, start, end in zip(spans.ranks, spans.layers, starts, ends, strict=True):
+def _waits(
+    intervals: Intervals, stage: Stage, generation: int, first_pid: int, origin_s: float
+) -> Iterator[dict[str, Any]]:
+    starts, ends = _us(intervals.starts_s - origin_s), _us(intervals.ends_s - origin_s)
+    for rank, layer, start, end in zip(intervals.ranks, intervals.layers, starts, ends, strict=True):
         pid = first_pid + int(rank)
         about = {
             "pid": pid,
             "tid": _tid(pid, stage),
-            "cat": stage,
-            "name": f"{stage} {layer}",
+            "cat": stage.name,
+            "name": f"{stage.name} {layer}",
             "id2": {"local": f"{generation}.{layer}"},
             "args": {"update": generation, "layer": int(layer)},
         }
@@ -99,7 +103,7 @@ def _waits(spans: Spans, stage: str, generation: int, first_pid: int, origin_s: 
 
 
 def _flows(
-    run: Run, generation: int, transfers: Spans, first_pid: int, origin_s: float
+    run: Run, generation: int, transfers: Intervals, first_pid: int, origin_s: float
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield an arrow for each link of each layer, from inside the sender's slice to inside the receiver's."""
     starts, ends = _us(transfers.starts_s - origin_s), _us(transfers.ends_s - origin_s)
@@ -117,15 +121,15 @@ def _flows(
             "name": "expert weights",
             "args": {"nbytes": nbytes, "layer": layer, "from": src, "to": dst},
         }
-        here, there = ({"pid": pid, "tid": _tid(pid, "transfer")} for pid in (first_pid + src, first_pid + dst))
+        here, there = ({"pid": pid, "tid": _tid(pid, TRANSFER)} for pid in (first_pid + src, first_pid + dst))
         yield (
             {**about, **here, "ph": "s", "ts": sender[0]},
             {**about, **there, "ph": "f", "bp": "e", "ts": receiver[1]},
         )
 
 
-def _tid(pid: int, stage: str) -> int:
-    return pid * len(_TRACKS) + _TRACKS.index(stage)
+def _tid(pid: int, stage: Stage) -> int:
+    return pid * len(TRACKS) + TRACKS.index(stage)
 
 
 def _us(seconds: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":

@@ -1,4 +1,4 @@
-"""What users' tests and ours share: worlds of processes, a transport's conformance, stages of a set duration."""
+"""Helpers for tests, users' and ours: worlds of processes, a conformance check of transports, work of set duration."""
 
 from async_eplb.testing.processes import World, WorldRank, run_world
 from async_eplb.testing.transport import check_transport

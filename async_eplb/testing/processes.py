@@ -1,4 +1,4 @@
-"""Worlds of real processes on this machine, connected over the loopback interface."""
+"""Worlds of real processes on this machine, which are connected over the loopback interface."""
 
 import fcntl
 import multiprocessing
@@ -33,9 +33,9 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorldRank:
-    """What a process of a world knows of itself; its torch.distributed world group is initialised.
+    """One process of a world, as the function that it runs sees it; torch.distributed's world group is initialised.
 
-    :param send: passes a picklable message to ``on_message`` of the process that runs the world
+    :param send: sends a picklable message to ``on_message`` in the process that runs the world
     """
 
     rank: int
@@ -44,7 +44,7 @@ class WorldRank:
 
 
 def take_gpu(world: WorldRank) -> torch.device:
-    """Make a GPU this process's current device and return it. Ranks beyond the number of GPUs share them."""
+    """Choose a GPU by rank, make it this process's current device, and return it. Surplus ranks share GPUs."""
     if torch.cuda.device_count() < world.num_ranks:
         share_gpu(world.rank)
     device = torch.device("cuda", world.rank % torch.cuda.device_count())
@@ -53,9 +53,9 @@ def take_gpu(world: WorldRank) -> torch.device:
 
 
 def share_gpu(rank: int) -> None:
-    """Let NCCL run in this process although another rank has the same GPU; call it before its first communicator.
+    """Let NCCL run although another rank has the same GPU. Call this before the first communicator.
 
-    NCCL refuses two ranks of one host on one GPU. So this rank is a host of its own, and hosts talk over loopback.
+    NCCL refuses two ranks of one host on one GPU. So this rank poses as a host of its own, and uses loopback.
     """
     os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
 
@@ -68,10 +68,10 @@ def run_world(
 ) -> list[T]:
     """Run ``function(world_rank, *args, **kwargs)`` in ``num_ranks`` processes and return their results, by rank.
 
-    The processes find each other through a file and talk gloo over loopback; nothing listens elsewhere. If one
-    fails, the others are ended.
+    The processes find each other through a file and use gloo over loopback; nothing listens on other interfaces. If
+    one fails, the others are ended.
 
-    :param function: importable, as are its arguments and its result picklable
+    :param function: must be importable; its arguments and its result must be picklable
     :raises WorldError: with the traceback of the first process that failed
     """
     return World(num_ranks).run(function, *args, **kwargs)
@@ -79,11 +79,11 @@ def run_world(
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """How a world of processes is run.
+    """A world of processes to be run.
 
-    :param num_ranks: processes
-    :param timeout_s: after which all processes are ended
-    :param on_message: called here, in the calling thread, with (rank, message) for each ``WorldRank.send``
+    :param num_ranks: number of processes
+    :param timeout_s: time after which all processes are ended, in seconds
+    :param on_message: called with (rank, message) for each ``WorldRank.send``, in the thread that called :meth:`run`
     """
 
     num_ranks: int
@@ -103,7 +103,7 @@ class World:
             processes: list[BaseProcess] = []
             connections: list[Connection] = []
             try:
-                with _interrupts_held_back():
+                with _interrupts_delayed():
                     for rank in range(self.num_ranks):
                         here, there = context.Pipe(duplex=False)
                         setup = (rank, self.num_ranks, str(Path(folder) / "store"), self.timeout_s)
@@ -145,24 +145,24 @@ class World:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C take effect after the body only. Processes started in it never see one: their parent ends them.
+def _interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C until after the body. Processes that are started in it never get one: their parent ends them.
 
-    They inherit the mask. The handler is for this process, in which other threads may take the signal.
+    They inherit the mask. The handler is for this process, in which another thread may receive the signal.
     """
-    held: list[int] = []
+    received: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     handled_here = threading.current_thread() is threading.main_thread() and handler is not None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if handled_here:
-        signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+        signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if handled_here:
             signal.signal(signal.SIGINT, handler)
-    if held:
+    if received:
         signal.raise_signal(signal.SIGINT)
 
 
@@ -195,7 +195,7 @@ def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connec
             result = function(world_rank, *args, **kwargs)
             dist.barrier()
         except BaseException:
-            connection.send(("error", traceback.format_exc()))  # before peers fail because this one leaves
+            connection.send(("error", traceback.format_exc()))  # before other ranks fail because this one is gone
             raise
         finally:
             dist.destroy_process_group()
@@ -205,9 +205,9 @@ def _process(setup: tuple[int, int, str, float], call: bytes, connection: Connec
 
 
 def _die_with_owner() -> None:
-    """Let SIGIO, whose default is to terminate, tell of the end of the process that started the world.
+    """Terminate this process by SIGIO when the process that started the world ends.
 
-    The pipe that stands for it (``multiprocessing.parent_process().sentinel``) then has no writer any more.
+    Then the pipe ``multiprocessing.parent_process().sentinel`` has no writer any more, which raises the signal.
     """
     owner = multiprocessing.parent_process()
     if owner is None:

@@ -1,4 +1,4 @@
-"""A model's expert weights whose every byte is known from (seed, layer, expert), and random placements for it."""
+"""A sample model whose every byte is a function of (seed, layer, expert), and random placements for it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,9 @@ from async_eplb.weights import ExpertWeights
 
 @dataclass(frozen=True, slots=True)
 class SampleModel:
-    """Experts of several tensors of different dtypes, as quantised checkpoints have them.
+    """Experts of several tensors of different dtypes, as in quantised checkpoints.
 
+    :param seed: of all bytes
     :param hidden: width of the model
     :param intermediate: width of an expert
     """
@@ -26,7 +27,7 @@ class SampleModel:
     intermediate: int = 128
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return name → dtype and shape of one expert's tensors; the last is a single number."""
+        """Return name → dtype and shape of one expert's tensors; the last one is a scalar."""
         return {
             "w13": (torch.float8_e4m3fn, (2 * self.intermediate, self.hidden)),
             "w2": (torch.bfloat16, (self.hidden, self.intermediate)),
@@ -36,16 +37,16 @@ class SampleModel:
         }
 
     def expert_nbytes(self) -> int:
-        """Return the bytes of one expert."""
+        """Return the number of bytes of one expert."""
         return sum(self._sizes())
 
     def expert_bytes(self, layer: int, expert: int) -> list[Tensor]:
-        """Return the bytes of each tensor of an expert: uint8 ``[bytes]``."""
+        """Return the content of an expert: uint8 ``[bytes]`` for each tensor."""
         rng = np.random.default_rng([self.seed, layer, expert])
         return [torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for size in self._sizes()]
 
     def _sizes(self) -> list[int]:
-        """Return the bytes of each tensor of an expert."""
+        """Return the number of bytes of each tensor of an expert."""
         return [dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors().values()]
 
     def weights(
@@ -70,7 +71,7 @@ class SampleModel:
         topology: EPTopology,
         rank: int,
     ) -> list[tuple[int, int]]:
-        """Compare every byte of every slot that holds an expert; return (layer, slot) of those that differ."""
+        """Compare every byte of every slot that is not empty; return (layer, slot) of those that differ."""
         weights = ExpertWeights(tensors)
         wrong = []
         for layer, slot, expert in self._held(placement, topology, rank):
@@ -81,7 +82,8 @@ class SampleModel:
 
     @staticmethod
     def _held(placement: ExpertPlacement, topology: EPTopology, rank: int) -> list[tuple[int, int, int]]:
-        local = placement.physical_to_logical_map[:, topology.slots_of(rank)]
+        """Return (layer, slot, expert) of each slot of a rank that is not empty."""
+        local = placement.physical_to_logical_map[:, topology.slots_of(rank)]  # [layers, slots]
         return [
             (layer, slot, expert)
             for layer, row in enumerate(local.tolist())
@@ -98,9 +100,9 @@ def random_placement(
     *,
     num_empty: int = 0,
 ) -> ExpertPlacement:
-    """Draw a placement in which each expert has a replica, and the slots left over are drawn at random.
+    """Draw a placement: in each layer, each expert once, random experts in the spare slots, all in random order.
 
-    :param num_empty: slots of each layer that stay empty
+    :param num_empty: slots of each layer that are empty
     """
     spare = num_physical_experts - num_logical_experts - num_empty
     rows = [

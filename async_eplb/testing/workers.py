@@ -1,4 +1,4 @@
-"""Workers without threads, whose work takes a set time."""
+"""Workers without threads, for tests under a virtual clock."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class ScheduledWorkers:
-    """Workers without threads: work is done at once, then takes a set time on the event loop's clock.
+    """Workers without threads: a function runs at once, then a set time passes on the event loop's clock.
 
     Under a virtual clock this makes runs that take no real time and are the same every time.
 
-    :param durations_s: kind of work → seconds; zero for kinds that are not named
+    :param durations_s: kind of work (:class:`async_eplb.workers.Work`) → seconds; zero for kinds that are not named
     """
 
     def __init__(self, durations_s: Mapping[str, float] | None = None) -> None:
@@ -23,7 +23,7 @@ class ScheduledWorkers:
         self._turns: dict[str, anyio.Lock] = {}
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
-        """Run ``function`` and let its time pass, one of a kind at a time."""
+        """Run ``function``, then wait for the time of its kind; one of a kind at a time."""
         async with self._turns.setdefault(kind, anyio.Lock()):
             result = function()
             with anyio.CancelScope(shield=True):

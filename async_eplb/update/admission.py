@@ -1,10 +1,17 @@
-"""What must fit together before an updater connects, and before an update moves a byte."""
+"""What must fit together before an updater connects, and before an update moves a byte; and the update that follows."""
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
 
 from async_eplb.agreement.rules import Mode
+from async_eplb.commit.committer import committer_for
+from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import (
+    DeadRankPlaced,
     InvalidOptions,
     InvalidPlacement,
     LayerCountMismatch,
@@ -13,12 +20,133 @@ from async_eplb.errors import (
     SlotCountMismatch,
     UnplacedExpert,
 )
+from async_eplb.events.emit import Logger
 from async_eplb.expert_map import ExpertMap
-from async_eplb.options import UpdateOptions
-from async_eplb.placement import ExpertPlacement
+from async_eplb.options import UpdateOptions, canonical
+from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
+from async_eplb.update.rank import Rank
+from async_eplb.verify.column import Verifier, Verify
 from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """What a caller asks for.
+
+    :param mode: whether the model serves meanwhile
+    :param layers: rows to update; all without it
+    :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most; None: no limit
+    :param after: work of the caller that comes before live weights are read
+    """
+
+    mode: Mode
+    new: ExpertPlacement
+    layers: Iterable[int] | None
+    max_nbytes_per_step: int | None
+    after: DeviceEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Update:
+    """One update, as all ranks must have it; only ``after`` is this rank's own.
+
+    :param generation: number of the update, from 1
+    :param old: placement that the live weights have
+    :param new: placement that they shall have
+    :param rows: layers that change, in update order
+    :param digest: of all that must be equal on all ranks
+    """
+
+    generation: int
+    mode: Mode
+    old: ExpertPlacement
+    new: ExpertPlacement
+    rows: tuple[int, ...]
+    digest: int
+    after: DeviceEvent
+    max_nbytes_per_step: int | None
+
+
+def admit(
+    request: Request, rank: Rank, old: ExpertPlacement, *, transport: Transport, gone: Collection[int], generation: int
+) -> Update:
+    """Return the update that a request makes, after all checks that need no other rank.
+
+    :param old: placement that the live weights have
+    :param gone: ranks that were lost
+    :raises EplbError: a child of it for each way in which the request does not fit; nothing has changed
+    """
+    limit = request.max_nbytes_per_step
+    if limit is not None and limit < 1:
+        raise InvalidOptions(f"max_nbytes_per_step is {limit}; it must be at least 1", option="max_nbytes_per_step")
+    require_empty(request.new, rank.topology, gone)
+    require_relays(rank.options, transport)
+    rows = changed_rows(
+        old, request.new, request.layers, weights=rank.weights, topology=rank.topology, expert_map=rank.expert_map
+    )
+    return Update(
+        generation=generation,
+        mode=request.mode,
+        old=old,
+        new=request.new,
+        rows=rows,
+        digest=update_digest(old, request.new, rows, mode=request.mode, rank=rank),
+        after=request.after,
+        max_nbytes_per_step=limit,
+    )
+
+
+def admit_rank(
+    weights: ExpertWeights,
+    placement: ExpertPlacement,
+    topology: EPTopology,
+    *,
+    number: int,
+    transport: Transport,
+    options: UpdateOptions,
+    on_commit: Callable[[int], None],
+    logger: Logger,
+    workers: Workers,
+    device: Device,
+) -> Rank:
+    """Return a rank whose parts fit together; device memory for maps and verification is allocated.
+
+    :raises EplbError: a child of it for each way in which they do not
+    """
+    require_ranks(topology, number, transport)
+    placement.require_fit(topology)
+    require_slots(weights, placement, topology)
+    verifier = Verifier(Verify(options.verify), weights, number)
+    written = device.record()
+    with device.committing():  # kernels are loaded now: later that can wait for whatever the device is at
+        device.wait(written)
+        verifier.warm_up()
+    require_groups(verifier.weights, options)
+    expert_map = ExpertMap(
+        placement,
+        topology,
+        rank=number,
+        device=weights.device,
+        max_replicas=options.max_replicas,
+        seed=options.dispatch_seed,
+    )
+    committer = committer_for(verifier.weights, expert_map)
+    return Rank(
+        number=number,
+        topology=topology,
+        live=weights,
+        verifier=verifier,
+        expert_map=expert_map,
+        committer=committer,
+        device=device,
+        workers=workers,
+        logger=logger,
+        options=options,
+        on_commit=on_commit,
+    )
 
 
 def changed_rows(
@@ -30,7 +158,7 @@ def changed_rows(
     topology: EPTopology,
     expert_map: ExpertMap,
 ) -> tuple[int, ...]:
-    """Return the layers that an update changes, after all checks that need no other rank.
+    """Return the layers that an update changes.
 
     :param layers: rows to update; all without it
     :raises EplbError: a child of it for each way in which the placement does not fit
@@ -68,23 +196,31 @@ def changed_rows(
     return changed
 
 
-def update_digest(
-    old: ExpertPlacement,
-    new: ExpertPlacement,
-    rows: tuple[int, ...],
-    *,
-    mode: Mode,
-    weights: ExpertWeights,
-    topology: EPTopology,
-    options: UpdateOptions,
-) -> int:
-    """Condense what must be equal on all ranks into 63 bits."""
-    wire = (mode.value, options.verify, options.planner, options.staging_depth, options.operations_per_group)
+def update_digest(old: ExpertPlacement, new: ExpertPlacement, rows: tuple[int, ...], *, mode: Mode, rank: Rank) -> int:
+    """Condense what must be equal on all ranks into 63 bits (rule 23: from canonical values)."""
+    wire = {"mode": mode.value, "rows": rows, "topology": canonical(rank.topology), "options": rank.options.wire()}
     content = hashlib.blake2b(digest_size=8)
-    for part in (old.digest(), new.digest(), weights.digest()):
+    for part in (old.digest(), new.digest(), rank.weights.digest()):
         content.update(part)
-    content.update(repr((topology, rows, wire)).encode())
+    content.update(json.dumps(wire, sort_keys=True).encode())
     return int.from_bytes(content.digest()) >> 1
+
+
+def require_empty(placement: ExpertPlacement, topology: EPTopology, gone: Iterable[int]) -> None:
+    """Check that a placement leaves the slots of ranks that are gone empty.
+
+    :raises DeadRankPlaced: if not
+    """
+    for rank in gone:
+        used = np.argwhere(placement.physical_to_logical_map[:, topology.slots_of(rank)] != EMPTY_SLOT)
+        if len(used):
+            layer = int(used[0][0])
+            raise DeadRankPlaced(
+                f"layer {layer}: the new placement uses slots of rank {rank}, which is lost; place the survivors' "
+                "slots only (async_eplb.on_survivors)",
+                layer=layer,
+                rank=rank,
+            )
 
 
 def require_ranks(topology: EPTopology, rank: int, transport: Transport) -> None:

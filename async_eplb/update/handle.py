@@ -1,8 +1,5 @@
 """What the caller of ``begin`` holds while an update runs beside serving."""
 
-from anyio import get_cancelled_exc_class
-
-from async_eplb.errors import HandleAwaited
 from async_eplb.update.run import UpdateRun
 from async_eplb.update.summary import UpdateSummary
 
@@ -12,11 +9,11 @@ class UpdateHandle:
 
     def __init__(self, run: UpdateRun) -> None:
         self._run = run
-        self._awaited = False
 
     def __repr__(self) -> str:
         state = "done" if self.done else "running"
-        return f"<UpdateHandle {state}: {len(self._run.committed)} of {len(self._run.rows)} layers committed>"
+        progress = self._run.progress
+        return f"<UpdateHandle {state}: {progress.copied} of {len(progress.rows)} layers committed>"
 
     @property
     def done(self) -> bool:
@@ -30,15 +27,7 @@ class UpdateHandle:
     async def wait(self) -> UpdateSummary:
         """Return when all layers are committed on every rank. Cancelling this does not cancel the update.
 
-        :raises HandleAwaited: if it has been awaited before
         :raises EplbError: if the update ended early; ``committed_layers`` says which layers are new
         """
-        if self._awaited:
-            raise HandleAwaited(f"{self!r} has been awaited already")
-        self._awaited = True
-        try:
-            await self._run.finished.wait()
-        except get_cancelled_exc_class():
-            self._awaited = False
-            raise
+        await self._run.finished.wait()
         return self._run.summary()

@@ -1,106 +1,225 @@
-"""The task group that control rounds and updates run in, and the work of a rank that makes no steps.
+"""What exists while an updater is entered: its task group, its transport and control rounds, and the running update.
 
-The only task groups of the package are here and in ``update_run``.
+Of a rank that makes no steps, this does the work that is due: it commits layers that are agreed on although no step
+comes to their boundary.
 """
 
+import math
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from anyio import CancelScope, Lock, create_task_group
+from anyio import (
+    CancelScope,
+    Event,
+    Lock,
+    create_task_group,
+    current_effective_deadline,
+    get_cancelled_exc_class,
+    move_on_after,
+)
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
-from async_eplb.agreement.shared import Driver
+from async_eplb.agreement.ballot import Decision
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.device import DeviceEvent
+from async_eplb.errors import UpdateAborted
+from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.update.life import Life, LifeState
+from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
-from async_eplb.workers import Doorbell, News, Workers
+from async_eplb.workers import Doorbell
 
 
-class LayerPipeline:
-    """The task group that control rounds and updates run in. It is left when its last update has ended.
+class Session:
+    """The tasks of one updater. It is left when its last update has ended.
 
-    :param doorbell: rung by threads that have news
-    :param news: notified in the event loop when the doorbell rings
+    :param transport: an unused one; another takes its place in a recovery
     """
 
-    def __init__(self, driver: Driver, news: News, doorbell: Doorbell, workers: Workers) -> None:
-        self._driver = driver
-        self._news = news
-        self._doorbell = doorbell
-        self._workers = workers
+    def __init__(self, rank: Rank, shared: SharedAgreement, transport: Transport) -> None:
+        self.transport = transport
+        self.running: UpdateRun | None = None
+        self.life = Life()
+        self._rank = rank
+        self._shared = shared
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
-        self._run: UpdateRun | None = None
-        self._listening = CancelScope(shield=True)
-        self._standing_work = Lock()
+        self._rounds_ended = Event()
+        self._due_work = Lock()
         self._stood: DeviceEvent | None = None
         self._for_good = False
 
-    async def __aenter__(self) -> Self:
-        self._tasks = await self._stack.enter_async_context(create_task_group())
-        self._tasks.start_soon(self._listen)
-        return self
+    async def open(self) -> None:
+        """Connect to all ranks, which do this together, and begin to hold control rounds."""
+        async with AsyncExitStack() as stack:
+            doorbell = self._rank.workers.doorbell()
+            stack.callback(doorbell.close)
+            self._shared.listen_with(doorbell)
+            tasks = AsyncExitStack()
+            self._tasks = await tasks.enter_async_context(create_task_group())
+            listening = CancelScope(shield=True)
+            self._tasks.start_soon(self._listen, doorbell, listening)
+            stack.push_async_callback(self._end_tasks, tasks, listening)
+            stack.push_async_callback(self._close_transport)
+            control = await self.open_transport(self.transport)
+            stack.push_async_callback(self._end_running)
+            await self.connect(control)
+            self._stack = stack.pop_all()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
-        self._tasks = None
-        self._listening.cancel()
+    async def aclose(self) -> None:
+        """End the running update, which no step follows any more, the control rounds, and the transport."""
+        self.life.enter(LifeState.LEFT, "it was left")
         await self._stack.aclose()
 
-    def start(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a function in the background until it ends, whatever becomes of the caller."""
-        if self._tasks is None:
-            raise RuntimeError("the pipeline is not open")
+    async def open_transport(self, transport: Transport) -> ControlGroup:
+        """Open a transport for what this rank moves; return its control group."""
+        rank = self._rank
+        among_all = transport.num_ranks == rank.topology.num_ranks
+        return await transport.open(
+            rank.device,
+            rank.workers,
+            rank.weights,
+            control_timeout_s=rank.options.control_timeout_s,
+            relay_peers=rank.relay_peers if among_all else (),
+        )
 
-        async def shielded() -> None:
-            with CancelScope(shield=True):
-                await function()
+    async def connect(self, control: ControlGroup) -> None:
+        """Begin to hold control rounds."""
+        self._rounds_ended = Event()
+        self._shared.connect(control.wake, self.transport.launch_rule)
+        self._start(self._hold_rounds, control)
+        self.life.enter(LifeState.OPEN)
+        await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
 
-        self._tasks.start_soon(shielded)
+    async def disconnect(self) -> None:
+        """End the running update after what was agreed, the control rounds, and the transport."""
+        run = self.running
+        if run is not None:
+            self.stand(self._rank.device.record(), for_good=True)
+            number = self._rank.number
+            run.failure.fail(UpdateAborted(f"rank {number} gave the update up to recover", ranks=(number,)), alone=True)
+            await run.finished.wait()
+            await self.stand_no_more()
+        self.life.enter(LifeState.BROKEN, "it did not recover")
+        self._shared.leave()
+        await self._rounds_ended.wait()
+        await self.transport.aclose()
 
-    def start_update(self, run: UpdateRun) -> None:
-        """Run an update in the background; what becomes of it is told by the run."""
-        self._run = run
-        self.start(run.run)
+    def start(self, run: UpdateRun, conclude: Callable[[UpdateRun], None]) -> None:
+        """Run an update in the background, and then ``conclude`` it.
+
+        :param conclude: called before those who wait for the update know of its end
+        """
+        self.running = run
+        self._start(self._run, run, conclude)
 
     def stand(self, after: DeviceEvent, *, for_good: bool = False) -> None:
-        """From now on, do what is due although this rank makes no steps.
+        """From now on, do what is due although this rank makes no steps (agreement rule 8).
 
         :param after: the model's last work
         :param for_good: no step follows at all
         """
         self._stood = after
         self._for_good = for_good
-        self._driver.stand(standing=True)
+        self._shared.set_standing(standing=True)
 
     async def stand_no_more(self) -> None:
         """Leave what is due to steps again; nothing is under way when this returns."""
-        self._driver.stand(standing=False)
+        self._shared.set_standing(standing=False)
         with CancelScope(shield=True):
-            async with self._standing_work:
+            async with self._due_work:
                 return
 
-    async def _listen(self) -> None:
-        with self._listening:
-            while True:
-                await self._doorbell.wait()
-                self._news.notify()
-                await self._do_due_work_while_standing()
+    def execute(self, decision: Decision) -> Exception | None:
+        """Carry out what is due at the boundary that the serving thread has just passed, on its current stream."""
+        if self.running is None:
+            return None
+        error = self.running.boundary.execute(decision, step=self._shared.outlook.step)
+        self._shared.ring()
+        return error
 
-    async def _do_due_work_while_standing(self) -> None:
-        async with self._standing_work:
-            decision = self._driver.due_while_standing(for_good=self._for_good)
-            if decision is None or self._run is None or self._stood is None:
-                return
-            run = self._run
-            execute = partial(run.execute_beside, decision, step=self._driver.step + 1, after=self._stood)
+    def _start(self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object) -> None:
+        """Run a function in the background until it ends, whatever becomes of the caller."""
+        if self._tasks is None:
+            raise RuntimeError("the session is not open")
+
+        async def shielded() -> None:
             with CancelScope(shield=True):
-                try:
-                    await self._workers.run("commit", execute)
-                except Exception as error:  # noqa: BLE001 - told by the update; who listens goes on
-                    run.tear(error)
-            self._news.notify()
+                await function(*arguments)
+
+        self._tasks.start_soon(shielded)
+
+    async def _run(self, run: UpdateRun, conclude: Callable[[UpdateRun], None]) -> None:
+        await run.run()
+        conclude(run)
+        self.running = None
+        run.log_end()
+        run.finished.set()
+        self._shared.news.notify()
+
+    async def _hold_rounds(self, control: ControlGroup) -> None:
+        try:
+            await control.run(self._shared)
+        finally:
+            self._rounds_ended.set()
+
+    async def _listen(self, doorbell: Doorbell, listening: CancelScope) -> None:
+        with listening:
+            while True:
+                await doorbell.wait()
+                self._shared.news.notify()
+                await self._do_due_work()
+
+    async def _do_due_work(self) -> None:
+        """Do what is due while this rank stands."""
+        async with self._due_work:
+            decision = self._shared.due_while_standing(for_good=self._for_good)
+            if decision is None or self.running is None or self._stood is None:
+                return
+            with CancelScope(shield=True):
+                step = self._shared.outlook.step + 1
+                await self.running.boundary.execute_beside(decision, step=step, after=self._stood)
+            self._shared.news.notify()
+
+    async def _end_running(self) -> None:
+        """End a running update, which no step follows any more, and the control rounds."""
+        cancelled: list[BaseException] = []
+        with CancelScope(shield=True):
+            run = self.running
+            if run is not None:
+                run.cancel()
+                self.stand(self._rank.device.record(), for_good=True)
+                cancelled += await _outlast(run.finished, self._rank.options.control_timeout_s)
+                if not run.finished.is_set():
+                    self._shared.fail(alone=True)
+                cancelled += await _outlast(run.finished)
+            self._shared.leave()
+            cancelled += await _outlast(self._rounds_ended)
+        if cancelled:
+            raise cancelled[0]
+
+    async def _close_transport(self) -> None:
+        with CancelScope(shield=True):
+            await self.transport.aclose()
+
+    async def _end_tasks(self, tasks: AsyncExitStack, listening: CancelScope) -> None:
+        """Leave the task group without telling it of the caller's error, which it would wrap in a group."""
+        self._tasks = None
+        listening.cancel()
+        await tasks.aclose()
+
+
+async def _outlast(event: Event, timeout_s: float = math.inf) -> list[BaseException]:
+    """Wait for an event however often asyncio cancels the task, which no shield keeps off; return the cancellations."""
+    cancelled: list[BaseException] = []
+    with move_on_after(timeout_s):
+        while not event.is_set():
+            try:
+                await event.wait()
+            except get_cancelled_exc_class() as error:
+                if current_effective_deadline() == -math.inf:
+                    raise
+                cancelled.append(error)
+    return cancelled

@@ -4,15 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from async_eplb.events.schema import LayerTransferred
+from async_eplb.events.schema import LINK_NBYTES, LayerTransferred
 from async_eplb.plan import SlotSource
-
-_SUMS = (
-    "sent_nbytes_within_node",
-    "sent_nbytes_across_nodes",
-    "received_nbytes_within_node",
-    "received_nbytes_across_nodes",
-)
 
 
 @dataclass(slots=True)
@@ -40,7 +33,7 @@ class Tally:
     def add_transfer(self, event: LayerTransferred) -> None:
         """Add what a layer's transfer moved."""
         self.transfer_ms += event.duration_ms
-        for name in _SUMS:
+        for name in LINK_NBYTES:
             setattr(self, name, getattr(self, name) + getattr(event, name))
 
 
@@ -93,3 +86,18 @@ class UpdaterStatistics:
     num_fence_waits: int
     fence_wait_ms: float
     longest_step_ms: float
+
+
+@dataclass(slots=True)
+class Totals:
+    """Updates that have ended, and layers that they have committed."""
+
+    num_finished: int = 0
+    num_failed: int = 0
+    num_layers: int = 0
+
+    def add(self, num_layers: int, *, failed: bool) -> None:
+        """Count one more update."""
+        self.num_layers += num_layers
+        self.num_failed += failed
+        self.num_finished += not failed

@@ -3,32 +3,51 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 from anyio import current_time, sleep
 
-_PATIENCE = {"agree": 2}
-"""Who waits for other ranks waits longer, so that the one that hangs says so first."""
+
+class Doing(Enum):
+    """One kind of thing that a stage does with a layer, and how many time-outs it may take."""
+
+    PLAN = ("planning", 1)
+    COPY_OWN_SLOTS = ("copying own slots", 1)
+    AWAIT_LAUNCH = ("waiting for its launch", 1)
+    START = ("starting", 1)
+    RECEIVE = ("receiving", 1)
+    CHECK = ("checking", 1)
+    AWAIT_RANKS = ("waiting for all ranks", 2)
+    """Longer, so that the rank that hangs notices it first."""
+    AWAIT_STEP = ("waiting for a step", 2)
+    COPY = ("copying", 1)
+    AWAIT_DEVICE = ("waiting for the device", 1)
+
+    def __init__(self, words: str, patience: int) -> None:
+        self.words = words
+        self.patience = patience
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
     """One thing that a stage does.
 
+    :param stage: one of :data:`async_eplb.events.stages.WATCHED`
     :param index: number of the layer in update order
     :param since: on the event loop's clock, in seconds
     """
 
     stage: str
     index: int
-    doing: str
+    doing: Doing
     since: float
 
     def __str__(self) -> str:
-        return f"{self.stage}: layer number {self.index}, {self.doing}"
+        return f"{self.stage}: layer number {self.index}, {self.doing.words}"
 
 
 class Watchdog:
-    """Knows what is being done, and tells when something takes longer than it may.
+    """Records what is being done, and finds what takes longer than it may.
 
     :param timeout_s: how long a stage may do one thing
     """
@@ -36,7 +55,7 @@ class Watchdog:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._activities: list[Activity] = []
-        self._told: set[Activity] = set()
+        self._reported: set[Activity] = set()
 
     @property
     def activities(self) -> tuple[Activity, ...]:
@@ -44,8 +63,8 @@ class Watchdog:
         return tuple(sorted(self._activities, key=lambda activity: activity.since))
 
     @contextmanager
-    def doing(self, stage: str, index: int, what: str) -> Iterator[None]:
-        """Inside, a stage does something with a layer."""
+    def doing(self, stage: str, index: int, what: Doing) -> Iterator[None]:
+        """Record, for the time of the body, that a stage does something with a layer."""
         activity = Activity(stage, index, what, current_time())
         self._activities.append(activity)
         try:
@@ -57,12 +76,12 @@ class Watchdog:
         """Return what next takes too long, and was not returned before; never, if all goes well."""
         while True:
             now = current_time()
-            untold = (activity for activity in self._activities if activity not in self._told)
-            first = min(untold, key=self._due_s, default=None)
+            unreported = (activity for activity in self._activities if activity not in self._reported)
+            first = min(unreported, key=self._due_s, default=None)
             if first is not None and self._due_s(first) <= now:
-                self._told.add(first)
+                self._reported.add(first)
                 return first
             await sleep(self.timeout_s if first is None else min(self._due_s(first) - now, self.timeout_s))
 
     def _due_s(self, activity: Activity) -> float:
-        return activity.since + self.timeout_s * _PATIENCE.get(activity.stage, 1)
+        return activity.since + self.timeout_s * activity.doing.patience

@@ -1,1 +1,1 @@
-"""Proof that a slot holds the expert that the map says: canaries, checksums, audits."""
+"""Verification that each slot holds the expert in the map: canaries, checksums, audits."""

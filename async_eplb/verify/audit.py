@@ -1,4 +1,4 @@
-"""Comparing the bytes of all replicas of all experts across ranks, on demand."""
+"""Audits: the bytes of all replicas of all experts are compared across ranks, on demand."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.verify.column import checksums
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMismatch:
-    """Replicas of an expert that do not hold the same bytes.
+    """Replicas of one expert whose bytes are not all the same.
 
-    :param physical_experts: those that differ from the most common content; all of them if none is most common
+    :param physical_experts: replicas that differ from the most common bytes; all replicas if no bytes are most common
     """
 
     layer: int
@@ -33,7 +33,7 @@ class ReplicaMismatch:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """What an audit found, the same on every rank.
+    """Result of an audit, the same on every rank except for ``nbytes`` and ``duration_ms``.
 
     :param num_slots: slots that were read, over all ranks
     :param num_compared: experts of layers that have several replicas
@@ -59,14 +59,15 @@ async def audit_replicas(
     workers: Workers,
     control_timeout_s: float,
 ) -> AuditReport:
-    """Compare the bytes of all replicas of all experts; the ranks of ``members`` call this together.
+    """Compare the bytes of all replicas of all experts. All ranks of ``members`` call this together.
 
-    :param members: ranks in the EP group, by their place in ``group``
-    :param group: unused; it is used for one control round and closed
-    :param workers: whose control rounds are not those of an updater
+    :param members: rank in the EP group of each rank of ``group``, in order
+    :param group: a new transport; it is used for one control round and closed
+    :param workers: other ones than the updater's, whose control rounds go on meanwhile
+    :raises BrokenControlGroup: if a rank does not take part within ``control_timeout_s``, in seconds
     """
     watch = Stopwatch()
-    mine = await workers.run("transfer", lambda: slot_checksums(weights, placement, topology, rank, device))
+    mine = await workers.run(Work.TRANSFER, lambda: slot_checksums(weights, placement, topology, rank, device))
     control = await group.open(device, workers, weights, control_timeout_s=control_timeout_s)
     try:
         rows = await hold_round(RenumberedControlGroup(control, members), mine)
@@ -86,7 +87,10 @@ async def audit_replicas(
 def slot_checksums(
     weights: ExpertWeights, placement: ExpertPlacement, topology: EPTopology, rank: int, device: Device
 ) -> list[int]:
-    """Return a checksum of each slot of each layer that has weights, layer by layer; 0 of empty slots. Blocks."""
+    """Return a checksum of each slot of each layer that has weights, layer by layer; 0 for empty slots. Blocks.
+
+    :returns: as many numbers as layers times slots, 64 bits each, signed
+    """
     local = placement.physical_to_logical_map[:, topology.slots_of(rank)]
     sums = torch.zeros((len(weights.rows), local.shape[1]), dtype=torch.int64)
     with device.committing(), torch.no_grad():
@@ -102,7 +106,7 @@ def slot_checksums(
 def compare(
     sums: Mapping[int, Sequence[int]], rows: Sequence[int], placement: ExpertPlacement, topology: EPTopology
 ) -> tuple[int, tuple[ReplicaMismatch, ...]]:
-    """Compare the replicas of each expert; return how many experts have several, and which differ. Pure.
+    """Compare the replicas of each expert; return how many experts have several, and those whose bytes differ. Pure.
 
     :param sums: rank → what :func:`slot_checksums` returned there
     :param rows: layers that have weights
@@ -125,6 +129,10 @@ def compare(
 
 
 def _differing(found: Mapping[int, int]) -> tuple[int, ...]:
+    """Return the replicas that differ from the most common checksum, or all if no checksum is the most common.
+
+    :param found: physical expert → checksum
+    """
     (common, count), *others = Counter(found.values()).most_common(2)
     if not others:
         return ()

@@ -1,4 +1,4 @@
-"""What a checksum is, and how to take it with torch alone."""
+"""The definition of checksums, and how to compute them with torch alone."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,13 +11,13 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def plain_checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return a 64-bit checksum of each slot's bytes, int64 ``[slots]`` on their device, with torch's operations.
+    """Compute a 64-bit checksum of each slot's bytes with torch's operations: int64 ``[slots]``, on their device.
 
     Each 8-byte word is multiplied by an odd number that depends on its place, and all are added modulo 2**64; so are
     the parts' sums, each times an odd number of its own. So any change of one word changes the sum, and so do almost
     all others.
 
-    :param slots: for each, its parts: contiguous uint8 ``[bytes]``
+    :param slots: parts of each slot: contiguous uint8 ``[bytes]``
     """
     weights: dict[int, Tensor] = {}
     sums = []
@@ -34,13 +34,13 @@ def plain_checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def factors_of_parts(number: int) -> list[int]:
-    """Return what the sum of each of a slot's parts is multiplied by: powers of an odd number, as signed integers."""
+    """Return the factor of the sum of each of a slot's parts: powers of an odd number, as signed 64-bit integers."""
     powers = accumulate(range(number - 1), lambda power, _: _signed(power * GOLDEN), initial=1)
     return [*powers][::-1]
 
 
 def _in_words(part: Tensor) -> Tensor:
-    """Return bytes as int64 words, the last filled up with zeros: a view where that can be."""
+    """Return bytes as int64 words, the last one padded with zeros: a view where size and alignment allow it."""
     if part.numel() % 8 == 0 and part.storage_offset() % 8 == 0 and part.data_ptr() % 8 == 0:
         return part.view(torch.int64)
     words = torch.zeros(-(-part.numel() // 8), dtype=torch.int64, device=part.device)
@@ -49,5 +49,5 @@ def _in_words(part: Tensor) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """Return the signed integer of the same lowest 64 bits."""
+    """Return the signed 64-bit integer with the same lowest 64 bits."""
     return (number + 2**63) % 2**64 - 2**63

@@ -1,8 +1,8 @@
-"""Canaries and checksums: proof that a slot holds the expert that the map says.
+"""Canaries and checksums: verification that a slot holds the expert in the map.
 
-A column of int64 travels with each slot like one more weight: the slot's logical expert under the old map and,
-on request, a checksum of its bytes taken at the source. What arrives is compared before it may be committed, and
-what was committed once more.
+A column of int64 ``[slots, 2]`` moves with the slots like one more weight: each slot's logical expert under the old map
+and, on request, a checksum of its bytes, taken where they are sent from. Slots are compared with it when they have
+arrived, before they may be committed, and once more after the commit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,10 @@ class Verify(Enum):
 
 
 class Verifier:
-    """Writes and reads the verification column of the weights it made.
+    """Writes and compares the verification column of live weights.
+
+    The constructor allocates the column on the device, once, since the addresses of weights must not change;
+    :attr:`weights` are the live weights with the column.
 
     :param weights: live weights without the column
     """
@@ -44,9 +47,9 @@ class Verifier:
             self.weights = weights.with_column(self._columns, "the verification column")
 
     def warm_up(self) -> None:
-        """Verify one slot as it is, on the current stream: no update shall wait for a kernel to be compiled or loaded.
+        """Verify one slot as it is, on the current stream: so no update waits for kernels to be compiled or loaded.
 
-        CUDA loads a kernel when it is first launched, and that can wait for all that the device is at: a transfer, too,
+        CUDA loads a kernel when it is first launched, which can wait for all work of the device: also for a transfer
         whose peer is gone.
         """
         row = self.weights.rows[0]
@@ -55,9 +58,9 @@ class Verifier:
         self.check(row, {0: 0}, content, "live")
 
     def mark(self, row: int, experts: npt.NDArray[np.integer], moving_slots: Iterable[int]) -> None:
-        """Write the column before a layer moves, on the current stream.
+        """Write the column of a layer before the layer is moved, on the current stream.
 
-        :param experts: logical expert of each local slot under the old map
+        :param experts: logical expert of each local slot under the old map: ``[slots]``
         :param moving_slots: slots that are read by a send or a copy
         """
         if self.mode is Verify.OFF:
@@ -72,18 +75,18 @@ class Verifier:
                 column[:, 1].index_copy_(0, places.to(column.device), sums)
 
     def check(self, row: int, experts: dict[int, int], content: Mapping[int, Sequence[Tensor]], where: str) -> None:
-        """Compare slots with their column. Blocks until the current stream has done so.
+        """Compare slots with their column. Blocks until the current stream has read them.
 
         :param experts: slot → the logical expert that it must hold
-        :param content: slot → its bytes, one tensor for each of the weights' tensors, the column last
+        :param content: slot → its bytes, uint8 ``[bytes]`` for each of the weights' tensors, the column last
         :param where: "staged" or "live", for the message
         :raises CanaryMismatch: if a slot holds another expert
-        :raises ChecksumMismatch: if a slot's bytes differ from what its source held
+        :raises ChecksumMismatch: if a slot's bytes are not those that were sent
         """
         if self.mode is Verify.OFF or not content:
             return
         slots = tuple(content)
-        columns = torch.stack([content[slot][-1].view(torch.int64) for slot in slots]).cpu()
+        columns = torch.stack([content[slot][-1].view(torch.int64) for slot in slots]).cpu()  # [slots, 2]
         expected = [experts[slot] for slot in slots]
         self._compare(CanaryMismatch, row, slots, expected, columns[:, 0].tolist(), where)
         if self.mode is Verify.CHECKSUM:
@@ -114,9 +117,9 @@ class Verifier:
 
 
 def checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the checksum of each of several slots in the fastest way there is, without waiting for the device.
+    """Compute the checksum of each slot, int64 ``[slots]``, without waiting for the device: with Triton if it is there.
 
-    :param slots: the parts of each, as for :func:`plain_checksums`
+    :param slots: parts of each slot, as for :func:`plain_checksums`
     """
     if slots and slots[0][0].is_cuda and find_spec("triton") is not None:
         from async_eplb.verify.fused_checksum import fused_checksums  # noqa: PLC0415 - needs Triton

@@ -1,4 +1,4 @@
-"""The checksums of many slots on CUDA as one kernel launch, with Triton. Imported only where both are there."""
+"""Checksums of many slots as one kernel launch on CUDA. Needs Triton; imported only where there are both."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ _BLOCK = tl.constexpr(4096)
 """Words that a program reads at a time."""
 _BYTEWISE_BLOCK = tl.constexpr(512)
 _NUM_PROGRAMS = 64
-"""For each part; those of parts with fewer blocks end at once."""
+"""Programs for each part; in parts with fewer blocks, some end at once."""
 _NUM_WARPS = 16
 
 
 @triton.jit
 def _add_part(table, sums):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Add a share of one part, an entry of a table: int64 ``[parts, 4]`` of address, bytes, factor and slot.
+    """Add a share of the checksum of one part, an entry of a table int64 ``[parts, 4]``: address, bytes, factor, slot.
 
     Words at aligned addresses are read in vectors, all others byte by byte.
     """
@@ -60,7 +60,7 @@ def _add_part(table, sums):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN
 
 
 def fused_checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return what :func:`async_eplb.verify.checksum.plain_checksums` does, from one launch on the current stream."""
+    """Compute the same as :func:`async_eplb.verify.checksum.plain_checksums`, in one launch on the current stream."""
     device = slots[0][0].device
     entries = [
         (part.data_ptr(), part.nbytes, factor, slot)

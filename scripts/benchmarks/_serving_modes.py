@@ -20,12 +20,12 @@ from async_eplb import (
     ExpertWeights,
     LayerPlan,
     TorchDistTransport,
+    UpdaterStatistics,
     plan_layer,
 )
 from async_eplb.device import CpuDevice
 from async_eplb.plan import layer_transfers
 from async_eplb.transport.base import Exchange, Message, MessageGroup
-from async_eplb.updater import UpdaterStatistics
 from async_eplb.workers import ThreadWorkers
 from serving.boundary import NoUpdates
 
@@ -212,7 +212,7 @@ class Background(Mode):
     async def _update(self) -> None:
         begin_at = self._pace.begin_at
         for _, target in self.experts.moves:
-            await self._updater.until_step(begin_at)
+            await self._updater.demands.until_step(begin_at)
             await self._updater.begin(target, max_nbytes_per_step=self._pace.max_nbytes_per_step).wait()
             begin_at = self._updater.statistics().step + self._pace.rest
         self._ended.set()

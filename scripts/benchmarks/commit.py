@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertWeights
-from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
+from async_eplb.commit.committer import Committer, CopyCommitter, PreparedCommit, committer_for
 from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
@@ -129,9 +129,9 @@ class _Rank:
         self._fused.prepare(0, self._plan, self._buffers[0], self._maps[0])
 
     def _commits(self, committer: Committer) -> tuple[Callable[[], object], ...]:
-        def repeatable(buffer: StagingBuffer, commit: Callable[[], int]) -> int:
+        def repeatable(buffer: StagingBuffer, commit: PreparedCommit) -> int:
             buffer.state = BufferState.STAGED
-            return commit()
+            return commit.run()
 
         return tuple(
             partial(repeatable, buffer, committer.prepare(row, self._plan, buffer, self._maps[row]))

@@ -1,4 +1,4 @@
-"""Run targets, each in a process of its own: libFuzzer makes up bytes, guided by the branches that they reach."""
+"""Run targets, each in its own process: libFuzzer makes up bytes, guided by the branches that they reach."""
 
 import argparse
 import contextlib
@@ -71,7 +71,7 @@ def run_input(target: Target, data: bytes) -> None:
 
 
 def fuzz(name: str, options: argparse.Namespace) -> None:
-    """Hand this process to libFuzzer; it does not return."""
+    """Turn this process into a run of libFuzzer on one target; does not return."""
     target = TARGETS[name]
     with tempfile.TemporaryDirectory() as folder:
         work, corpus, words = (Path(folder) / part for part in ("work", "corpus", "words"))
@@ -105,17 +105,20 @@ def _escaped(word: bytes) -> str:
 
 
 def _runs_well(name: str, options: argparse.Namespace) -> bool:
-    """Run a target in a fork: libFuzzer ends the process that it is in, and imports take longer than a short run."""
+    """Run a target in a fork, and return whether it found no fault.
+
+    libFuzzer ends the process that it runs in, and importing everything anew takes longer than a short run.
+    """
     with tempfile.TemporaryFile() as file:
         process = multiprocessing.get_context("fork").Process(target=_fuzz_into, args=(file.fileno(), name, options))
         process.start()
         process.join()
         file.seek(0)
-        said = file.read().decode(errors="replace")
+        output = file.read().decode(errors="replace")
     if process.exitcode == 0:
-        print(f"{name}: {_figure(said)} inputs taken or refused with a typed error", flush=True)
+        print(f"{name}: {_figure(output)} inputs taken or refused with a typed error", flush=True)
         return True
-    print(said, file=sys.stderr)
+    print(output, file=sys.stderr)
     print(f"{name}: FAILED; again: scripts/fuzz-inputs {name} --input {options.found}/{name}-...", flush=True)
     return False
 

@@ -1,4 +1,4 @@
-"""Command lines: options are parsed and checked as ever, but no process is started and nothing is written."""
+"""Run command lines in which options are parsed and checked, but no process is started and nothing is written."""
 
 import os
 import sys
@@ -23,7 +23,6 @@ SEEDS = [
         "fuzz --scenario {}",
         "report log.jsonl --json --update 1 --html a.html",
         "report --compare log.jsonl log.jsonl --fail-if num_failed>0",
-        "report - --follow",
         "simulate --model kimi-k2 --cluster gb200 --ranks 72 144 --policy incremental --drift 0.3 --slots 8",
         "simulate --ranks 8 64 --layers 8 --plot scale.png --json scale.json --slowest 2 --nodes 2",
     )
@@ -34,11 +33,11 @@ _PLACEMENT = '{"physical_to_logical_map": [[0, 1, 1, 0]], "num_logical_experts":
 
 
 class _Reached(Exception):
-    """All checks are passed, and work would begin."""
+    """Raised in place of the work that begins after all checks."""
 
 
 def feed(data: bytes) -> None:
-    """Run a command line that is not let out of this folder."""
+    """Run a command line whose paths are all inside this folder."""
     arguments = [line.replace("/", "_") for line in data.decode(errors="replace").split("\n")]
     Path("new.json").write_text(_PLACEMENT)
     Path("log.jsonl").write_text("hello\n")
@@ -54,7 +53,7 @@ def feed(data: bytes) -> None:
 
 @contextmanager
 def _idle() -> Iterator[None]:
-    """Put what would begin to work out of action."""
+    """Replace all functions that begin to work by one that raises :class:`_Reached`."""
 
     def reached(*_arguments: Any, **_options: Any) -> Any:
         raise _Reached
@@ -70,7 +69,6 @@ def _idle() -> Iterator[None]:
         patch.object(demo, "random_placement", place_few),
         patch.object(fuzz, "_tallies", reached),
         patch.object(fuzz, "simulate", reached),
-        patch.object(report, "follow", reached),
         patch.object(report, "_draw", reached),
         patch.object(simulate, "simulate", reached),
     ):

@@ -1,4 +1,4 @@
-"""Changes to JSON that leave it JSON: byte by byte, hardly anything gets past a parser."""
+"""Changes to JSON that leave it JSON. Of documents with changed bytes, a parser refuses nearly all."""
 
 import json
 import random
@@ -14,7 +14,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
-    """Change a value of one line, or a line, or, one time in three, bytes."""
+    """Change a value in one line, repeat a line, or (one time in three) change bytes."""
     rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
     lines = data.split(b"\n")
     number = rng.randrange(len(lines))
@@ -33,7 +33,7 @@ def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 def _changed(node: Any, rng: random.Random) -> Any:
-    """Return a document of which one value, somewhere, is another, or is not there, or is there twice."""
+    """Return a document in which one value is changed, removed or repeated, at any depth."""
     if isinstance(node, dict) and node and rng.randrange(8):
         key = rng.choice(list(node))
         if rng.randrange(10):

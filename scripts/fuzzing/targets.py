@@ -1,4 +1,4 @@
-"""The table of what reads bytes from outside, each with bytes to begin with and the words of its language."""
+"""The table of all code that reads bytes from outside, with seeds and words to make up more bytes from."""
 
 import contextlib
 import gzip
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save as save_safetensors
 
 from async_eplb.agreement.ballot import Ballot, Status
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
-from async_eplb.agreement.shared import Driver
-from async_eplb.cli.follow import view
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BrokenControlGroup, EplbError
 from async_eplb.events.schema import EVENTS
 from async_eplb.fuzz import Scenario, scenario_for
@@ -26,7 +24,6 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.weight_source import INDEX, SafetensorsSource
 from async_eplb.report import read_events, summarize
 from async_eplb.report.conditions import parse_condition
-from async_eplb.report.live import LiveState
 from async_eplb.report.text import report_lines
 from async_eplb.transport.copy_engine.peer_weights import Offer
 from fuzzing import command_line
@@ -36,14 +33,14 @@ _JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[",
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One reader.
+    """One function that reads bytes from outside.
 
-    :param reads: what it reads, for people
-    :param feed: takes bytes in; runs in an empty folder
-    :param seeds: bytes to begin with
-    :param words: what else bytes are made of
-    :param refusals: what it may raise besides an ``EplbError``
-    :param is_json: lines of JSON, of which values are changed besides bytes
+    :param reads: what it reads, for the help text
+    :param feed: reads bytes; runs in an empty folder
+    :param seeds: returns bytes to begin with
+    :param words: byte strings to insert
+    :param refusals: errors that it may raise besides an ``EplbError``
+    :param is_json: it reads lines of JSON, in which values are changed as well as bytes
     """
 
     reads: str
@@ -54,7 +51,7 @@ class Target:
     is_json: bool = False
 
     def guarded(self) -> Callable[[bytes], None]:
-        """Return a function that raises only what is a fault; what the reader prints goes nowhere."""
+        """Return ``feed`` without its output and its refusals: whatever it raises is a fault."""
 
         def run(data: bytes) -> None:
             nowhere = io.StringIO()
@@ -69,14 +66,14 @@ class Target:
 
 
 def _use(placement: ExpertPlacement) -> None:
-    """Ask a placement that was taken for what an update asks it."""
+    """Call the methods of an accepted placement that an update calls."""
     placement.unplaced()
     placement.digest()
     assert placement.physical_to_logical_map.max(initial=-1) < placement.num_logical_experts
 
 
 def _read_document(data: bytes) -> None:
-    """Read a placement and a load, inline and from a file, each whether or not the others were refused."""
+    """Read a placement and a load, each inline and from a file, whether or not the others were refused."""
     Path("document.json").write_bytes(data)
     inline = data.decode(errors="replace")
     for source in (Path("document.json"), "{" + inline.lstrip().removeprefix("{")):
@@ -133,15 +130,6 @@ def _read_packed_log(data: bytes) -> None:
             _read_log(content)
 
 
-def _follow_log(data: bytes) -> None:
-    """Show bytes as they come, as ``report --follow`` does."""
-    state = LiveState()
-    console = Console(file=io.StringIO(), width=100)
-    for line in data.split(b"\n"):
-        state.take([line])
-    console.print(view(state))
-
-
 def _log_lines() -> list[bytes]:
     lines = []
     for event in EVENTS:
@@ -162,20 +150,20 @@ def _example(kind: str) -> object:
     return "a"
 
 
-def _take_ballots(data: bytes) -> None:
-    """Take bytes as the rows of a control round, 8 bytes a number, row after row as long as a ballot."""
+def _receive_ballots(data: bytes) -> None:
+    """Receive bytes as ballots of another rank: 8 bytes a number, as many numbers a row as a ballot has."""
     numbers = [int.from_bytes(data[start : start + 8], "little", signed=True) for start in range(0, len(data), 8)]
     size = Ballot.size()
     rows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    driver = Driver(Agreement(), ring=lambda: None)
-    driver.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
+    shared = SharedAgreement(Agreement())
+    shared.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
     for row in rows:
-        driver.advance(staged=1)
-        if not driver.receive([driver.ballot(), row]):
-            assert isinstance(driver.lost, BrokenControlGroup) or driver.left
+        shared.count(staged=1)
+        if not shared.receive([shared.ballot(), row]):
+            assert isinstance(shared.faults.lost, BrokenControlGroup) or shared.faults.gone
             return
         with contextlib.suppress(EplbError):
-            driver.try_pass(None)
+            shared.try_pass(None)
 
 
 def _ballots() -> list[bytes]:
@@ -185,7 +173,7 @@ def _ballots() -> list[bytes]:
             "digest": 1,
             "staged": 1,
             "launchable": 1,
-            "committed": 0,
+            "finished": 0,
             "fence": 0,
             "status": Status.OK,
             "step": 0,
@@ -248,10 +236,9 @@ TARGETS = {
     "tensors": Target("placements and loads as .pt files", _read_tensors, _tensor_files),
     "log": Target("logs that are reported on", _read_log, _log_lines, _JSON_WORDS, is_json=True),
     "gzip": Target("logs that are packed, or nearly so", _read_packed_log, lambda: _log_lines()[1:2]),
-    "follow": Target("logs that are followed", _follow_log, _log_lines, (b"[/]", b"[red]", *_JSON_WORDS), is_json=True),
-    "ballots": Target("ballots of another rank", _take_ballots, _ballots),
+    "ballots": Target("ballots of another rank", _receive_ballots, _ballots),
     "offer": Target(
-        "what another rank lets this one read", _read_offer, _offers, _JSON_WORDS, (RuntimeError,), is_json=True
+        "offers of another rank's memory", _read_offer, _offers, _JSON_WORDS, (RuntimeError,), is_json=True
     ),
     "index": Target("indexes of safetensors files", _read_index, _indexes, _JSON_WORDS, is_json=True),
     "checkpoint": Target("safetensors files", _read_checkpoint, _checkpoints, _JSON_WORDS),

@@ -1,20 +1,21 @@
 """The rules of the agreement, one by one. That they are enough is shown in ``test_agreement_search``."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.agreement_model import copied
 
 from async_eplb.agreement.ballot import Ballot, Decision, Status, Verdict
-from async_eplb.agreement.protocol import MAX_LEAD, Agreement
+from async_eplb.agreement.lead import MAX_LEAD
+from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule, Mode
 from async_eplb.errors import GenerationMismatch, PlacementDisagreement, StepMismatch
 
-READY = Ballot(generation=1, digest=7, staged=0, launchable=0, committed=0, fence=0, status=Status.OK)
+READY = Ballot(generation=1, digest=7, staged=0, launchable=0, finished=0, fence=0, status=Status.OK)
 ONE_STAGED = replace(READY, staged=1)
 
 
@@ -45,7 +46,7 @@ def decided(agreement: Agreement, *fences: int, staged: int = 1) -> Verdict:
 
 def passed(agreement: Agreement, boundaries: int) -> list[Decision | None]:
     """Pass boundaries and return what was due at each."""
-    return [agreement.pass_boundary() for _ in range(boundaries)]
+    return [agreement.boundaries.pass_next() for _ in range(boundaries)]
 
 
 # Fences
@@ -85,7 +86,7 @@ def test_the_fence_of_a_standing_rank_is_the_boundary_before_it() -> None:
     """Whatever its lead, and whatever was decided for later."""
     agreement = serving(lead=5)
     decided(agreement, 2, 9)
-    agreement.standing = True
+    agreement.boundaries.standing = True
     agreement.receive([replace(READY, staged=2)] * 2)
     assert agreement.ballot().fence == 1
 
@@ -97,7 +98,7 @@ def test_a_fence_holds_its_own_boundary(step: int, *, may: bool) -> None:
     agreement.receive([ONE_STAGED, ONE_STAGED])
     agreement.ballot()
     passed(agreement, step)
-    assert agreement.may_pass() is may
+    assert agreement.boundaries.may_pass() is may
 
 
 def test_passing_a_fence_is_refused() -> None:
@@ -105,10 +106,10 @@ def test_passing_a_fence_is_refused() -> None:
     agreement = serving(lead=1)
     agreement.receive([ONE_STAGED, ONE_STAGED])
     agreement.ballot()
-    before = copy(agreement)
+    before = copied(agreement)
     with pytest.raises(RuntimeError, match="boundary 1 is behind the fence"):
-        agreement.pass_boundary()
-    assert vars(agreement) == vars(before)
+        agreement.boundaries.pass_next()
+    assert repr(vars(agreement)) == repr(vars(before))
 
 
 def test_any_result_lifts_the_fence() -> None:
@@ -117,7 +118,7 @@ def test_any_result_lifts_the_fence() -> None:
     agreement.receive([ONE_STAGED, ONE_STAGED])
     agreement.ballot()
     agreement.receive([replace(ONE_STAGED, fence=1), replace(ONE_STAGED, fence=1, status=Status.CANCEL)])
-    assert agreement.may_pass()
+    assert agreement.boundaries.may_pass()
 
 
 # Decisions
@@ -169,12 +170,12 @@ def test_a_later_decision_leaves_earlier_ones() -> None:
 def test_ordered_launches_are_decided_too() -> None:
     """At one boundary, first commits, then one part of what is launched; other parts follow at the next ones."""
     agreement = serving(launch_rule=LaunchRule.ORDERED)
-    agreement.parts = (2, 1, 1)
+    agreement.update.parts = (2, 1, 1)
     ballot = replace(READY, staged=1, launchable=3)
     agreement.receive([ballot, ballot])
     verdict = agreement.receive([replace(ballot, fence=1), replace(ballot, launchable=2, fence=1)])
     assert verdict == Verdict(boundary=1, agreed=1, launched=2)
-    assert passed(agreement, 3) == [Decision(n, committed=1, launched=n) for n in (1, 2, 3)]
+    assert passed(agreement, 3) == [Decision(n, copied=1, parts_launched=n) for n in (1, 2, 3)]
 
 
 def test_launches_are_nobodys_matter_without_order() -> None:
@@ -197,7 +198,7 @@ def test_granted_layers_are_not_launched_at_boundaries() -> None:
     agreement = serving(launch_rule=LaunchRule.GRANTED)
     agreement.receive([replace(READY, launchable=2)] * 2)
     decided(agreement, 1, 1)
-    assert passed(agreement, 1) == [Decision(1, committed=1, launched=0)]
+    assert passed(agreement, 1) == [Decision(1, copied=1, parts_launched=0)]
 
 
 def test_layers_are_granted_in_the_exclusive_mode_too() -> None:
@@ -219,13 +220,13 @@ def test_an_update_is_over_when_all_is_committed_everywhere(committed: int, *, o
     """The copies have finished on every device, not just been enqueued."""
     agreement = serving(total=2)
     decided(agreement, 2, 2, staged=2)
-    verdict = agreement.receive([replace(READY, staged=2, committed=count) for count in (2, committed)])
+    verdict = agreement.receive([replace(READY, staged=2, finished=count) for count in (2, committed)])
     assert verdict.over is over
 
 
 def test_an_update_of_no_layers_is_over_at_once() -> None:
     """The first round that shows it begun everywhere ends it."""
-    assert serving(total=0).over
+    assert serving(total=0).update.over
 
 
 # Ranks that stand
@@ -235,26 +236,30 @@ def test_a_standing_rank_does_what_is_due_before_it() -> None:
     """It passes no boundary for that, and does nothing twice."""
     agreement = serving()
     decided(agreement, 1, 1)
-    assert (agreement.stand(), agreement.stand(), agreement.step) == (Decision(1, 1, 0), None, 0)
+    assert (agreement.boundaries.due_next(), agreement.boundaries.due_next(), agreement.boundaries.step) == (
+        Decision(1, 1, 0),
+        None,
+        0,
+    )
 
 
 def test_a_standing_rank_leaves_what_is_due_later() -> None:
     """Others may go on, and come to that boundary with the old weights."""
     agreement = serving()
     decided(agreement, 1, 2)
-    assert agreement.stand() is None
+    assert agreement.boundaries.due_next() is None
 
 
 def test_decisions_come_forward_when_all_stand() -> None:
     """Nobody makes steps, so the boundary that they stand before takes the place of later ones."""
     agreement = serving()
     decided(agreement, 3, 4)
-    agreement.standing = True
+    agreement.boundaries.standing = True
     standing = replace(ONE_STAGED, standing=1)
     agreement.receive([standing, standing])
     fenced = replace(standing, fence=agreement.ballot().fence)
     assert agreement.receive([fenced, fenced]) == Verdict(boundary=1, agreed=1)
-    assert agreement.stand() == Decision(1, 1, 0)
+    assert agreement.boundaries.due_next() == Decision(1, 1, 0)
 
 
 def test_decisions_stay_when_a_rank_goes_on() -> None:
@@ -272,7 +277,7 @@ def test_a_rank_that_makes_no_more_steps_drains() -> None:
     agreement = serving()
     decided(agreement, 2, 2, staged=1)
     decided(agreement, 7, 7, staged=2)
-    assert (agreement.drain(), agreement.drain()) == (Decision(7, 2, 0), None)
+    assert (agreement.boundaries.due_ever(), agreement.boundaries.due_ever()) == (Decision(7, 2, 0), None)
 
 
 # The end before the end
@@ -292,7 +297,7 @@ def test_a_cancelled_update_ends_after_what_can_be_under_way() -> None:
     agreement = serving(total=9, window=2)
     decided(agreement, 2, 2, staged=3)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
-    assert agreement.limit == 5
+    assert agreement.update.limit == 5
 
 
 def test_a_cancelled_update_does_not_get_longer() -> None:
@@ -300,7 +305,7 @@ def test_a_cancelled_update_does_not_get_longer() -> None:
     agreement = serving(total=3, window=2)
     decided(agreement, 2, 2, staged=2)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
-    assert agreement.limit == 3
+    assert agreement.update.limit == 3
 
 
 def test_a_cancelled_update_ends_after_what_was_launched() -> None:
@@ -310,7 +315,7 @@ def test_a_cancelled_update_ends_after_what_was_launched() -> None:
     agreement.receive([ballot, ballot])
     agreement.receive([replace(ballot, fence=2)] * 2)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
-    assert agreement.limit == 2
+    assert agreement.update.limit == 2
 
 
 @pytest.mark.parametrize("begin", [serving, exclusive])
@@ -319,7 +324,7 @@ def test_a_cancelled_update_ends_after_what_was_granted(begin: Callable[..., Agr
     agreement = begin(total=9, window=4, launch_rule=LaunchRule.GRANTED)
     agreement.receive([replace(READY, launchable=2)] * 2)
     agreement.receive([replace(READY, launchable=3), replace(READY, launchable=3, status=Status.CANCEL)])
-    assert agreement.limit == 2
+    assert agreement.update.limit == 2
     assert agreement.receive([replace(READY, launchable=3)] * 2).launched == 2
 
 
@@ -336,7 +341,7 @@ def test_a_second_cancellation_changes_nothing() -> None:
     agreement = exclusive(total=9)
     agreement.receive([READY, replace(READY, status=Status.CANCEL)])
     verdict = agreement.receive([ONE_STAGED, replace(ONE_STAGED, status=Status.CANCEL)])
-    assert (verdict.agreed, agreement.limit) == (1, 2)
+    assert (verdict.agreed, agreement.update.limit) == (1, 2)
 
 
 def test_layers_beyond_the_limit_are_not_decided() -> None:
@@ -399,14 +404,14 @@ def test_a_rank_that_leaves_ends_the_update() -> None:
     """No round follows; what was decided before is still committed."""
     agreement = serving()
     decided(agreement, 2, 2)
-    assert agreement.receive([READY, replace(READY, status=Status.LEAVING)]).left == (1,)
-    assert agreement.over
+    assert agreement.receive([READY, replace(READY, status=Status.LEAVING)]).gone == (1,)
+    assert agreement.update.over
     assert passed(agreement, 2) == [None, Decision(2, 1, 0)]
 
 
 def test_leaving_between_updates_is_no_end() -> None:
     """There is nothing to be over."""
-    assert Agreement().receive([READY, replace(READY, status=Status.LEAVING)]) == Verdict(left=(1,))
+    assert Agreement().receive([READY, replace(READY, status=Status.LEAVING)]) == Verdict(gone=(1,))
 
 
 # Ranks that do not agree
@@ -417,7 +422,7 @@ def test_a_round_waits_for_all_to_begin() -> None:
     agreement = Agreement()
     agreement.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
     assert agreement.receive([replace(ONE_STAGED, generation=0), ONE_STAGED]) == Verdict(waiting_for=(0,))
-    assert not agreement.begun
+    assert not agreement.update.begun
 
 
 @pytest.mark.parametrize(("own", "other"), [(1, 2), (2, 0)])
@@ -442,7 +447,7 @@ def test_counts_of_the_last_update_do_not_count() -> None:
     """A rank that has not begun this update has staged nothing of it."""
     agreement = serving(total=1)
     agreement.begin(Mode.EXCLUSIVE, digest=7, total=1, window=1)
-    ballots = [replace(READY, generation=2, staged=1, committed=1), replace(READY, staged=1, committed=1)]
+    ballots = [replace(READY, generation=2, staged=1, finished=1), replace(READY, staged=1, finished=1)]
     assert agreement.receive(ballots) == Verdict(waiting_for=(1,))
 
 
@@ -509,8 +514,8 @@ def test_a_wait_doubles_the_lead() -> None:
     """Up to a limit, for a layer waits as long."""
     agreement, leads = Agreement(lead=3), []
     for _ in range(6):
-        agreement.waited()
-        leads.append(agreement.lead)
+        agreement.lead.waited()
+        leads.append(agreement.lead.boundaries)
     assert leads == [6, 12, 24, 48, MAX_LEAD, MAX_LEAD]
 
 
@@ -518,11 +523,11 @@ def test_decisions_without_a_wait_halve_the_lead() -> None:
     """But not below what it was at first."""
     agreement = serving(total=1000, lead=5)
     for _ in range(2):
-        agreement.waited()
+        agreement.lead.waited()
     leads = []
     for staged in range(1, 3 * 64 + 1):
         decided(agreement, 2, 2, staged=staged)
-        leads.append(agreement.lead)
+        leads.append(agreement.lead.boundaries)
     assert leads == [20] * 63 + [10] * 64 + [5] * 65
 
 
@@ -531,9 +536,9 @@ def test_a_wait_starts_the_count_again() -> None:
     agreement = serving(total=1000, lead=8)
     for staged in range(1, 64):
         decided(agreement, 2, 2, staged=staged)
-    agreement.waited()
+    agreement.lead.waited()
     decided(agreement, 2, 2, staged=64)
-    assert agreement.lead == 16
+    assert agreement.lead.boundaries == 16
 
 
 # Rounds
@@ -544,8 +549,8 @@ def test_a_wait_starts_the_count_again() -> None:
     [
         ({}, False),
         ({"staged": 1}, True),
-        ({"committed": 1}, False),
-        ({"committed": 4}, True),
+        ({"finished": 1}, False),
+        ({"finished": 4}, True),
         ({"parts": (1,)}, False),
         ({"parts": (1,), "launch_rule": LaunchRule.ORDERED}, True),
         ({"status": Status.CANCEL}, True),
@@ -562,14 +567,15 @@ def test_a_rank_with_news_joins_at_once(change: dict[str, object], *, eager: boo
     """Others pause first: a round is worth it when the slowest rank has something to say."""
     agreement = serving()
     for name, value in change.items():
-        setattr(agreement, name, value)
+        parts = (agreement, agreement.update, agreement.boundaries)
+        setattr(next(part for part in parts if hasattr(part, name)), name, value)
     assert agreement.is_eager() is eager
 
 
 def test_a_rank_with_a_fence_to_give_joins_at_once() -> None:
     """The others are about to promise something too."""
     agreement = serving()
-    agreement.staged = 1
+    agreement.update.staged = 1
     agreement.receive([ONE_STAGED, ONE_STAGED])
     assert agreement.is_eager()
 
@@ -582,7 +588,12 @@ def test_the_next_update_starts_from_nothing() -> None:
     agreement.end(broken=False)
     agreement.begin(Mode.SERVING, digest=9, total=3, window=1)
     ballot = replace(READY, generation=2, digest=9, step=2)
-    assert (agreement.ballot(), agreement.agreed, agreement.limit, agreement.lead) == (ballot, 0, 3, 5)
+    assert (agreement.ballot(), agreement.update.agreed, agreement.update.limit, agreement.lead.boundaries) == (
+        ballot,
+        0,
+        3,
+        5,
+    )
 
 
 BALLOTS = st.builds(
@@ -591,7 +602,7 @@ BALLOTS = st.builds(
     digest=st.just(7),
     staged=st.integers(0, 4),
     launchable=st.integers(0, 4),
-    committed=st.integers(0, 4),
+    finished=st.integers(0, 4),
     fence=st.integers(0, 9),
     status=st.sampled_from(Status),
     step=st.integers(0, 9),
@@ -608,7 +619,7 @@ def test_the_order_of_ranks_decides_nothing(ballots: list[Ballot], random: Rando
         agreement = Agreement(launch_rule=LaunchRule.ORDERED)
         agreement.begin(mode, digest=7, total=4, window=2)
         verdict = agreement.receive(order)
-        ends.append((vars(agreement), replace(verdict, cancelled=(), failed=(), left=())))
+        ends.append((vars(agreement), replace(verdict, cancelled=(), failed=(), gone=())))
     assert ends[0] == ends[1]
 
 
@@ -633,4 +644,4 @@ def test_repr_tells_where_it_stands() -> None:
     """All that is needed to understand a wait."""
     agreement = serving(total=4)
     decided(agreement, 2, 2)
-    assert repr(agreement) == ("<Agreement generation 1: 0 staged, 1 agreed, 0 committed of 4, OK, step 0, fence 0>")
+    assert repr(agreement) == ("<Agreement generation 1: 0 staged, 1 agreed, 0 finished of 4, OK, step 0, fence 0>")

@@ -12,8 +12,7 @@ import pytest
 from support.agreement_model import Do, Violation, World
 from support.agreement_search import explore
 
-from async_eplb.agreement import protocol as module
-from async_eplb.agreement.protocol import Agreement
+from async_eplb.agreement import boundaries, checks, lead, protocol
 from async_eplb.agreement.rules import LaunchRule, Mode
 
 WORLDS = {
@@ -119,7 +118,7 @@ def test_no_interleaving_breaks_the_agreement(name: str, world: World) -> None:
 
 def test_leads_may_shrink_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later layer is not decided for an earlier boundary than one before it."""
-    monkeypatch.setattr(module, "_CALM_DECISIONS", 1)
+    monkeypatch.setattr(lead, "_CALM_DECISIONS", 1)
     assert explore(World(leads=(4, 4), layers=2, window=2)).ends
 
 
@@ -139,30 +138,32 @@ QUIET = World(leads=(2, 2), layers=1, budget=(Do.QUIET,))
 FAILED_QUIET = World(leads=(1, 2), layers=1, budget=(Do.FAIL, Do.QUIET))
 FAILED_STANDING = World(leads=(1, 2), layers=1, standing=True, budget=(Do.FAIL,))
 
+LEAST = "update.seen = Counts.least(ballots)"
+SEEN = LEAST + "; update.seen = replace(update.seen, {0}=update.{0})"
 MUTATIONS = {
     "decided for the smallest fence": (TWO, "boundary = max(fences)", "boundary = min(fences)"),
     "decided for some rank's fence": (TWO, "boundary = max(fences)", "boundary = fences[0]"),
-    "no lead": (TWO, "self.step + self.lead,", "self.step,"),
+    "no lead": (TWO, "self.step + lead,", "self.step,"),
     "the fence itself is passed": (TWO, "self.step + 1 < self.fence", "self.step + 1 <= self.fence"),
     "a fence holds nothing": (TWO, "return not self.fence or self.step + 1 < self.fence", "return True"),
-    "a fence is never lifted": (TWO, "        self.fence = 0\n        self._fence", "        self._fence"),
+    "a fence is never lifted": (TWO, "        boundaries.fence = 0\n", ""),
     "a decision replaces earlier ones": (TWO, "if each.boundary < boundary)", "if False)"),
     "only the first of what is due is done": (LEFT, "return due[-1]", "return due[0]"),
-    "staged here": (TWO, "min(ballot.staged for ballot in ballots)", "self.staged"),
-    "staged here, in the exclusive mode": (EXCLUSIVE, "min(ballot.staged for ballot in ballots)", "self.staged"),
-    "launchable here": (LAUNCHES, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
-    "all parts at one boundary": (PARTS, "Decision(boundary + n,", "Decision(boundary,"),
+    "staged here": (TWO, LEAST, SEEN.format("staged")),
+    "staged here, in the exclusive mode": (EXCLUSIVE, LEAST, SEEN.format("staged")),
+    "launchable here": (LAUNCHES, LEAST, SEEN.format("launchable")),
+    "all parts at one boundary": (PARTS, "Decision(boundary + number,", "Decision(boundary,"),
     "two layers' parts at one boundary": (
         PARTS,
-        "self.last_boundary + 1",
-        "self.last_boundary",
+        "self.last + 1)",
+        "self.last)",
     ),
     "decided for boundaries of a layer's later parts": (
         PARTS,
-        "self.last_boundary = self.decisions[-1].boundary",
-        "self.last_boundary = boundary",
+        "self.last = self.decisions[-1].boundary",
+        "self.last = boundary",
     ),
-    "granted here": (GRANTS, "min(ballot.launchable for ballot in ballots)", "self.launchable"),
+    "granted here": (GRANTS, LEAST, SEEN.format("launchable")),
     "nobody tells of grants": (
         replace(GRANTS, eager=True),
         "self.launch_rule is not LaunchRule.AT_ONCE and",
@@ -170,54 +171,62 @@ MUTATIONS = {
     ),
     "cancelled before what was granted": (
         CANCELLED_GRANTS,
-        "return max(self.launched, self.agreed)",
-        "return self.agreed",
+        "return max(update.launched, update.agreed)",
+        "return update.agreed",
     ),
-    "committed here": (TWO, "min(ballot.committed for ballot in ballots)", "self.committed"),
-    "over when all is agreed": (TWO, "self._seen.committed >= self.limit", "self.agreed >= self.limit"),
-    "fences in the exclusive mode": (EXCLUSIVE, "elif self.mode is Mode.EXCLUSIVE:", "elif False:"),
-    "cancelled without the window": (CANCELLED, "return self.agreed + self.window", "return self.agreed"),
+    "committed here": (TWO, LEAST, SEEN.format("finished")),
+    "over when all is agreed": (TWO, "update.seen.finished >= update.limit  #", "update.agreed >= update.limit  #"),
+    "fences in the exclusive mode": (EXCLUSIVE, "elif update.mode is Mode.EXCLUSIVE:", "elif False:"),
+    "cancelled without the window": (CANCELLED, "return update.agreed + update.window", "return update.agreed"),
     "cancelled before what was launched": (
         CANCELLED_LAUNCHES,
-        "return max(self.launched, self.agreed)",
-        "return self.agreed",
+        "return max(update.launched, update.agreed)",
+        "return update.agreed",
     ),
-    "cancelled after what is staged here": (CANCELLED, "self._under_way())", "self.staged)"),
-    "cancelled after the end": (CANCELLED, "min(self.limit, self._under_way())", "self._under_way()"),
-    "launched after the limit": (CANCELLED_LAUNCHES, "min(self.limit, self._seen.launchable)", "self._seen.launchable"),
-    "a failure is not heeded": (FAILED, "        if failed:", "        if False:"),
-    "a leaving rank is not heeded": (LEFT, "        if left:", "        if False:"),
-    "not over when a rank has left": (LEFT, "self.over = self.over or self.running", "pass"),
-    "a leaving rank drops what was decided": (LEFT, "self._due(self.last_boundary)", "self._due(self.step)"),
+    "cancelled after what is staged here": (CANCELLED, "self._under_way())", "update.staged)"),
+    "cancelled after the end": (CANCELLED, "min(update.limit, self._under_way())", "self._under_way()"),
+    "launched after the limit": (
+        CANCELLED_LAUNCHES,
+        "min(update.limit, update.seen.launchable)",
+        "update.seen.launchable",
+    ),
+    "a failure changes nothing": (FAILED, "        if failed:", "        if False:"),
+    "a leaving rank changes nothing": (LEFT, "        if gone:", "        if False:"),
+    "not over when a rank has left": (LEFT, "update.over = update.over or self.running", "pass"),
+    "a leaving rank drops what was decided": (LEFT, "self._due(self.last)", "self._due(self.step)"),
     "rounds count before all have begun": (AGAIN, "        if waiting_for:", "        if False:"),
-    "rounds count after the end": (AGAIN, "if not self.running or self.over:", "if not self.running:"),
+    "rounds count after the end": (
+        AGAIN,
+        "if not self.running or update.over:\n            return self._verdict",
+        "if not self.running:\n            return self._verdict",
+    ),
     "all updates have one number": (AGAIN, "self.generation += 1", "self.generation = 1"),
-    "a standing rank keeps its lead": (QUIET, "self.step + 1 if self.standing else ahead", "ahead"),
-    "no fence for what is out of reach": (QUIET, " or self._is_out_of_reach(ballots))", ")"),
-    "what is out of reach stays there": (QUIET, " or max(fences) < self.last_boundary)", ")"),
+    "a standing rank keeps its lead": (QUIET, "self.step + 1 if self.standing else max(", "max("),
+    "no fence for what is out of reach": (QUIET, " or self._is_out_of_reach(ballots)\n", "\n"),
+    "what is out of reach stays there": (QUIET, " or max(fences) < self.boundaries.last)", ")"),
     "a standing rank waits for its boundary": (QUIET, "self._due(self.step + 1)", "self._due(self.step)"),
     "a standing rank does not wait": (
         replace(STANDING, leads=(2, 2)),
         "self._due(self.step + 1)",
         "self._due(self.step + 2)",
     ),
-    "nothing comes forward after a failure": (FAILED_QUIET, "comes = here < self.last_boundary", "comes = False"),
-    "what comes forward after a failure is for the last rank": (
+    "nothing moves forward after a failure": (FAILED_QUIET, "moves = here < self.boundaries.last", "moves = False"),
+    "what moves forward after a failure is for the last rank": (
         FAILED_STANDING,
         "here = max(fences) if all(fences)",
         "here = min(fences) if all(fences)",
     ),
-    "after a failure, what comes forward is for ranks that may go on": (
+    "after a failure, what moves forward is for ranks that may go on": (
         FAILED_STANDING,
         "here = max(fences) if all(fences)",
-        "here = self.step + 1 if self._is_out_of_reach(ballots)",
+        "here = self.boundaries.step + 1 if self._is_out_of_reach(ballots)",
     ),
     "nobody wants a fence after a failure": (
         FAILED_QUIET,
-        "        self._fence_wanted = self._is_out_of_reach(ballots)\n",
+        "        self.boundaries.fence_wanted = self._is_out_of_reach(ballots)\n",
         "",
     ),
-    "steps of one round are compared": (STANDING, "min(steps) < self._stood_before", "len(set(steps)) > 1"),
+    "steps of one round are compared": (STANDING, "min(steps) < stood_before", "len(set(steps)) > 1"),
 }
 
 
@@ -229,11 +238,21 @@ def test_every_rule_is_needed(name: str) -> None:
         explore(replace(world, agreement=_changed(rule, instead)))
 
 
-def _changed(rule: str, instead: str) -> type[Agreement]:
+RULES = (
+    boundaries.Boundaries,
+    checks.require_same_update,
+    checks.require_same_steps,
+    protocol.Counts,
+    protocol.Agreed,
+    protocol.Agreement,
+)
+
+
+def _changed(rule: str, instead: str) -> type[protocol.Agreement]:
     """Return the agreement with a rule of its source replaced."""
-    source = inspect.getsource(Agreement)
+    source = "\n\n".join(inspect.getsource(each) for each in RULES)
     assert source.count(rule) == 1
-    names = dict(vars(module))
+    names = {**vars(checks), **vars(boundaries), **vars(protocol), "replace": replace}
     exec(source.replace(rule, instead), names)  # noqa: S102 - our own source
-    changed: type[Agreement] = names["Agreement"]
+    changed: type[protocol.Agreement] = names["Agreement"]
     return changed

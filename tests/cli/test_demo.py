@@ -108,10 +108,10 @@ def test_the_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_an_interrupt_leaves_nothing_behind(sign: str, tmp_path: Path) -> None:
     """Ctrl-C ends all processes: one line, no traceback, status 130."""
-    heeding = ["env", "--default-signal=INT"]  # who runs the tests in the background ignores Ctrl-C
+    allow_interrupts = ["env", "--default-signal=INT"]  # a shell starts background jobs with SIGINT ignored
     options = ["--ranks", "4", "--layers", "200", "--log-dir", str(tmp_path / "logs")]
     demo = subprocess.Popen(
-        [*heeding, sys.executable, "-m", "async_eplb", "demo", *options],
+        [*allow_interrupts, sys.executable, "-m", "async_eplb", "demo", *options],
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

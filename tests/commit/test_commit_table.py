@@ -67,7 +67,7 @@ def test_every_byte_is_in_one_chunk(segments: npt.NDArray[np.int64]) -> None:
 
 @given(disjoint_segments())
 def test_vectors_are_aligned_and_chunks_bounded(segments: npt.NDArray[np.int64]) -> None:
-    """What the kernel takes for granted."""
+    """The kernel assumes both."""
     table = chunk_table(segments)
     assert len(table) <= most_chunks(segments).sum()
     for src, dst, amount in table.tolist():
@@ -102,7 +102,7 @@ def test_aligned_segments_are_copied_in_vectors() -> None:
 
 
 def test_an_increment_has_no_amount() -> None:
-    """The kernel tells it from a copy by that."""
+    """By this the kernel distinguishes it from a copy."""
     assert increment(64).tolist() == [[0, 64, 0]]
 
 
@@ -117,18 +117,18 @@ class ByHand:
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> "Execution":
         own, table = self._tables.write(row, plan, buffer, maps)
-        Execution(own)()
+        Execution(own).run()
         return Execution(table)
 
 
 class Execution:
-    """A table that can be worked off."""
+    """A table, and what the kernel does with it."""
 
     def __init__(self, table: Tensor) -> None:
-        self._table = table.numpy()
+        self.table = table.numpy()
 
-    def __call__(self) -> int:
-        for (src, dst, nbytes), amount in zip(in_bytes(self._table), self._table[:, 2].tolist(), strict=True):
+    def run(self) -> int:
+        for (src, dst, nbytes), amount in zip(in_bytes(self.table), self.table[:, 2].tolist(), strict=True):
             if amount == 0:
                 ctypes.c_int64.from_address(dst).value += 1
             ctypes.memmove(dst, src, nbytes)
@@ -140,8 +140,8 @@ def test_the_table_does_what_plain_copies_do(seed: int, aligned: bool) -> None: 
     """Weights, the gaps between slots, all maps and generations end as a loop of copies leaves them."""
     plain = random_layer(seed, aligned=aligned, max_elements=3000)
     by_table = random_layer(seed, committer=ByHand, aligned=aligned, max_elements=3000)
-    plain.commit()
-    by_table.commit()
+    plain.commit.run()
+    by_table.commit.run()
     assert all(same(one, other) for one, other in zip(plain.state(), by_table.state(), strict=True))
 
 
@@ -156,7 +156,7 @@ def test_a_plain_commit_replaces_the_slots_of_its_plan(seed: int) -> None:
     live = before.weights.views(ROW)
     for own in layer.plan.local_copies:
         assert all(map(same, layer.buffer.views(own.dst_slot), (view[own.src_slot] for view in live)))
-    nbytes = layer.commit()
+    nbytes = layer.commit.run()
     sources = {slot: slot for slot in layer.plan.staged_slots}
     sources |= {fan_out.dst_slot: fan_out.staged_slot for fan_out in layer.plan.fan_outs}
     for index, view in enumerate(layer.weights.views(ROW)):
@@ -170,12 +170,12 @@ def test_a_plain_commit_replaces_the_slots_of_its_plan(seed: int) -> None:
 
 
 def test_a_layer_that_is_not_staged_is_not_committed() -> None:
-    """Its buffer says so, and nothing is written."""
+    """Its buffer refuses, and nothing is written."""
     layer = random_layer(0)
     before = layer.state()
     layer.buffer.enter(BufferState.FREE)
     with pytest.raises(EplbError, match="cannot go from free to committing"):
-        layer.commit()
+        layer.commit.run()
     assert all(map(same, layer.state(), before))
 
 
@@ -184,7 +184,8 @@ def test_what_a_table_needs_is_known_before_the_plan() -> None:
     for seed in range(200):
         layer: Layer = random_layer(seed, committer=ByHand, max_elements=3000)
         end = layer.buffer.spare.data_ptr() + layer.buffer.spare.nbytes
-        assert layer.commit._table.ctypes.data + layer.commit._table.nbytes <= end  # type: ignore[attr-defined]
+        assert isinstance(layer.commit, Execution)
+        assert layer.commit.table.ctypes.data + layer.commit.table.nbytes <= end
 
 
 def test_a_table_takes_little_of_staging() -> None:

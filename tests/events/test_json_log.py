@@ -77,25 +77,27 @@ def test_a_full_disk_is_survived_and_what_is_lost_is_counted() -> None:
 
 
 def test_what_was_lost_is_reported_when_there_is_room_again(tmp_path: Path) -> None:
-    """A torn line is ended, so that the next one is whole."""
+    """A partial line is ended, so that the next one is whole."""
     script = ["all", "part", "nothing"]
+    begun, gate, failed = threading.Event(), threading.Event(), threading.Event()
 
     def write(file: int, data: bytes) -> int:
+        begun.set()
+        assert gate.wait(10)
         what = script.pop(0) if script else "all"
         if what == "nothing":
+            failed.set()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.write(file, data[:20] if what == "part" else data)
 
-    gate = threading.Event()
     with JsonLog(tmp_path / "log.jsonl", write=write) as log:
         logger = log.logger().bind(run_id="some run")
         emit(logger, event(0))
-        log._writer.submit(lambda: None).result(10)
-        log._writer.submit(gate.wait, 10)
+        assert begun.wait(10)
         emit(logger, event(1))
         emit(logger, event(2))
         gate.set()
-        log._writer.submit(lambda: None).result(10)
+        assert failed.wait(10)
         emit(logger, event(3))
     first, torn, dropped, last = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(first)["step"] == 0

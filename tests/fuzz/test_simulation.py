@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
+from async_eplb.agreement.outlook import PeerFaults
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule
-from async_eplb.agreement.shared import Driver
-from async_eplb.commit.committer import commit_layer
+from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.commit.committer import CopyCommit
 from async_eplb.fuzz import Invariant, Mishap, Scenario, Trouble, scenario_for, simulate
-from async_eplb.recovery.recover import RankState
+from async_eplb.recovery.state import RankState
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport import Exchange
-from async_eplb.update.stages import LayerStages
+from async_eplb.update.exchange import exchanges
 
 FOUND = {
     "staging had no buffers after an allocation failed": Scenario(
@@ -96,8 +97,10 @@ def test_what_was_found_stays_mended(scenario: Scenario) -> None:
 
 def everywhere_is_here(agreement: Agreement) -> tuple[int, int]:
     """Take this rank's own counts for everybody's."""
-    launchable = min(agreement.limit, agreement.launchable)
-    return max(min(agreement.limit, agreement.staged), agreement.agreed), max(launchable, agreement.launched)
+    launchable = min(agreement.update.limit, agreement.update.launchable)
+    return max(min(agreement.update.limit, agreement.update.staged), agreement.update.agreed), max(
+        launchable, agreement.update.launched
+    )
 
 
 async def any_buffer(pool: StagingPool) -> Any:
@@ -106,21 +109,24 @@ async def any_buffer(pool: StagingPool) -> Any:
     return pool.buffers[0]
 
 
-async def nobody_rolls_forward(state: RankState, *_: object) -> tuple[int, ...]:
+async def nobody_rolls_forward(_rank: object, state: RankState, *_: object) -> tuple[int, ...]:
     """Leave the layer in doubt as it is, and give staging back."""
-    if state.run is not None:
-        await state.run.roll_forward(())
+    run = state.failed_run
+    if run is not None:
+        for layer in run.kept:
+            run.pool.release(layer.buffer)
+        run.kept = ()
     return ()
 
 
-def without_the_last_copy(row: int, copies: list[Any], *rest: Any) -> int:
+def without_the_last_copy(commit: CopyCommit) -> int:
     """Commit a layer but for one tensor."""
-    return commit_layer(row, copies[:-1], *rest)
+    return _RUN(replace(commit, copies=commit.copies[:-1]))
 
 
-def deaf_when_lost(driver: Driver, error: Any) -> None:
+def deaf_when_lost(shared: SharedAgreement, error: Any) -> None:
     """Keep it to oneself that a rank does not answer."""
-    driver.lost = error
+    shared.faults = PeerFaults(lost=error)
 
 
 async def failing_untyped(*_: object) -> None:
@@ -128,22 +134,22 @@ async def failing_untyped(*_: object) -> None:
     raise ZeroDivisionError
 
 
-def only_what_is_pulled(stages: LayerStages, *layer: Any) -> tuple[Exchange, ...]:
+def only_what_is_pulled(*layer: Any, **rules: Any) -> tuple[Exchange, ...]:
     """Take part in no turns of a layer of which one needs nothing from others."""
-    hops = _HOPS(stages, *layer)
+    hops = exchanges(*layer, **rules)
     return tuple(replace(hop, pulls=hop.pulls if hop.pulls and hop.pulls.slots else None) for hop in hops)
 
 
-_HOPS = LayerStages._hops
+_RUN = CopyCommit.run
 MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     "a commit forgets a tensor": (
         Invariant.WHOLE_LAYERS,
-        "async_eplb.commit.committer.commit_layer",
+        "async_eplb.commit.committer.CopyCommit.run",
         without_the_last_copy,
     ),
     "a fence holds nobody": (
         Invariant.SAME_MAPS,
-        "async_eplb.agreement.protocol.Agreement.may_pass",
+        "async_eplb.agreement.boundaries.Boundaries.may_pass",
         lambda _self: True,
     ),
     "lost experts find no home": (Invariant.LIVE_REPLICAS, "async_eplb.recovery.recover.homes", lambda *_: ()),
@@ -153,16 +159,20 @@ MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
         "async_eplb.agreement.protocol.Agreement._everywhere",
         everywhere_is_here,
     ),
-    "a lost rank goes unnoticed": (Invariant.ENDS_IN_TIME, "async_eplb.agreement.shared.Driver.lose", deaf_when_lost),
-    "an error of no type": (Invariant.TYPED_ERRORS, "async_eplb.recovery.recover._roll_forward", failing_untyped),
+    "a lost rank goes unnoticed": (
+        Invariant.ENDS_IN_TIME,
+        "async_eplb.agreement.shared.SharedAgreement.lose",
+        deaf_when_lost,
+    ),
+    "an error of no type": (Invariant.TYPED_ERRORS, "async_eplb.recovery.recover.roll_forward", failing_untyped),
     "who pulls nothing passes no turn on": (
         Invariant.RECOVERED,
-        "async_eplb.update.stages.LayerStages._hops",
+        "async_eplb.update.stages.exchanges",
         only_what_is_pulled,
     ),
     "the layer in doubt stays": (
         Invariant.RECOVERED,
-        "async_eplb.recovery.recover._roll_forward",
+        "async_eplb.recovery.recover.roll_forward",
         nobody_rolls_forward,
     ),
 }

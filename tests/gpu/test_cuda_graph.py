@@ -72,10 +72,10 @@ def commits(
             for copy in plan.local_copies:
                 for view, staged in zip(model.weights.views(layer), buffer.views(copy.dst_slot), strict=True):
                     staged.copy_(view[copy.src_slot])
-            launch = committer.prepare(layer, plan, buffer, maps)
+            prepared = committer.prepare(layer, plan, buffer, maps)
             device.record().synchronize()
         buffer.enter(BufferState.STAGED)
-        nbytes = launch()
+        nbytes = prepared.run()
         buffer.consumed = device.record()
         return nbytes
 

@@ -34,7 +34,7 @@ def test_it_does_what_plain_copies_do(cuda: torch.device, seed: int, *, aligned:
     """Weights, the gaps between slots, all maps and generations are, bit by bit, what the CPU makes of it."""
     expected = random_layer(seed, aligned=aligned)
     layer = random_layer(seed, cuda, fused, aligned=aligned)
-    assert layer.commit() == expected.commit()
+    assert layer.commit.run() == expected.commit.run()
     assert all(map(torch.equal, layer.state(), expected.state()))
 
 
@@ -42,7 +42,7 @@ def test_it_does_what_plain_copies_do(cuda: torch.device, seed: int, *, aligned:
 def test_plain_copies_do_the_same_on_the_device(cuda: torch.device, seed: int) -> None:
     """What is used without Triton."""
     expected, layer = random_layer(seed), random_layer(seed, cuda, CopyCommitter)
-    assert layer.commit() == expected.commit()
+    assert layer.commit.run() == expected.commit.run()
     assert all(map(torch.equal, layer.state(), expected.state()))
 
 
@@ -51,20 +51,20 @@ def test_large_slots(cuda: torch.device) -> None:
     for seed in range(3):
         expected = random_layer(seed, max_elements=3_000_000)
         layer = random_layer(seed, cuda, fused, max_elements=3_000_000)
-        assert layer.commit() == expected.commit()
+        assert layer.commit.run() == expected.commit.run()
         assert all(map(torch.equal, layer.state(), expected.state()))
 
 
 def test_it_runs_on_the_current_stream(cuda: torch.device) -> None:
     """Behind what that stream has to do, and before what it gets next."""
     expected, layer = random_layer(1), random_layer(1, cuda, fused)
-    expected.commit()
+    expected.commit.run()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
         before = layer.expert_map.layer_generation.clone()
-        layer.commit()
+        layer.commit.run()
         after = layer.expert_map.layer_generation.clone()
         assert not stream.query()
     stream.synchronize()
@@ -84,8 +84,7 @@ def test_nothing_is_allocated_on_the_device(cuda: torch.device) -> None:
 
     before = num_allocations()
     for _ in range(5):
-        commit = committer.prepare(ROW, layer.plan, layer.buffer, layer.maps)
-        commit()
+        committer.prepare(ROW, layer.plan, layer.buffer, layer.maps).run()
         layer.buffer.state = BufferState.STAGED
     torch.cuda.synchronize()
     assert num_allocations() == before
@@ -100,6 +99,6 @@ def test_the_serving_thread_gives_little_time(cuda: torch.device) -> None:
         layer.buffer.state = BufferState.STAGED
         torch.cuda.synchronize()
         start = time.perf_counter()
-        layer.commit()
+        layer.commit.run()
         times_us.append((time.perf_counter() - start) * 1e6)
     assert median(times_us) <= HOST_LIMIT_US

@@ -31,7 +31,7 @@ def test_updates_there_and_back(cuda: torch.device, verify: str) -> None:
                 assert MODEL.wrong_slots(tensors, target, TOPOLOGY, 0) == []
                 published = updater.expert_map.physical_to_logical_map
                 assert published.tolist() == target.physical_to_logical_map.tolist()
-                staging.add(updater._pool.buffers[0]._memory.data_ptr())
+                staging.add(updater.staging[0].memory.data_ptr())
             assert len(staging) == 1
             assert updater.expert_map.layer_generation.tolist() == [6, 6, 0, 6]
 

@@ -303,9 +303,7 @@ def outcomes_of(options: Sequence[UpdateOptions], rule: LaunchRule = LaunchRule.
     old, new = (random_placement(np.random.default_rng(seed), 2, 4, 3) for seed in (0, 1))
 
     async def update() -> list[object]:
-        async with memory_world(old, topology, schedule=MemorySchedule(launch_rule=rule)) as ranks:
-            for rank, own in zip(ranks, options, strict=True):
-                rank.updater.options = own
+        async with memory_world(old, topology, schedule=MemorySchedule(launch_rule=rule), options=options) as ranks:
             return await on_all(ranks, lambda u: u.update(new))
 
     return trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -3,7 +3,7 @@
 import pytest
 
 from async_eplb import EPTopology, ExpertPlacement
-from async_eplb.errors import InvalidOptions, InvalidPlacement, LoadMismatch, UnplacedExpert
+from async_eplb.errors import InvalidLoad, InvalidOptions, InvalidPlacement, UnplacedExpert
 from async_eplb.load.value import ExpertLoad
 from async_eplb.policy import Reason, RebalanceDecision, RebalanceTerms, choose
 
@@ -106,7 +106,7 @@ def test_impossible_terms_are_refused(option: str, value: float) -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     """Loads and candidates of another model, and candidates that lack an expert."""
-    with pytest.raises(LoadMismatch):
+    with pytest.raises(InvalidLoad, match="the load has 1 layers of 4"):
         decide(ExpertLoad.from_counts([[1, 1, 1, 1]]))
     with pytest.raises(InvalidPlacement):
         decide(candidate=ExpertPlacement.trivial(2, 4, 4))

@@ -17,7 +17,7 @@ from anyio import create_task_group
 from support.helpers import MemoryRank, assert_same_layer, memory_world, on_all, two_placements
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, MemoryTransport, UpdateOptions
-from async_eplb.errors import BrokenControlGroup, CommitFailed
+from async_eplb.errors import CommitFailed
 from async_eplb.transport import MemorySchedule
 from async_eplb.workers import ThreadWorkers
 
@@ -58,7 +58,7 @@ async def abort(ranks: Ranks, new: ExpertPlacement) -> None:
     async with create_task_group() as tasks:
         tasks.start_soon(update, ranks, new)
         await anyio.sleep(0.004)
-        ranks[1].updater._transport.abort()
+        ranks[1].transport.abort()
     await recover(ranks)
 
 
@@ -91,7 +91,9 @@ async def _fail_copy(ranks: Ranks, new: ExpertPlacement, *, layer: int) -> None:
 async def lose_a_rank(ranks: Ranks, new: ExpertPlacement) -> None:
     """All ranks give each other up."""
     for rank in ranks:
-        rank.updater._driver.lose(BrokenControlGroup("given up", rank=rank.updater.rank, timeout_s=0.0))
+        rank.transport.die()
+    while not all("lost" in repr(rank.updater) for rank in ranks):
+        await anyio.sleep(0.001)
     await recover(ranks)
     await update(ranks, new)
 

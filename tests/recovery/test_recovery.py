@@ -12,7 +12,7 @@ from anyio import fail_after
 from safetensors.torch import save_file
 from support.helpers import TINY, assert_same_layer, in_virtual_time, memory_world, on_all, two_placements
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, Recovery, UpdateOptions
 from async_eplb.device import CpuDevice
 from async_eplb.errors import (
     BrokenControlGroup,
@@ -24,7 +24,6 @@ from async_eplb.errors import (
     RankMismatch,
     TransferTimeout,
 )
-from async_eplb.recovery.recover import Recovery
 from async_eplb.recovery.survivors import homes, on_survivors, without_ranks
 from async_eplb.recovery.weight_source import INDEX, SafetensorsSource, WeightSource
 from async_eplb.testing.workers import ScheduledWorkers
@@ -200,7 +199,7 @@ async def test_errors_after_a_recovery_name_ranks_of_the_whole_group() -> None:
             assert error.rank == 2
             assert "ranks [0, 2]" in str(error)
         alone = MemoryTransport.world(2)[1]
-        weights = left[1].updater._live
+        weights = ExpertWeights(left[1].tensors)
         control = await alone.open(CpuDevice(), ScheduledWorkers(), weights, control_timeout_s=0.4)
         with pytest.raises(BrokenControlGroup, match=r"ranks \[0, 2\]") as caught:
             await hold_round(RenumberedControlGroup(control, (0, 2)), [1])

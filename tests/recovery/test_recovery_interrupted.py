@@ -7,9 +7,8 @@ import pytest
 from support.helpers import TINY, MemoryRank, in_virtual_time, memory_world, on_all
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, Recovery, UpdateOptions
 from async_eplb.errors import BrokenControlGroup
-from async_eplb.recovery.recover import Recovery
 from async_eplb.transport import MemorySchedule, MemoryTransport
 
 TOPOLOGY = EPTopology(num_ranks=4, num_nodes=1, num_local_physical_experts=4)

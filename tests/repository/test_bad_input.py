@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from async_eplb.agreement.ballot import Ballot, Status
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import Mode
-from async_eplb.agreement.shared import Driver
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.cli import main
 from async_eplb.errors import BrokenControlGroup, EplbError, InvalidBallot
 from async_eplb.fuzz import Scenario, scenario_for
@@ -43,7 +43,7 @@ BALLOTS = st.builds(
     digest=st.integers(0, 2),
     staged=st.integers(0, 5),
     launchable=st.integers(0, 5),
-    committed=st.integers(0, 5),
+    finished=st.integers(0, 5),
     fence=st.integers(0, 9),
     status=st.sampled_from(Status),
     step=st.integers(0, 9),
@@ -126,13 +126,13 @@ def test_rows_of_any_numbers(row: list[int]) -> None:
 @given(st.lists(ROWS, min_size=1, max_size=3))
 def test_a_rank_that_talks_nonsense_is_lost(rows: list[list[int]]) -> None:
     """The control thread survives, and the update ends with an error that names the rank."""
-    driver = Driver(Agreement(), ring=lambda: None)
-    driver.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
-    goes_on = driver.receive([driver.ballot(), *rows])
-    assert goes_on == (driver.lost is None and not driver.left)
-    if driver.lost is not None:
-        assert isinstance(driver.lost, BrokenControlGroup)
-        assert min(driver.lost.missing) >= 1
+    shared = SharedAgreement(Agreement())
+    shared.begin(Mode.SERVING, digest=1, total=3, window=2, failed=False)
+    goes_on = shared.receive([shared.ballot(), *rows])
+    assert goes_on == (shared.faults.lost is None and not shared.faults.gone)
+    if shared.faults.lost is not None:
+        assert isinstance(shared.faults.lost, BrokenControlGroup)
+        assert min(shared.faults.lost.missing) >= 1
 
 
 @FEW
@@ -141,13 +141,13 @@ def test_ballots_of_any_content(mode: Mode, rounds: list[list[Ballot]]) -> None:
     """Whatever others say, nothing is agreed that is not staged here, and errors are typed."""
     agreement = Agreement()
     agreement.begin(mode, digest=1, total=4, window=2)
-    agreement.staged = 3
+    agreement.update.staged = 3
     for others in rounds:
         try:
             verdict = agreement.receive([agreement.ballot(), *others])
         except EplbError:
             return
-        assert verdict.agreed <= agreement.agreed <= agreement.staged
+        assert verdict.agreed <= agreement.update.agreed <= agreement.update.staged
 
 
 @FEW

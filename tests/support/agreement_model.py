@@ -6,11 +6,14 @@ can do, the search what the others let it do.
 
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
+from operator import attrgetter
 
 from async_eplb.agreement.ballot import Ballot, Decision, Status
-from async_eplb.agreement.protocol import Agreement, _Counts
+from async_eplb.agreement.boundaries import Boundaries
+from async_eplb.agreement.lead import Lead
+from async_eplb.agreement.protocol import Agreed, Agreement, Counts
 from async_eplb.agreement.rules import LaunchRule, Mode
 
 FIRST_BOUNDARY = 100
@@ -131,24 +134,46 @@ class Rank:
     @property
     def staged(self) -> int:
         """Layers staged."""
-        return self.before + self.agreement.staged
+        return self.before + self.agreement.update.staged
 
     @property
     def committed(self) -> int:
         """Layers whose commit has finished."""
-        return self.before + self.agreement.committed
+        return self.before + self.agreement.update.finished
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to do for the update that it has begun."""
         agreement = self.agreement
-        over = agreement.over or self.gone or (self.left and not agreement.running)
-        return over and not agreement.decisions and self.committed == self.commits
+        over = agreement.update.over or self.gone or (self.left and not agreement.running)
+        return over and not agreement.boundaries.decisions and self.committed == self.commits
 
     def key(self) -> tuple[object, ...]:
         """Return what tells it from others."""
         counts = (self.before, self.transfers, self.launches, self.commits)
-        return (*vars(self.agreement).values(), self.mail, *counts, self.history, self.left, self.gone)
+        return (*_state(self.agreement), self.mail, *counts, self.history, self.left, self.gone)
+
+
+_OWN = attrgetter("generation", "running", "status", "demanded", "demand_shown")
+_PARTS = {
+    "lead": attrgetter(*(each.name for each in fields(Lead))),
+    "boundaries": attrgetter(*(each.name for each in fields(Boundaries))),
+    "update": attrgetter(*(each.name for each in fields(Agreed))),
+}
+
+
+def _state(agreement: Agreement) -> tuple[object, ...]:
+    """Return all that an agreement may change, as one flat tuple."""
+    return (*_OWN(agreement), *(value for name, get in _PARTS.items() for value in get(getattr(agreement, name))))
+
+
+def copied(agreement: Agreement) -> Agreement:
+    """Return an agreement in the same state, that goes on by itself."""
+    other = copy(agreement)
+    for name, get in _PARTS.items():
+        part = getattr(agreement, name)
+        setattr(other, name, type(part)(*get(part)))
+    return other
 
 
 class Violation(AssertionError):
@@ -164,7 +189,7 @@ class Actions:
     def start(self, lead: int) -> Rank:
         """Return a rank as it is when the search begins."""
         agreement = self.world.agreement(lead=lead, launch_rule=self.world.launch_rule)
-        agreement.step = FIRST_BOUNDARY
+        agreement.boundaries.step = FIRST_BOUNDARY
         return self._begin(Rank(agreement)) if self.world.at_once else Rank(agreement)
 
     def of(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
@@ -174,7 +199,7 @@ class Actions:
         """
         agreement = rank.agreement
         if rank.committed < rank.commits:
-            yield Do.FINISH, _with(rank, committed=agreement.committed + 1)
+            yield Do.FINISH, _with(rank, finished=agreement.update.finished + 1)
         if rank.gone:
             return
         if isinstance(rank.mail, tuple):
@@ -183,7 +208,7 @@ class Actions:
             yield Do.JOIN, self._join(rank)
         if not rank.left and agreement.generation < self.world.updates and (not agreement.running or rank.ended):
             yield Do.BEGIN, self._begin(rank)
-        if agreement.begun and not agreement.over and agreement.status is not Status.FAILED:
+        if agreement.update.begun and not agreement.update.over and agreement.status is not Status.FAILED:
             yield from self._staging(rank)
         if self.world.mode is Mode.SERVING:
             yield from self._serving(rank)
@@ -196,12 +221,16 @@ class Actions:
         """Return the rank with boundaries counted from a later one."""
         if rank.gone:
             return rank
-        agreement = copy(rank.agreement)
-        agreement.step -= steps
-        agreement.fence -= steps if agreement.fence else 0
-        agreement._stood_before = max(FORGOTTEN, agreement._stood_before - steps) if self.world.stands else 0
-        agreement.last_boundary = max(FORGOTTEN + 1, agreement.last_boundary - steps)
-        agreement.decisions = tuple(replace(d, boundary=d.boundary - steps) for d in agreement.decisions)
+        agreement = copied(rank.agreement)
+        agreement.boundaries.step -= steps
+        agreement.boundaries.fence -= steps if agreement.boundaries.fence else 0
+        agreement.boundaries.stood_before = (
+            max(FORGOTTEN, agreement.boundaries.stood_before - steps) if self.world.stands else 0
+        )
+        agreement.boundaries.last = max(FORGOTTEN + 1, agreement.boundaries.last - steps)
+        agreement.boundaries.decisions = tuple(
+            replace(d, boundary=d.boundary - steps) for d in agreement.boundaries.decisions
+        )
         mail = rank.mail
         if isinstance(mail, Ballot):
             mail = _rebased(mail, steps)
@@ -210,94 +239,94 @@ class Actions:
         return replace(rank, agreement=agreement, mail=mail, history=rank.history[steps:])
 
     def _begin(self, rank: Rank) -> Rank:
-        world, agreement = self.world, copy(rank.agreement)
+        world, agreement = self.world, copied(rank.agreement)
         if agreement.running:
             agreement.end(broken=False)
         agreement.begin(world.mode, digest=1, total=world.layers, window=world.window)
         return replace(rank, agreement=agreement, before=rank.commits)
 
     def _join(self, rank: Rank) -> Rank:
-        agreement = copy(rank.agreement)
+        agreement = copied(rank.agreement)
         ballot = agreement.ballot()
         return replace(rank, agreement=agreement, mail=ballot if ballot.standing else replace(ballot, step=0))
 
     def _receive(self, rank: Rank, ballots: tuple[Ballot, ...]) -> Rank:
-        agreement = copy(rank.agreement)
+        agreement = copied(rank.agreement)
         verdict = agreement.receive(ballots)
-        agreement._seen = agreement._seen if self.world.eager else _Counts()
-        agreement._calm = 0
+        agreement.update.seen = agreement.update.seen if self.world.eager else Counts()
+        agreement.lead.calm = 0
         if not self.world.stands:
-            agreement._stood_before = 0
-        if verdict.boundary and verdict.boundary <= agreement.step:
+            agreement.boundaries.stood_before = 0
+        if verdict.boundary and verdict.boundary <= agreement.boundaries.step:
             raise Violation(f"decided for a boundary that was passed: {verdict}")
         leaves = any(ballot.status is Status.LEAVING for ballot in ballots) and agreement.status is Status.LEAVING
-        rank = replace(rank, agreement=agreement, mail=None, left=bool(verdict.left), gone=leaves)
+        rank = replace(rank, agreement=agreement, mail=None, left=bool(verdict.gone), gone=leaves)
         if self.world.mode is Mode.EXCLUSIVE:
             return self._execute(rank, Decision(0, verdict.agreed, verdict.launched * self.world.parts))
-        return self._execute(rank, agreement.drain()) if leaves else rank
+        return self._execute(rank, agreement.boundaries.due_ever()) if leaves else rank
 
     def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
         agreement, world = rank.agreement, self.world
-        room = min(agreement.limit, world.layers, agreement.committed + world.window)
-        if world.launch_rule is not LaunchRule.AT_ONCE and agreement.launchable < room:
-            yield Do.PLAN, _with(rank, parts=(*agreement.parts, world.parts))
+        room = min(agreement.update.limit, world.layers, agreement.update.finished + world.window)
+        if world.launch_rule is not LaunchRule.AT_ONCE and agreement.update.launchable < room:
+            yield Do.PLAN, _with(rank, parts=(*agreement.update.parts, world.parts))
         if world.launch_rule is LaunchRule.GRANTED:
-            room = min(room, agreement.launched)
+            room = min(room, agreement.update.launched)
         if not world.ordered_launch and rank.transfers == rank.staged < rank.before + room:
             yield Do.TRANSFER, replace(rank, transfers=rank.transfers + 1)
         if rank.staged < rank.transfers:
-            yield Do.STAGE, _with(rank, staged=agreement.staged + 1)
+            yield Do.STAGE, _with(rank, staged=agreement.update.staged + 1)
 
     def _serving(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
-        agreement = copy(rank.agreement)
-        if agreement.standing:
+        agreement = copied(rank.agreement)
+        if agreement.boundaries.standing:
             yield Do.GO_ON, _with(rank, standing=False)
-            decision = agreement.stand()
+            decision = agreement.boundaries.due_next()
             if decision:
                 yield Do.SETTLE, self._execute(replace(rank, agreement=agreement), decision)
-            elif agreement.decisions and rank.left:
-                yield Do.DRAIN, self._execute(replace(rank, agreement=agreement), agreement.drain())
+            elif agreement.boundaries.decisions and rank.left:
+                yield Do.DRAIN, self._execute(replace(rank, agreement=agreement), agreement.boundaries.due_ever())
             return
         if self.world.stands:
             yield Do.STAND, _with(rank, standing=True)
-        if agreement.may_pass():
-            passed = self._execute(replace(rank, agreement=agreement), agreement.pass_boundary())
+        if agreement.boundaries.may_pass():
+            passed = self._execute(replace(rank, agreement=agreement), agreement.boundaries.pass_next())
             if passed.launches > rank.launches + 1 and not self.world.stands:
                 raise Violation(f"{rank} is to launch {passed.launches - rank.launches} parts at one boundary")
             yield Do.PASS, replace(passed, history=(*rank.history, (passed.launches, passed.commits)))
 
     def _disturbed(self, do: Do, rank: Rank) -> Rank:
-        agreement = copy(rank.agreement)
+        agreement = copied(rank.agreement)
         if do is Do.CANCEL:
             agreement.cancel()
-        elif do is Do.FAIL and agreement.running and not agreement.over:
+        elif do is Do.FAIL and agreement.running and not agreement.update.over:
             agreement.fail()
         elif do is Do.LEAVE:
             agreement.leave()
-        elif do is Do.WAITED and not agreement.may_pass():
-            agreement.waited()
+        elif do is Do.WAITED and not agreement.boundaries.may_pass():
+            agreement.lead.waited()
         return replace(rank, agreement=agreement)
 
     def _execute(self, rank: Rank, decision: Decision | None) -> Rank:
         """Commit and launch what was decided."""
         if decision is None:
             return rank
-        commits = rank.before + decision.committed
+        commits = rank.before + decision.copied
         if not rank.commits <= commits <= rank.staged:
             raise Violation(f"{rank} is to commit up to {commits}")
         if not self.world.ordered_launch:
             return replace(rank, commits=commits)
         parts = self.world.parts
-        launches = rank.before * parts + decision.launched
-        if not rank.launches <= launches <= (rank.before + rank.agreement.launchable) * parts:
+        launches = rank.before * parts + decision.parts_launched
+        if not rank.launches <= launches <= (rank.before + rank.agreement.update.launchable) * parts:
             raise Violation(f"{rank} is to launch up to {launches}")
         return replace(rank, commits=commits, launches=launches, transfers=launches // parts)
 
 
 def _with(rank: Rank, **values: int | tuple[int, ...]) -> Rank:
-    agreement = copy(rank.agreement)
+    agreement = copied(rank.agreement)
     for name, value in values.items():
-        setattr(agreement, name, value)
+        setattr(agreement.boundaries if name == "standing" else agreement.update, name, value)
     return replace(rank, agreement=agreement)
 
 

@@ -90,10 +90,10 @@ class _Table:
         number = self._numbers.setdefault(rank.key(), len(self.ranks))
         if number == len(self.ranks):
             self.ranks.append(rank)
-            if rank.gone or rank.agreement.may_pass():
+            if rank.gone or rank.agreement.boundaries.may_pass():
                 self.free.add(number)
             last = rank.left or rank.agreement.generation == self._actions.world.updates
-            if rank.ended and last and not rank.agreement.fence:
+            if rank.ended and last and not rank.agreement.boundaries.fence:
                 self.ended.add(number)
         return number
 
@@ -193,7 +193,7 @@ class _Search:
     def _rebase(self, numbers: list[int]) -> list[int]:
         """Count boundaries from the last that all have passed."""
         ranks = [self._table.ranks[number] for number in numbers]
-        steps = min(rank.agreement.step for rank in ranks if not rank.gone) - FIRST_BOUNDARY
+        steps = min(rank.agreement.boundaries.step for rank in ranks if not rank.gone) - FIRST_BOUNDARY
         return [self._table.rebased(number, steps) for number in numbers] if steps else numbers
 
     def _deliver(self, numbers: list[int]) -> list[int]:
@@ -213,8 +213,8 @@ class _Search:
             return do in state.budget
         if do is Do.STAGE:
             return self._world.one_sided or all(other.transfers >= moved.staged for other in others)
-        step = moved.agreement.step
-        steps = [other.agreement.step for other in others if not other.gone] or [step]
+        step = moved.agreement.boundaries.step
+        steps = [other.agreement.boundaries.step for other in others if not other.gone] or [step]
         if do is Do.PASS:
             return step <= (max(steps) if state.quiet else min(steps) + self._world.skew)
         if do is Do.STAND:
@@ -228,7 +228,7 @@ class _Search:
         if moved.commits > rank.commits and moved.commits > min(other.staged for other in others):
             raise Violation(f"{moved} commits what is not staged everywhere")
         if do is Do.TRANSFER and self._world.launch_rule is LaunchRule.GRANTED:
-            granted = min(other.before + other.agreement.launchable for other in others)
+            granted = min(other.before + other.agreement.update.launchable for other in others)
             if moved.transfers > granted or min(other.committed for other in others) < moved.before:
                 raise Violation(f"{moved} reads what others have not granted")
         if do is Do.PASS:
@@ -237,11 +237,13 @@ class _Search:
                 if not other.gone and len(other.history) >= len(moved.history):
                     there = other.history[len(moved.history) - 1]
                     if here != there:
-                        raise Violation(f"boundary {agreement.step}: launched and committed {here} and {there}")
-        if do is Do.RECEIVE and agreement.over and not moved.left:
+                        raise Violation(
+                            f"boundary {agreement.boundaries.step}: launched and committed {here} and {there}"
+                        )
+        if do is Do.RECEIVE and agreement.update.over and not moved.left:
             ranks = (moved, *others)
             failed = any(rank.agreement.status is Status.FAILED for rank in ranks)
-            if not failed and min(rank.committed for rank in ranks) < moved.before + agreement.limit:
+            if not failed and min(rank.committed for rank in ranks) < moved.before + agreement.update.limit:
                 raise Violation(f"{moved} is over before all layers are committed")
 
     def _check_end(self, state: _State) -> None:

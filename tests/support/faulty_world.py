@@ -11,13 +11,13 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import numpy as np
@@ -35,7 +35,11 @@ from async_eplb import (
     Transport,
     UpdateOptions,
 )
+from async_eplb.agreement.ballot import Ballot
+from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import EplbError, RankInDoubt
+from async_eplb.events.event_logger import EventLogger
+from async_eplb.events.schema import LayerTransferred
 from async_eplb.recovery.survivors import on_survivors
 from async_eplb.testing.processes import share_gpu
 from async_eplb.testing.sample_model import SampleModel, random_placement
@@ -225,7 +229,8 @@ class _Rank:
         if self.accident.transport == "copy" and self.accident.device == "cpu":
             self.shared = SharedMemory()
             self.tensors = self.shared.share(self.tensors)
-        updater = ExpertUpdater(
+        self._watch_fences()
+        return ExpertUpdater(
             ExpertWeights(self.tensors),
             self.old,
             self.topology,
@@ -239,23 +244,25 @@ class _Rank:
             workers=_Workers(self.reach),
             device=self.shared,
             on_commit=lambda _layer: self.reach("commit"),
+            logger=EventLogger(observers=[self._watch_staging]),
         )
-        driver = updater._driver
-        ballot, advance = driver.ballot, driver.advance
 
-        def reach_fence() -> tuple[int, ...]:
-            given = ballot()
-            if driver._agreement.fence:
+    def _watch_staging(self, event: Mapping[str, Any]) -> None:
+        """Come to the point where a layer is staged, and no other rank knows."""
+        if event["event"] == LayerTransferred.name:
+            self.reach("staged")
+
+    def _watch_fences(self) -> None:
+        """Come to the point where this rank has put up a fence, and no other rank knows."""
+        give = SharedAgreement.ballot
+
+        def reach_fence(shared: SharedAgreement) -> tuple[int, ...]:
+            given = give(shared)
+            if Ballot.from_row(given).fence:
                 self.reach("fence")
             return given
 
-        def reach_staged(**counts: int) -> None:
-            if counts.get("staged"):
-                self.reach("staged")
-            advance(**counts)
-
-        driver.ballot, driver.advance = reach_fence, reach_staged  # type: ignore[method-assign]
-        return updater
+        SharedAgreement.ballot = reach_fence  # type: ignore[assignment, method-assign]
 
     def _transport(self, group: ProcessGroup | None = None) -> Transport:
         shared = self.shared

@@ -48,6 +48,7 @@ class MemoryRank:
 
     updater: ExpertUpdater
     tensors: Mapping[int, list[Tensor]]
+    transport: MemoryTransport
 
     def assert_consistent(self) -> None:
         """Weights, maps and placement of every layer agree, and staging is free but for what a failed update kept."""
@@ -55,8 +56,8 @@ class MemoryRank:
         assert TINY.wrong_slots(self.tensors, placement, updater.topology, updater.rank) == []
         published = updater.expert_map.physical_to_logical_map
         assert published.tolist() == placement.physical_to_logical_map.tolist()
-        kept = [layer.buffer for layer in updater._failed_run.kept] if updater._failed_run else []
-        assert all(buffer.state is BufferState.FREE for buffer in updater._pool.buffers if buffer not in kept)
+        kept = [layer.buffer for layer in updater.failed.kept] if updater.failed else []
+        assert all(buffer.state is BufferState.FREE for buffer in updater.staging if buffer not in kept)
 
 
 def memory_ranks(
@@ -64,7 +65,7 @@ def memory_ranks(
     topology: EPTopology,
     *,
     schedule: MemorySchedule | None = None,
-    options: UpdateOptions | None = None,
+    options: UpdateOptions | Sequence[UpdateOptions] | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
@@ -79,12 +80,12 @@ def memory_ranks(
             topology,
             rank=rank,
             transport=transport,
-            options=options,
+            options=options[rank] if isinstance(options, Sequence) else options,
             workers=workers(),
             logger=loggers[rank] if loggers else None,
             on_commit=on_commit[rank] if on_commit else None,
         )
-        ranks.append(MemoryRank(updater, tensors))
+        ranks.append(MemoryRank(updater, tensors, transport))
     return ranks
 
 
@@ -94,7 +95,7 @@ async def memory_world(
     topology: EPTopology,
     *,
     schedule: MemorySchedule | None = None,
-    options: UpdateOptions | None = None,
+    options: UpdateOptions | Sequence[UpdateOptions] | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from async_eplb import EPTopology, ExpertWeights
-from async_eplb.commit.committer import Committer, CopyCommitter
+from async_eplb.commit.committer import Committer, CopyCommitter, PreparedCommit
 from async_eplb.device import device_for
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.plan import FanOut, LayerPlan, LocalCopy, Recv, SlotSource
@@ -34,7 +34,7 @@ class Layer:
     plan: LayerPlan
     maps: LayerMaps
     buffer: StagingBuffer
-    commit: Callable[[], int]
+    commit: PreparedCommit
 
     def state(self) -> list[Tensor]:
         """Return what a commit may change, on the CPU."""

@@ -176,7 +176,7 @@ class _Rank:
 
     async def _update(self, updater: ExpertUpdater) -> None:
         physical = self.topology.num_physical_experts
-        await updater.until_step(_NUM_BATCHES)
+        await updater.demands.until_step(_NUM_BATCHES)
         for _ in range(self.soak.num_updates):
             self.update += 1
             new = random_placement(self.rng, self.soak.num_layers, physical, self.num_experts)

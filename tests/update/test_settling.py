@@ -34,10 +34,10 @@ class Pull:
 
 def stages_of(*pulls: Pull) -> tuple[LayerStages, Any]:
     """Return stages that have nothing to do with anything else, and a layer with these parts."""
-    stages = LayerStages.__new__(LayerStages)
-    stages._options = UpdateOptions()
-    stages._started = []
-    return stages, SimpleNamespace(pending=(list(pulls),))
+    nothing: Any = None
+    rank: Any = SimpleNamespace(options=UpdateOptions())
+    stages = LayerStages(rank, update=nothing, transport=nothing, journal=nothing)
+    return stages, SimpleNamespace(hops=[SimpleNamespace(pending=list(pulls))])
 
 
 async def settles_late(stages: LayerStages, pulls: list[Pull]) -> bool:

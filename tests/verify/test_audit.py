@@ -1,4 +1,4 @@
-"""An audit finds replicas that differ, wherever they are, and says so on every rank."""
+"""An audit finds replicas that differ, wherever they are, and returns the same on every rank."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ async def audits(ranks: list[Any]) -> list[AuditReport]:
 
 @in_virtual_time
 async def test_replicas_that_differ_are_found() -> None:
-    """One byte of one replica; of two replicas nobody knows which is right."""
+    """One byte of one replica; of two replicas, either may be the right one."""
     async with memory_world(PLACEMENT, TOPOLOGY, options=UpdateOptions(verify="checksum")) as ranks:
         reports = await audits(ranks)
         assert [report.mismatches for report in reports] == [()] * 3

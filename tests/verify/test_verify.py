@@ -1,4 +1,4 @@
-"""Canaries and checksums: what they notice and what they say."""
+"""Canaries and checksums: what they find, and which facts their errors have."""
 
 from collections.abc import Sequence
 
@@ -60,7 +60,7 @@ def test_what_is_right_passes(mode: Verify) -> None:
 
 @pytest.mark.parametrize("mode", [Verify.CANARY, Verify.CHECKSUM])
 def test_a_wrong_expert_is_named(mode: Verify) -> None:
-    """The error says where, which slots, and what all of them should be and are."""
+    """The error names layer, rank and slots, and what all of them should be and are."""
     verifier = marked(mode)
     with pytest.raises(CanaryMismatch, match="layer 0, rank 3: staged slots") as caught:
         verifier.check(0, {0: 5, 1: 6}, content_of(verifier), "staged")

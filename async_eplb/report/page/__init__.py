@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from async_eplb.events.stages import FENCE, STAGES, Stage
+from async_eplb.report.intervals import FROM_BELOW, MAX_LANES, stage_intervals
 from async_eplb.report.rankings import layer_reports
+from async_eplb.report.records import Report
 from async_eplb.report.runs import Run
-from async_eplb.report.spans import COLOURS, FROM_BELOW, MAX_LANES, STAGES, stage_spans
-from async_eplb.report.values import Report
 
-MAX_SPANS = 400_000
-"""Spans in a page; those of the latest updates go in. One takes about 20 bytes."""
-
-_TRACKS = (*STAGES, "fence")
+MAX_INTERVALS = 400_000
+"""Intervals in a page; those of the latest updates go in. One takes about 20 bytes."""
 
 
 def write_page(runs: list[Run], report: Report, path: Path) -> None:
-    """Write the page of a report and the runs that it is of."""
+    """Write the page of a report.
+
+    :param runs: the runs that the report was made of
+    """
     document = json.dumps(page_data(runs, report), allow_nan=False, separators=(",", ":"))
     parts = {"STYLE": _part("page.css"), "SCRIPT": _part("page.js"), "DATA": document.replace("<", "\\u003c")}
     page = _part("page.html")
@@ -30,17 +32,17 @@ def write_page(runs: list[Run], report: Report, path: Path) -> None:
 
 
 def page_data(runs: list[Run], report: Report) -> dict[str, Any]:
-    """Return what the page's script draws."""
+    """Return the data that the page's script draws, as values of JSON."""
     plain = report.to_json()
     numbers = {run.run_id: number for number, run in enumerate(runs)}
     updates = [{**update, "run": numbers[update["run_id"]]} for update in plain["updates"]]
     return {
-        "stages": _TRACKS,
-        "colours": COLOURS,
+        "stages": [_plain(stage) for stage in STAGES],
+        "fence": _plain(FENCE),
+        "from_below": [_plain(stage) for stage in FROM_BELOW],
         "max_lanes": MAX_LANES,
-        "from_below": FROM_BELOW,
         "updates": updates,
-        "spans": _latest_spans(runs, updates),
+        "intervals": _latest_intervals(runs, updates),
         "traffic": [_traffic(run) for run in runs],
         "layers": [{"run_id": run.run_id, **asdict(layer)} for run in runs for layer in layer_reports(run)],
         "links": plain["slowest_links"],
@@ -49,17 +51,21 @@ def page_data(runs: list[Run], report: Report) -> dict[str, Any]:
     }
 
 
-def _latest_spans(runs: list[Run], updates: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    room = MAX_SPANS
+def _plain(stage: Stage) -> dict[str, str]:
+    return {name: getattr(stage, name) for name in ("name", "label", "colour", "total")}
+
+
+def _latest_intervals(runs: list[Run], updates: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    room = MAX_INTERVALS
     found: list[dict[str, Any] | None] = []
     for update in reversed(updates):
-        spans = stage_spans(runs[update["run"]], update["generation"])
-        number = sum(map(len, spans.values()))
+        intervals = stage_intervals(runs[update["run"]], update["generation"])
+        number = sum(map(len, intervals.values()))
         room -= number
         if not number or room < 0:
             found.append(None)
             continue
-        start_s = min(float(each.starts_s.min()) for each in spans.values() if len(each))
+        start_s = min(float(each.starts_s.min()) for each in intervals.values() if len(each))
         drawn: dict[str, Any] = {
             stage: {
                 "rank": each.ranks.tolist(),
@@ -67,9 +73,9 @@ def _latest_spans(runs: list[Run], updates: list[dict[str, Any]]) -> list[dict[s
                 "start": np.round((each.starts_s - start_s) * 1e3, 3).tolist(),
                 "end": np.round((each.ends_s - start_s) * 1e3, 3).tolist(),
             }
-            for stage, each in spans.items()
+            for stage, each in intervals.items()
         }
-        length_s = max(float(each.ends_s.max()) for each in spans.values() if len(each)) - start_s
+        length_s = max(float(each.ends_s.max()) for each in intervals.values() if len(each)) - start_s
         found.append({**drawn, "length_ms": length_s * 1e3})
     return found[::-1]
 

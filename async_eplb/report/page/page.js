@@ -56,11 +56,11 @@ function showTip(event, text) {
 
 /* Timeline: canvas, with a window [from, to] in milliseconds. */
 const timeline = {
-  canvas: byId("timeline"), spans: null, from: 0, to: 1, all: [0, 1], left: 64, bottom: 24,
+  canvas: byId("timeline"), intervals: null, from: 0, to: 1, all: [0, 1], left: 64, bottom: 24,
   show(index) {
     this.update = data.updates[index];
-    this.spans = data.spans[index];
-    this.all = this.spans ? [0, this.spans.length_ms] : [0, 1];
+    this.intervals = data.intervals[index];
+    this.all = this.intervals ? [0, this.intervals.length_ms] : [0, 1];
     [this.from, this.to] = this.all;
     this.draw();
   },
@@ -72,9 +72,9 @@ const timeline = {
     const ranks = this.update.num_ranks, lane = this.lane();
     const { pen, width, height } = surface(this.canvas, ranks * lane + this.bottom + 6);
     this.width = width;
-    if (!this.spans) {
+    if (!this.intervals) {
       pen.fillStyle = "#5d6875";
-      pen.fillText("Its spans are not in this page; draw it with --update.", 8, 20);
+      pen.fillText("Its intervals are not in this page; draw it with --update.", 8, 20);
       return;
     }
     const scale = (width - this.left - 8) / (this.to - this.from);
@@ -87,16 +87,16 @@ const timeline = {
       pen.fillStyle = "#5d6875";
       pen.fillText(`${+at.toPrecision(6)} ms`, Math.min(x(at), width - 26), foot + 17);
     }
-    const stages = data.stages, inner = lane * 0.86 / 4;
+    const inner = lane * 0.86 / data.stages.length;
     pen.save();
     pen.beginPath();
     pen.rect(this.left, 0, width - this.left - 8, foot);
     pen.clip();
     const apart = ranks <= data.max_lanes;
-    (apart ? stages : [...data.from_below, "fence"]).forEach((stage, index) => {
-      const full = !apart || stage === "fence";
-      const { rank, start, end } = this.spans[stage];
-      pen.fillStyle = data.colours[stage];
+    [...(apart ? data.stages : data.from_below), data.fence].forEach((stage, index) => {
+      const full = !apart || stage === data.fence;
+      const { rank, start, end } = this.intervals[stage.name];
+      pen.fillStyle = stage.colour;
       for (let at = 0; at < rank.length; at++) {
         if (end[at] < this.from || start[at] > this.to) continue;
         const long = (end[at] - start[at]) * scale;
@@ -105,11 +105,12 @@ const timeline = {
       }
     });
     if (lane >= 30) {
-      const { rank, layer, start, end } = this.spans.transfer;
+      const { rank, layer, start, end } = this.intervals.transfer;
+      const middle = (data.stages.findIndex((stage) => stage.name === "transfer") + 0.5) * inner;
       pen.fillStyle = "#fff";
       pen.font = "8px system-ui, 'DejaVu Sans', sans-serif";
       for (let at = 0; at < rank.length; at++) {
-        if ((end[at] - start[at]) * scale > 20) pen.fillText(layer[at], x((start[at] + end[at]) / 2), rank[at] * lane + 1.5 * inner + 2.5);
+        if ((end[at] - start[at]) * scale > 20) pen.fillText(layer[at], x((start[at] + end[at]) / 2), rank[at] * lane + middle + 2.5);
       }
       pen.font = "12px system-ui, 'DejaVu Sans', sans-serif";
     }
@@ -140,17 +141,17 @@ const timeline = {
     const box = this.canvas.getBoundingClientRect();
     return this.from + (clientX - box.left - this.left) / (this.width - this.left - 8) * (this.to - this.from);
   },
-  spanAt(event) {
-    if (!this.spans) return "";
+  intervalAt(event) {
+    if (!this.intervals) return "";
     const box = this.canvas.getBoundingClientRect(), lane = this.lane();
     const at = this.timeAt(event.clientX), rank = Math.floor((event.clientY - box.top) / lane);
-    const line = Math.floor(((event.clientY - box.top) - rank * lane) / (lane * 0.86 / 4));
+    const line = Math.floor(((event.clientY - box.top) - rank * lane) / (lane * 0.86 / data.stages.length));
     const apart = this.update.num_ranks <= data.max_lanes;
-    for (const stage of apart ? [data.stages[Math.min(line, 3)]] : [...data.from_below].reverse()) {
-      const spans = this.spans[stage];
-      for (let index = 0; index < spans.rank.length; index++) {
-        if (spans.rank[index] === rank && spans.start[index] <= at && at <= spans.end[index]) {
-          return `rank ${rank}, layer ${spans.layer[index]}: ${stage}\n${inMs(spans.end[index] - spans.start[index])} from ${inMs(spans.start[index])}`;
+    for (const stage of apart ? [data.stages[Math.min(line, data.stages.length - 1)]] : [...data.from_below].reverse()) {
+      const mine = this.intervals[stage.name];
+      for (let index = 0; index < mine.rank.length; index++) {
+        if (mine.rank[index] === rank && mine.start[index] <= at && at <= mine.end[index]) {
+          return `rank ${rank}, layer ${mine.layer[index]}: ${stage.label}\n${inMs(mine.end[index] - mine.start[index])} from ${inMs(mine.start[index])}`;
         }
       }
     }
@@ -170,7 +171,7 @@ const timeline = {
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => touches.delete(event.pointerId));
     canvas.addEventListener("pointerleave", () => showTip(null, ""));
     canvas.addEventListener("pointermove", (event) => {
-      if (!touches.has(event.pointerId)) return showTip(event, this.spanAt(event));
+      if (!touches.has(event.pointerId)) return showTip(event, this.intervalAt(event));
       showTip(event, "");
       const before = touches.get(event.pointerId), others = [...touches].filter(([id]) => id !== event.pointerId);
       if (others.length) {
@@ -292,10 +293,9 @@ function drawCards() {
     ["duration", inMs(update.duration_ms), `overlap ${inUnits(update.overlap)}`],
     ["layers", `${update.num_layers} moved`, `${update.num_unchanged_layers} skipped`],
     ["received", inBytes(received), `${inBytes(update.received_nbytes_across_nodes)} across nodes`],
-    ["plan", inMs(update.plan_ms), "slowest rank, all layers"],
-    ["transfer", inMs(update.transfer_ms), "slowest rank, all layers"],
-    ["wait", inMs(update.wait_ms), "slowest rank, all layers"],
-    ["commit", inMs(update.commit_ms), inBytes(update.committed_nbytes)],
+    ...data.stages.map((stage) => [
+      stage.label, inMs(update[stage.total]), stage.name === "commit" ? inBytes(update.committed_nbytes) : "slowest rank, all layers",
+    ]),
     ["stall of a step", `${inMs(update.stall_p99_ms)}`, update.num_stalls ? `p99; p50 ${inMs(update.stall_p50_ms)}, max ${inMs(update.stall_max_ms)}` : "the model stood still"],
     ["waits at fences", update.num_fence_waits, `${inMs(update.fence_wait_ms)} together`, update.num_fence_waits ? "bad" : ""],
     ["balancedness", known(update.balancedness_before) ? `${inUnits(update.balancedness_before)} → ${inUnits(update.balancedness_after)}` : "–", known(update.balancedness_before) ? "mean of layers" : "no rebalance in the log"],
@@ -351,17 +351,17 @@ function fill() {
     const option = element("option", `${update.generation} of ${update.run_id.slice(0, 8)}: ${update.outcome}, ${inMs(update.duration_ms)}`, select);
     option.value = index;
   });
-  for (const stage of data.stages) {
+  for (const stage of [...data.stages, data.fence]) {
     const item = element("span", undefined, byId("legend"));
-    element("i", undefined, item).style.background = data.colours[stage];
-    item.append(stage === "fence" ? "wait at a fence" : stage);
+    element("i", undefined, item).style.background = stage.colour;
+    item.append(stage.label);
   }
   timeline.listen();
   matrix.listen();
   const filter = byId("filter");
   const renderLayers = sortable(byId("layers"), [
-    ["layer", "layer"], ["slowest rank", "rank"], ["total", "total_ms", inMs], ["plan", "plan_ms", inMs], ["transfer", "transfer_ms", inMs],
-    ["wait", "wait_ms", inMs], ["commit", "commit_ms", inMs], ["bytes", "nbytes", inBytes],
+    ["layer", "layer"], ["slowest rank", "rank"], ["total", "total_ms", inMs],
+    ...data.stages.map((stage) => [stage.label, stage.total, inMs]), ["bytes", "nbytes", inBytes],
   ], () => {
     const wanted = filter.value.trim(), update = timeline.update || {};
     const rows = data.layers.filter((row) => row.run_id === update.run_id && row.generation === update.generation);

@@ -1,4 +1,4 @@
-"""What a report says, as values; all of them go into ``--json`` as they are."""
+"""Records that a report is made of; ``--json`` prints all of them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from async_eplb.events.schema import LINK_NBYTES
+from async_eplb.events.stages import STAGES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """One layer of one update, on the rank that was slowest to have it committed.
+    """One layer of one update, on the rank with the longest total time.
 
-    :param total_ms: plan, transfer, wait and commit on that rank
+    :param total_ms: sum of the stages on that rank
     :param nbytes: written to live weights on all ranks
     """
 
@@ -31,8 +34,8 @@ class LayerReport:
 class LinkReport:
     """All bytes from one rank to another.
 
-    :param nbytes_per_s: what the receiver got from all ranks over its transfer time, in layers that came this way too:
-        a slow link slows all of them
+    :param nbytes_per_s: bytes that the receiver got from all ranks over its transfer time, in layers with this link: a
+        slow link slows all others of its transfer
     """
 
     src_rank: int
@@ -44,9 +47,9 @@ class LinkReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """How far one rank was behind the others.
+    """Lag of one rank behind the others.
 
-    :param lag_ms: mean over layers of when it had staged them, after the median of all ranks
+    :param lag_ms: time from the median of all ranks to this one in staging a layer, mean over layers
     :param num_last: layers that it was the last to have staged
     """
 
@@ -60,12 +63,12 @@ class RankReport:
 class UpdateReport:
     """One update, all ranks together. Stage times are of the slowest rank, bytes of all ranks.
 
-    :param outcome: ``finished``, ``failed``, or ``unfinished`` if the log does not say
+    :param outcome: ``finished``, ``failed``, or ``unfinished`` if the log has no end
     :param start_s: on the run's time line
     :param skipped_layers: layers that did not change, if the log has all others; else empty
     :param overlap: plan, transfer and commit time over the duration, mean of ranks
-    :param stall_p50_ms: of the serving thread at steps with commits or waits at fences: their host time
-    :param balancedness_before: as the rebalance measured it; NaN if none did
+    :param stall_p50_ms: host time of commits and of waits at fences, summed by step; median over steps that had any
+    :param balancedness_before: measured by the rebalance; NaN if there was none
     :param break_even_steps: steps after which the update has saved as much time as it took; NaN if unknown
     """
 
@@ -122,14 +125,14 @@ class RebalanceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a log says.
+    """All that is known from a log.
 
     :param slowest_layers: slowest first
     :param slowest_links: slowest first; of those that moved at least a hundredth of the mean link's bytes
-    :param lagging_ranks: last first
-    :param faults: updates that failed, dropped lines, and what is wrong with clocks, in words
-    :param left_out: lines of the log that nothing here counts, in words
-    :param clock_error_ms: what times of ranks of different hosts can be wrong by; 0 if there is one host
+    :param lagging_ranks: largest lag first
+    :param faults: failed updates, dropped lines and faults of clocks, in words
+    :param left_out: lines of the log that are not part of the report, in words
+    :param clock_error_ms: bound on the error of times between hosts; 0 if there is one host
     """
 
     updates: tuple[UpdateReport, ...]
@@ -142,7 +145,7 @@ class Report:
     clock_error_ms: float
 
     def figures(self) -> dict[str, float]:
-        """Return the numbers that runs are compared by. Those that a log does not hold are NaN.
+        """Return the figures by which runs are compared: name → value; NaN if a log does not have it.
 
         Times and bytes are means over updates; ``*_max_*`` and the stalls are of the worst one.
         """
@@ -163,20 +166,16 @@ class Report:
         return figures
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON's own values; NaN is null."""
+        """Return all records as values of JSON; NaN becomes null."""
         document: dict[str, Any] = _plain({**asdict(self), "figures": self.figures()})
         return document
 
 
 _MEANS = (
     "duration_ms",
-    "plan_ms",
-    "transfer_ms",
-    "wait_ms",
-    "commit_ms",
+    *(stage.total for stage in STAGES),
     "overlap",
-    "sent_nbytes_within_node",
-    "sent_nbytes_across_nodes",
+    *(name for name, (direction, _) in LINK_NBYTES.items() if direction == "sent"),
     "committed_nbytes",
     "fence_wait_ms",
     "balancedness_before",

@@ -1,4 +1,4 @@
-"""Where lines of logs come from: files, folders, globs, gzip, standard input."""
+"""Lines of logs from files, folders, globs, gzip and standard input."""
 
 import gzip
 import sys
@@ -16,9 +16,9 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def find_logs(names: Iterable[str]) -> list[str]:
-    """Return the files that names stand for, each once: files, folders of ``*.jsonl`` and ``*.jsonl.gz``, globs, ``-``.
+    """Return the files of all names, each once: files, folders of ``*.jsonl`` and ``*.jsonl.gz``, globs, ``-``.
 
-    :raises UnreadableLog: for a name that stands for nothing
+    :raises UnreadableLog: if there is no file for a name
     """
     found: dict[str, None] = {}
     for name in names:
@@ -42,7 +42,7 @@ def _files_of(name: str) -> list[str]:
 
 
 def read_lines(name: str) -> Iterator[bytes]:
-    """Yield the lines of one log, decompressed. A gzip file that ends early yields what can be had of it.
+    """Yield the lines of one log, decompressed. A truncated gzip file yields its readable part.
 
     :raises UnreadableLog: if it cannot be opened or read
     """
@@ -65,4 +65,4 @@ def _decompressed(file: BinaryIO) -> Iterator[bytes]:
         try:
             yield from unpacked
         except (EOFError, zlib.error):
-            yield b'"eplb.'  # a line that is cut off, as the reader will say
+            yield b'"eplb.'  # is counted as a line that is cut off

@@ -1,0 +1,60 @@
+"""What tasks of the event loop see of the agreement: frozen values, replaced whole after each round and step."""
+
+from dataclasses import dataclass
+
+from async_eplb.errors import BrokenControlGroup, EplbError
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is agreed on, as the last round or step left it; replaced whole, so that any thread reads one moment of it.
+
+    :param generation: updates begun
+    :param agreed: waves that are staged everywhere
+    :param launched: waves whose launch is agreed
+    :param limit: waves of the update, fewer after a cancellation
+    :param begun: all ranks have begun the update with equal inputs
+    :param over: nothing is left to agree on
+    :param demanded: rebalances that some rank has demanded
+    :param standing: this rank makes no steps at present
+    :param step: boundaries passed
+    :param lead: boundaries from the last one passed to a new fence
+    """
+
+    generation: int
+    agreed: int
+    launched: int
+    limit: int
+    begun: bool
+    over: bool
+    demanded: int
+    standing: bool
+    step: int
+    lead: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFaults:
+    """What ballots told of other ranks that ends the running update, or all of them.
+
+    :param error: what this rank found wrong in the ballots of the running update
+    :param lost: why there are no more rounds, if a rank did not answer
+    :param gone: ranks that have closed, after which there are no more rounds
+    :param failed: ranks whose update failed
+    :param cancelled: ranks that cancelled it
+    :param waiting_for: ranks that have not begun it yet
+    """
+
+    error: EplbError | None = None
+    lost: BrokenControlGroup | None = None
+    gone: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+    cancelled: tuple[int, ...] = ()
+    waiting_for: tuple[int, ...] = ()
+
+    @property
+    def no_more_rounds(self) -> str:
+        """Why no update can begin any more; empty if one can."""
+        if self.lost is not None:
+            return f"a rank was lost: {self.lost}"
+        return f"ranks {list(self.gone)} have left" if self.gone else ""

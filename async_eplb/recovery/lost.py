@@ -1,0 +1,116 @@
+"""Experts that no survivor holds: loaded from a source into slots that can be spared."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from async_eplb.errors import CommitFailed, EplbError, InvalidWeightSource
+from async_eplb.placement import ExpertPlacement
+from async_eplb.recovery.state import RankState
+from async_eplb.recovery.survivors import Home, by_layer, vacated, with_homes
+from async_eplb.recovery.weight_source import WeightSource
+from async_eplb.transport.base import ControlGroup
+from async_eplb.transport.one_round import hold_round
+from async_eplb.update.rank import Rank
+from async_eplb.workers import Work
+
+
+def publish(rank: Rank, placement: ExpertPlacement, row: int) -> None:
+    """Publish a layer's maps beside the model; the layer's generation stays, for it counts updates only."""
+    generation = rank.expert_map.layer_generation[row].clone()
+    with rank.device.committing():
+        rank.expert_map.publish(row, rank.expert_map.layer_maps(placement, row))
+        rank.expert_map.layer_generation[row] = generation
+        rank.device.record().synchronize()
+
+
+async def fetch_lost(
+    rank: Rank, state: RankState, control: ControlGroup, source: WeightSource | None, *, step: int
+) -> dict[int, tuple[int, ...]]:
+    """Load experts that nobody holds into slots that can be spared, layer by layer.
+
+    :returns: layer → logical experts that this rank has loaded
+    :raises CommitFailed: if an expert cannot be written
+    """
+    loaded: dict[int, tuple[int, ...]] = {}
+    able = all(row[0] for row in await hold_round(control, [int(source is not None)]))
+    if source is None or not able:
+        return loaded
+    for layer, found in by_layer(state.attempt.homes).items():
+        mine = [home for home in found if rank.topology.rank_of(home.physical_expert) == rank.number]
+        contents: list[tuple[Home, list[Tensor]]] = []
+        failure: EplbError | None = None
+        try:
+            contents = await rank.workers.run(Work.TRANSFER, partial(_load, rank, source, mine))
+        except InvalidWeightSource as error:
+            failure = error
+        if not all(row[0] for row in await hold_round(control, [int(failure is None)])):
+            continue
+        placement = with_homes(state.placement, found)
+        try:
+            await rank.workers.run(
+                "commit", partial(_write, rank, vacated(state.placement, found), placement, contents)
+            )
+        except Exception as error:
+            raise CommitFailed(
+                f"rank {rank.number}: lost experts of layer {layer} could not be written ({error}); recover anew",
+                rank=rank.number,
+                layer=layer,
+                step=step,
+            ) from error
+        state.placement = placement
+        if mine:
+            loaded[layer] = tuple(home.logical_expert for home in mine)
+    return loaded
+
+
+def _load(rank: Rank, source: WeightSource, mine: Sequence[Home]) -> list[tuple[Home, list[Tensor]]]:
+    return [(home, _checked(rank, home, _from_source(source, home))) for home in mine]
+
+
+def _from_source(source: WeightSource, home: Home) -> Sequence[Tensor]:
+    """Load an expert; whatever a source raises, the other ranks must hear of it."""
+    try:
+        return source.load(home.layer, home.logical_expert)
+    except InvalidWeightSource:
+        raise
+    except Exception as error:
+        raise InvalidWeightSource(
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source failed ({error!r})",
+            layer=home.layer,
+            logical_expert=home.logical_expert,
+        ) from error
+
+
+def _checked(rank: Rank, home: Home, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return an expert's tensors as bytes, if they are as large as a slot's."""
+    expected = rank.live.slot_nbytes(home.layer)
+    actual = tuple(tensor.nbytes for tensor in tensors)
+    if actual != expected:
+        raise InvalidWeightSource(
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have {list(actual)} "
+            f"bytes, those of a slot {list(expected)}",
+            layer=home.layer,
+            logical_expert=home.logical_expert,
+        )
+    return [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+
+
+@torch.no_grad()
+def _write(
+    rank: Rank, empty: ExpertPlacement, filled: ExpertPlacement, contents: Sequence[tuple[Home, list[Tensor]]]
+) -> None:
+    """Write experts into their homes, which the map says are empty meanwhile.
+
+    :param contents: of one layer, this rank's
+    """
+    (layer,) = filled.changed_layers(empty)
+    publish(rank, empty, layer)
+    with rank.device.committing():
+        for home, tensors in contents:
+            slot = home.physical_expert - rank.slots.start
+            for view, tensor in zip(rank.live.views(layer), tensors, strict=True):
+                view[slot].copy_(tensor)
+        publish(rank, filled, layer)

@@ -1,0 +1,137 @@
+"""How an update ends early: which cause counts, what other ranks get, what stays, and whether ranks can go on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from async_eplb.agreement.ballot import Status
+from async_eplb.agreement.outlook import PeerFaults
+from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.errors import (
+    BrokenControlGroup,
+    BrokenTransport,
+    CommitFailed,
+    EplbError,
+    GenerationMismatch,
+    PlacementDisagreement,
+    StepMismatch,
+    TransferTimeout,
+    UpdateAborted,
+    UpdateCancelled,
+    UpdateNotBegun,
+    UpdateStalled,
+    VerificationError,
+)
+
+
+class Then(Enum):
+    """What must come before the next update."""
+
+    NOTHING = "the next update can begin"
+    RECOVER_IF_BEGUN = "recover(), if all ranks had begun the update; else nothing"
+    RECOVER = "recover()"
+
+
+class Stays(Enum):
+    """What layers are after the end, on ranks that serve on."""
+
+    AS_AGREED = "what was agreed is committed, on all ranks the same layers; the others keep their old weights"
+    IN_DOUBT = "the same; a layer whose round was lost is in doubt until recover()"
+    TORN = "the same, but here a layer that was agreed on is not copied, until recover()"
+    NOTHING_MOVED = "nothing was moved"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One way to end early.
+
+    :param cause: the error on this rank
+    :param gives: the status that this rank's ballots have from then on
+    :param peers: the error on the other ranks
+    """
+
+    cause: type[Exception]
+    gives: Status
+    peers: type[EplbError]
+    stays: Stays
+    then: Then
+
+
+OUTCOMES = (
+    Outcome(UpdateCancelled, Status.CANCEL, UpdateCancelled, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(BrokenControlGroup, Status.FAILED, BrokenControlGroup, Stays.IN_DOUBT, Then.RECOVER),
+    Outcome(GenerationMismatch, Status.FAILED, GenerationMismatch, Stays.NOTHING_MOVED, Then.RECOVER),
+    Outcome(UpdateNotBegun, Status.FAILED, UpdateNotBegun, Stays.NOTHING_MOVED, Then.RECOVER),
+    Outcome(PlacementDisagreement, Status.OK, PlacementDisagreement, Stays.NOTHING_MOVED, Then.RECOVER_IF_BEGUN),
+    Outcome(StepMismatch, Status.FAILED, StepMismatch, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(CommitFailed, Status.FAILED, UpdateAborted, Stays.TORN, Then.RECOVER_IF_BEGUN),
+    Outcome(UpdateStalled, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(TransferTimeout, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(BrokenTransport, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(VerificationError, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(UpdateAborted, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(Exception, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+)
+"""The first whose cause an error is tells what follows. RELIABILITY.md shows them as accidents that were tried."""
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """Return what follows from an error that ended an update."""
+    return next(outcome for outcome in OUTCOMES if isinstance(error, outcome.cause))
+
+
+def needs_recovery(error: Exception | None, *, begun: bool) -> bool:
+    """Return whether this rank and its peers can go on together only after ``recover()``.
+
+    :param begun: whether all ranks had begun the update
+    """
+    then = Then.NOTHING if error is None else outcome_of(error).then
+    return then is Then.RECOVER or (then is Then.RECOVER_IF_BEGUN and begun)
+
+
+def cause_of_end(own: Exception | None, faults: PeerFaults) -> Exception | None:
+    """Return the error that counts, of this rank's own and what ballots told of others; None if there is none.
+
+    An exchange that broke because its peer is lost is not the cause.
+    """
+    if faults.lost is not None and isinstance(own, BrokenTransport):
+        faults.lost.__context__ = own
+        return faults.lost
+    causes: tuple[Callable[[], Exception | None], ...] = (
+        lambda: own,
+        lambda: faults.error,
+        lambda: faults.lost,
+        lambda: _aborted(faults.failed, "failed; see their errors"),
+        lambda: _aborted(faults.gone, "have left"),
+    )
+    return next((error for cause in causes if (error := cause()) is not None), None)
+
+
+def _aborted(ranks: tuple[int, ...], why: str) -> UpdateAborted | None:
+    return UpdateAborted(f"ranks {list(ranks)} {why}", ranks=ranks) if ranks else None
+
+
+class Failure:
+    """What went wrong with an update on this rank, if anything: the first error counts.
+
+    :param abort: breaks the transport, so that no rank waits for an exchange that cannot finish
+    """
+
+    def __init__(self, shared: SharedAgreement, abort: Callable[[], None]) -> None:
+        self._shared = shared
+        self._abort = abort
+        self.error: Exception | None = None
+
+    def fail(self, error: Exception, *, alone: bool = False) -> None:
+        """End the update with an error, on all ranks; ``alone``: here at once, whatever other ranks do."""
+        if self.error is None:
+            self.error = error
+        if self._shared.outlook.begun:
+            self._abort()
+        self._shared.fail(alone=alone)
+
+    def conclude(self) -> None:
+        """Find what ended the update, once nothing is left to agree on."""
+        self.error = cause_of_end(self.error, self._shared.faults)
+        if self.error is not None and self._shared.outlook.begun:
+            self._abort()

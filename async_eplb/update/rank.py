@@ -1,0 +1,53 @@
+"""What one rank has for the life of its updater."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from async_eplb.commit.committer import Committer
+from async_eplb.device import Device
+from async_eplb.events.emit import Logger
+from async_eplb.expert_map import ExpertMap
+from async_eplb.options import UpdateOptions
+from async_eplb.topology import EPTopology
+from async_eplb.verify.column import Verifier
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rank:
+    """One rank and what belongs to it. Made once, and handed whole to all that works on its updates.
+
+    :param number: of the rank in the EP group
+    :param live: live weights, as the caller gave them
+    :param verifier: has them with a column more, which travels with each slot, if slots are verified
+    :param expert_map: published maps
+    :param on_commit: the caller's hook, called with a layer right after its commit is enqueued, in the same thread
+    """
+
+    number: int
+    topology: EPTopology
+    live: ExpertWeights
+    verifier: Verifier
+    expert_map: ExpertMap
+    committer: Committer
+    device: Device
+    workers: Workers
+    logger: Logger
+    options: UpdateOptions
+    on_commit: Callable[[int], None]
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """What moves: live weights, and the verification column if there is one."""
+        return self.verifier.weights
+
+    @property
+    def slots(self) -> slice:
+        """This rank's physical experts among those of the group."""
+        return self.topology.slots_of(self.number)
+
+    @property
+    def relay_peers(self) -> tuple[int, ...]:
+        """Ranks of this node that experts are passed on to, or come from, if the planner relays."""
+        return self.topology.neighbours_of(self.number) if self.options.planner.relays else ()

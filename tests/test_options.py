@@ -1,0 +1,63 @@
+"""Options: which of them ranks must agree on, and in which form they compare them."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from async_eplb import UpdateOptions
+from async_eplb.agreement.rules import Mode
+from async_eplb.options import canonical
+from async_eplb.plan import Planner
+from async_eplb.topology import EPTopology
+
+OTHER = {
+    "verify": "canary",
+    "planner": Planner("balanced", max_peers=2),
+    "staging_depth": 3,
+    "operations_per_group": 7,
+    "transfer_timeout_s": 1.0,
+    "control_timeout_s": 50.0,
+    "progress_timeout_s": 200.0,
+    "lead": 1,
+    "max_step_skew": 5,
+    "max_replicas": 9,
+    "dispatch_seed": 1,
+    "log_inputs": True,
+    "log_decisions": True,
+}
+
+
+def test_what_ranks_must_agree_on() -> None:
+    """Plain values by name; the planner is its fields."""
+    assert UpdateOptions().wire() == {
+        "verify": "off",
+        "planner": {"sources": "chunked", "max_peers": None},
+        "staging_depth": 2,
+        "operations_per_group": 256,
+    }
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(UpdateOptions)])
+def test_what_differs_between_ranks_shows_where_they_must_agree(name: str) -> None:
+    """A rank with another value has another wire form exactly for the options that are in it."""
+    usual = UpdateOptions()
+    other = replace(usual, **{name: OTHER[name]})  # type: ignore[arg-type]
+    assert (other.wire() != usual.wire()) is (name in usual.wire())
+
+
+def test_the_wire_form_is_json() -> None:
+    """Equal options have equal text."""
+    text = json.dumps(UpdateOptions(planner=Planner("relayed")).wire(), sort_keys=True)
+    assert text == (
+        '{"operations_per_group": 256, "planner": {"max_peers": null, "sources": "relayed"}, '
+        '"staging_depth": 2, "verify": "off"}'
+    )
+
+
+def test_canonical_values() -> None:
+    """Enums are their values, dataclasses their fields; what has no form is refused."""
+    assert canonical(Mode.SERVING) == "serving"
+    assert canonical(EPTopology(4, 2, 3)) == {"num_ranks": 4, "num_nodes": 2, "num_local_physical_experts": 3}
+    with pytest.raises(TypeError, match="has no canonical form"):
+        canonical(object())
