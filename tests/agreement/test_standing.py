@@ -20,7 +20,7 @@ SCHEDULE = MemorySchedule(control_s=0.01)
 async def until_agreed(ranks: list[MemoryRank]) -> None:
     """Wait until a layer is to be committed at a boundary that is far ahead."""
     with fail_after(5.0):
-        while any(rank.updater.outlook.agreed < 1 for rank in ranks):
+        while any(rank.updater.outlook.agreed < 1 for rank in ranks):  # noqa: ASYNC110 - in virtual time this costs nothing
             await sleep(0.001)
 
 

@@ -92,7 +92,7 @@ async def lose_a_rank(ranks: Ranks, new: ExpertPlacement) -> None:
     """All ranks give each other up."""
     for rank in ranks:
         rank.transport.die()
-    while not all("lost" in repr(rank.updater) for rank in ranks):
+    while not all("lost" in repr(rank.updater) for rank in ranks):  # noqa: ASYNC110 - nothing tells of it
         await anyio.sleep(0.001)
     await recover(ranks)
     await update(ranks, new)

@@ -1,12 +1,12 @@
 """Moments of an update, in virtual time, at which tests cancel or leave it: one for each state of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import structlog
@@ -50,7 +50,7 @@ class SlowUpdate:
         """
         logged: list[tuple[float, tuple[Any, ...]]] = []
 
-        def note(_logger: object, _level: str, event: dict[str, Any]) -> dict[str, Any]:
+        def note(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> NoReturn:
             logged.append((anyio.current_time(), (event["event"], event.get("layer"))))
             raise structlog.DropEvent
 
