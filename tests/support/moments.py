@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import structlog
@@ -50,7 +50,7 @@ class SlowUpdate:
         """
         logged: list[tuple[float, tuple[Any, ...]]] = []
 
-        def note(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> NoReturn:
+        def note(_logger: object, _level: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
             logged.append((anyio.current_time(), (event["event"], event.get("layer"))))
             raise structlog.DropEvent
 
