@@ -134,7 +134,7 @@ async def test_a_demand_rebalances_all_ranks(demanding: list[int], run_policy_in
 
 
 async def test_a_rebalance_is_logged_completely() -> None:
-    """What was weighed, and what came of it."""
+    """The costs, the gain and the outcome."""
     async with servers(every_steps=None) as world, rebalancing(world):
         await anyio.sleep(0.01)
         outcome = await world[0].rebalancer.rebalance_now()
@@ -161,7 +161,7 @@ async def test_rebalances_come_every_so_many_steps() -> None:
 
 
 async def test_what_is_balanced_stays() -> None:
-    """The second look moves nothing and says why."""
+    """The second evaluation moves nothing and gives the reason."""
     async with servers(every_steps=None) as world, rebalancing(world):
         await anyio.sleep(0.01)
         first = await world[0].rebalancer.rebalance_now()

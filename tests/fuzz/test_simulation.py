@@ -79,7 +79,7 @@ def test_a_seed_is_one_exact_run() -> None:
 
 
 def test_invariants_hold() -> None:
-    """Whatever goes wrong, and in whatever order; CI runs thousands of other seeds."""
+    """Under random faults in random order; CI runs thousands of other seeds."""
     outcomes = [simulate(scenario_for(seed)) for seed in range(1, 101)]
     assert [(o.scenario.seed, str(o.violation)) for o in outcomes if o.violation] == []
     assert sum(outcome.num_recoveries > 0 for outcome in outcomes) > 10

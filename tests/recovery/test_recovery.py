@@ -134,7 +134,7 @@ async def test_experts_of_a_lost_rank_are_loaded() -> None:
 
 @in_virtual_time
 async def test_without_a_source_lost_experts_are_reported() -> None:
-    """All ranks say the same, and go on with what there is."""
+    """All ranks report the same, and go on with the experts that remain."""
     old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
     lost = without_ranks(old, TOPOLOGY, [2]).unplaced()
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
@@ -146,7 +146,7 @@ async def test_without_a_source_lost_experts_are_reported() -> None:
 
 @in_virtual_time
 async def test_recovering_at_the_wrong_time() -> None:
-    """A transport in another order, a rank that stands, an updater that was left, a survivor that does not come."""
+    """A transport in another order, an idle rank, an updater that was left, a survivor that does not come."""
     old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
         async with ranks[0].updater.idle():

@@ -99,7 +99,7 @@ def test_the_serving_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_events_benchmark_writes_its_figures(tmp_path: Path) -> None:
-    """What each listener makes of each event, and the worst of them."""
+    """The cost of each event to each listener, and the worst of them."""
     file = tmp_path / "figures.json"
     small = ["--number", "50", "--runs", "1", "--json", str(file)]
     subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "events", *small], check=True)

@@ -106,7 +106,7 @@ def test_what_is_pure_knows_no_tensor_group_or_thread(name: str) -> None:
 
 @pytest.mark.parametrize("module", ["async_eplb", "async_eplb.policy", "async_eplb.plan"])
 def test_importing_takes_no_torch(module: str) -> None:
-    """Whoever chooses or plans placements, or asks for the version, does not wait for it."""
+    """Choosing or planning placements, and asking for the version, do not import torch."""
     code = f"import sys, {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

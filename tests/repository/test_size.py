@@ -9,7 +9,7 @@ MAX_LINES = 350
 MAX_ATTRIBUTES = 15
 MAX_PARAMETERS = 8
 EXCEPTIONS: dict[str, str] = {}
-"""What may be larger, three at most: name → reason."""
+"""Larger ones, three at most: name → reason."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -83,6 +83,6 @@ def test_nothing_is_too_large() -> None:
 
 
 def test_exceptions_are_few_and_needed() -> None:
-    """Whatever has been cut since is named no more."""
+    """No exception is kept for a name within the limits."""
     assert len(EXCEPTIONS) <= 3
     assert set(EXCEPTIONS) <= set(too_large())

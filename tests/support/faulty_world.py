@@ -55,15 +55,15 @@ NUM_LAYERS = 4
 TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
 TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
 _LONGEST_LIFE_S = 50.0
-"""Of a process: then it says where it hangs, and ends."""
+"""Time-out of a process: then it prints its stacks and ends."""
 _LONGEST_DEATH_S = 10.0
 LATE, OTHER_WEIGHTS, OTHER_PLACEMENT = DIFFERENCES = ("late", "other weights", "other placement")
-"""What a rank that lives may begin an update with."""
+"""Wrong ways in which a live rank may begin an update."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accident:
-    """What happens to a rank.
+    """An accident of a rank.
 
     :param kind: a signal's name, "cut" (all its connections are closed), or one of :data:`DIFFERENCES`
     :param phase: at which point of the update; "launch" is the beginning of a transfer, before others get a byte, and
@@ -90,7 +90,7 @@ class Accident:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a survivor saw."""
+    """The observations of a survivor."""
 
     rank: int
     error: str
