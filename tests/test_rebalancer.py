@@ -12,6 +12,7 @@ import pytest
 import structlog
 import torch
 from anyio import create_task_group
+from anyio.abc import TaskStatus
 from structlog.testing import LogCapture
 from support.helpers import MemoryRank, memory_world, together
 from support.loads import MemoryLoadGroup
@@ -267,20 +268,18 @@ async def test_use_outside_its_run_is_refused() -> None:
         assert not rebalancer.statistics().running
 
 
-async def test_a_demand_that_is_not_met_any_more_is_told() -> None:
-    """When the task is cancelled, who waits for a rebalance hears of it."""
+async def test_a_demand_that_is_not_met_any_more_raises() -> None:
+    """When the rebalancer's task is cancelled, a call that waits for a rebalance raises."""
     async with servers(every_steps=None, cool_down_steps=10**9) as world:
-        outcomes: list[object] = []
 
-        async def demand() -> None:
-            outcomes.extend(await together([world[0].rebalancer.rebalance_now]))
+        async def demand(*, task_status: TaskStatus[None]) -> None:
+            task_status.started()
+            with pytest.raises(ClosedRebalancer):
+                await world[0].rebalancer.rebalance_now()
 
         async with create_task_group() as tasks, rebalancing(world):
             await world[0].rebalancer.rebalance_now()
-            tasks.start_soon(demand)
-            while not world[0].rebalancer._done:
-                await anyio.lowlevel.checkpoint()
-        assert isinstance(outcomes[0], ClosedRebalancer)
+            await tasks.start(demand)
 
 
 @pytest.mark.parametrize(
