@@ -71,7 +71,7 @@ def test_inline_json_loads() -> None:
     ],
 )
 def test_unreadable_placements_are_refused(source: str) -> None:
-    """Whatever is wrong with a file, the error is one of ours."""
+    """Any malformed file raises an error of this package."""
     with pytest.raises(InvalidPlacement):
         ExpertPlacement.load(source)
 

@@ -12,6 +12,7 @@ import pytest
 import structlog
 import torch
 from anyio import create_task_group
+from anyio.abc import TaskStatus
 from structlog.testing import LogCapture
 from support.helpers import MemoryRank, memory_world, together
 from support.loads import MemoryLoadGroup
@@ -111,9 +112,12 @@ async def rebalancing(world: list[Server]) -> AsyncIterator[None]:
         tasks.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("run_policy_in", ["thread", "process"])
-@pytest.mark.parametrize("demanding", [[1], [0, 1, 2]], ids=["by one rank", "by all ranks"])
-async def test_a_demand_rebalances_all_ranks(run_policy_in: str, demanding: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("demanding", "run_policy_in"),
+    [([1], "thread"), ([0, 1, 2], "thread"), ([1], "process")],
+    ids=["by one rank", "by all ranks", "by one rank, the policy in a process"],
+)
+async def test_a_demand_rebalances_all_ranks(demanding: list[int], run_policy_in: str) -> None:
     """Every rank moves to the same better placement, while it serves."""
     async with servers(every_steps=None, run_policy_in=run_policy_in) as world, rebalancing(world):
         await anyio.sleep(0.01)
@@ -131,7 +135,7 @@ async def test_a_demand_rebalances_all_ranks(run_policy_in: str, demanding: list
 
 
 async def test_a_rebalance_is_logged_completely() -> None:
-    """What was weighed, and what came of it."""
+    """The costs, the gain and the outcome."""
     async with servers(every_steps=None) as world, rebalancing(world):
         await anyio.sleep(0.01)
         outcome = await world[0].rebalancer.rebalance_now()
@@ -158,7 +162,7 @@ async def test_rebalances_come_every_so_many_steps() -> None:
 
 
 async def test_what_is_balanced_stays() -> None:
-    """The second look moves nothing and says why."""
+    """The second evaluation moves nothing and gives the reason."""
     async with servers(every_steps=None) as world, rebalancing(world):
         await anyio.sleep(0.01)
         first = await world[0].rebalancer.rebalance_now()
@@ -264,20 +268,18 @@ async def test_use_outside_its_run_is_refused() -> None:
         assert not rebalancer.statistics().running
 
 
-async def test_a_demand_that_is_not_met_any_more_is_told() -> None:
-    """When the task is cancelled, who waits for a rebalance hears of it."""
+async def test_a_demand_that_is_not_met_any_more_raises() -> None:
+    """When the rebalancer's task is cancelled, a call that waits for a rebalance raises."""
     async with servers(every_steps=None, cool_down_steps=10**9) as world:
-        outcomes: list[object] = []
 
-        async def demand() -> None:
-            outcomes.extend(await together([world[0].rebalancer.rebalance_now]))
+        async def demand(*, task_status: TaskStatus[None]) -> None:
+            task_status.started()
+            with pytest.raises(ClosedRebalancer):
+                await world[0].rebalancer.rebalance_now()
 
         async with create_task_group() as tasks, rebalancing(world):
             await world[0].rebalancer.rebalance_now()
-            tasks.start_soon(demand)
-            while not world[0].rebalancer._done:
-                await anyio.lowlevel.checkpoint()
-        assert isinstance(outcomes[0], ClosedRebalancer)
+            await tasks.start(demand)
 
 
 @pytest.mark.parametrize(

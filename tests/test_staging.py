@@ -57,7 +57,7 @@ class RecordingDevice(CpuDevice):
 
 @pytest.mark.parametrize(("before", "after"), list(product(BufferState, BufferState)))
 def test_a_buffer_changes_state_by_the_table_only(before: BufferState, after: BufferState) -> None:
-    """What the table does not allow is refused, and the buffer stays as it was."""
+    """Transitions outside the table are refused, and the buffer stays as it was."""
     (buffer,) = StagingPool(1, CpuDevice()).buffers
     buffer.state = before
     if (before, after) in ALLOWED:

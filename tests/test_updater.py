@@ -7,7 +7,6 @@ from typing import Any
 
 import anyio
 import pytest
-import structlog
 from blockbuster import BlockingError
 from support.helpers import TINY, MemoryRank, float_weights, memory_world, on_all, together, two_placements
 
@@ -56,7 +55,7 @@ async def update_all(ranks: list[MemoryRank], new: ExpertPlacement, **options: A
 @pytest.mark.parametrize("verify", ["off", "canary", "checksum"])
 @pytest.mark.parametrize("depth", [1, 2, 5])
 async def test_weights_and_maps_become_the_new_placement(verify: str, depth: int) -> None:
-    """After an update every slot holds the expert that every published map says."""
+    """After an update every slot holds the expert that every published map names."""
     old, new = two_placements(TOPOLOGY, num_layers=6, num_experts=8)
     options = UpdateOptions(verify=verify, staging_depth=depth)
     async with memory_world(old, TOPOLOGY, options=options, workers=ThreadWorkers) as ranks:
@@ -85,7 +84,7 @@ async def test_a_stream_yields_each_layer_as_it_lands() -> None:
 
 
 async def test_leaving_a_stream_early_ends_the_update_on_all_ranks() -> None:
-    """Who stops reading has cancelled, and all ranks stand at the same layer."""
+    """A reader that stops has cancelled, and all ranks end at the same layer."""
     old, new = two_placements(TOPOLOGY, num_layers=9, num_experts=8)
     async with memory_world(old, TOPOLOGY) as ranks:
 
@@ -142,7 +141,7 @@ async def test_staging_holds_only_what_changes() -> None:
 
 
 async def test_the_summary_counts_what_moved() -> None:
-    """Bytes sent are bytes received are what the plans say."""
+    """Bytes sent equal bytes received equal those of the plans."""
     old, new = two_placements(TOPOLOGY, num_layers=6, num_experts=8)
     async with memory_world(old, TOPOLOGY) as ranks:
         summaries: list[Any] = await update_all(ranks, new)
@@ -236,7 +235,7 @@ async def test_a_second_update_while_one_runs_is_refused() -> None:
 
 
 async def test_use_outside_its_lifetime_is_refused() -> None:
-    """Before it is entered and after it is left, an updater says that it is closed."""
+    """Before it is entered and after it is left, an updater raises that it is closed."""
     old, new = two_placements(SMALL, num_layers=1, num_experts=4)
     (transport,) = MemoryTransport.world(1)
     alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
@@ -287,7 +286,7 @@ async def test_misfits_are_refused_at_construction() -> None:
 
 
 async def test_a_corrupt_byte_is_found_before_it_is_committed() -> None:
-    """The receiving rank says which slot; all ranks keep the layers before, old everywhere after, and close."""
+    """The receiving rank's error names the slot; all ranks keep the layers before, old everywhere after, and close."""
     old = ExpertPlacement.from_mapping([[0, 1, 2, 3]] * 3)
     new = ExpertPlacement.from_mapping([[2, 1, 0, 3]] * 3)
     schedule = MemorySchedule(faults=(Fault(FaultKind.CORRUPT, src_rank=0, dst_rank=1, row=1, tag=0),))
@@ -305,7 +304,7 @@ async def test_a_corrupt_byte_is_found_before_it_is_committed() -> None:
 
 
 async def test_a_lost_message_ends_in_a_timeout() -> None:
-    """Weights stay consistent and the error says which layer was waited for."""
+    """Weights stay consistent and the error names the layer that was waited for."""
     old = ExpertPlacement.from_mapping([[0, 1, 2, 3]] * 3)
     new = ExpertPlacement.from_mapping([[2, 1, 0, 3]] * 3)
     schedule = MemorySchedule(faults=(Fault(FaultKind.DROP, src_rank=0, dst_rank=1, row=2),))
@@ -349,8 +348,3 @@ async def test_slow_planning_does_not_block_the_loop() -> None:
 
         await together([*(partial(rank.updater.update, new) for rank in ranks), tick])
         assert ticks > 0
-
-
-def test_importing_configures_nothing() -> None:
-    """Logging stays the application's."""
-    assert not structlog.is_configured()

@@ -1,4 +1,4 @@
-"""What the serving thread calls inside ``step()`` while an update goes on: commit copies, and nothing that waits."""
+"""Calls of the serving thread inside ``step()`` while an update goes on: commit copies, and nothing that waits."""
 
 import sys
 import time
@@ -42,7 +42,7 @@ HARMLESS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank called.
+    """The calls of one rank.
 
     :param in_steps: C functions called inside ``step()``, by name
     :param in_passes: likewise in the forward passes, which communicate

@@ -1,4 +1,4 @@
-"""What is decided under the lock is decided once."""
+"""Decisions under the lock are made once."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def shared_with_a_layer_due() -> SharedAgreement:
 
 
 def test_a_rank_is_held_before_a_layer_or_copies_it() -> None:
-    """Who comes first has it: a boundary that was passed is too late to hold before."""
+    """The first call wins: a boundary that was passed is too late to wait at."""
     error = EplbError("no step")
     shared = shared_with_a_layer_due()
     assert shared.try_pass(None) == (True, Decision(boundary=1, copied=1, parts_launched=0))

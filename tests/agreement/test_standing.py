@@ -1,4 +1,4 @@
-"""What was agreed is committed at one boundary, also when ranks stand and an update has failed."""
+"""Agreed layers are committed at one boundary, also when ranks are idle and an update has failed."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ async def until_agreed(ranks: list[MemoryRank]) -> None:
 
 @in_virtual_time
 async def test_what_was_agreed_moves_forward_after_a_failure() -> None:
-    """All ranks stand before the same boundary, and one fails: the agreed layer is committed there, on all of them."""
+    """All ranks are idle before one boundary, and one rank fails: the agreed layer is committed there, on all."""
     async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS) as ranks:
         handles = [rank.updater.begin(NEW) for rank in ranks]
         await until_agreed(ranks)

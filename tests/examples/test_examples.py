@@ -1,4 +1,4 @@
-"""The examples run and print what they say they print."""
+"""The examples run and print the output in their docstrings."""
 
 import re
 import subprocess

@@ -68,7 +68,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw.
+    """The observations of one rank.
 
     :param token_passes: passes in which it generated tokens
     """
@@ -257,7 +257,7 @@ def test_answers_depend_on_the_experts(reference: dict[int, Answer]) -> None:
 
 @pytest.mark.parametrize("place", range(BLOCK_ROWS))
 def test_a_row_of_a_block_depends_on_no_other(place: int) -> None:
-    """Wherever a row stands in its block and whatever stands beside it, its result is the same bits."""
+    """At any place in its block, beside any other rows, a row's result is the same bits."""
     generator = torch.Generator().manual_seed(place)
     row = torch.randn(MODEL.hidden, generator=torch.Generator().manual_seed(0))
     w13, w13_scale, w2, w2_scale = expert_tensors(MODEL, 0, 0)

@@ -38,7 +38,7 @@ async def connected() -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.anyio
 async def test_answers_survive_rebalances() -> None:
-    """The same prompts get the same tokens before, while and after experts move, and statistics tell of it."""
+    """The same prompts get the same tokens before, while and after experts move, and statistics show the moves."""
     prompts = prompts_about(CONFIG.model, (0, 1), 8, first_number=0, max_tokens=12, seed=0)
     async with connected() as client:
         rebalances = []
@@ -162,6 +162,6 @@ def test_no_process_is_left(number: signal.Signals) -> None:
 
 
 def test_the_demo_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    """It exits 0 and says so. Half of a phase is sent when some answers have come, so that there are counts by then."""
+    """It exits 0 and prints the verdict. The second half of a phase follows some answers, so that there are counts."""
     assert demo(["--serve", "--ranks", "2", "--requests", "12", "--tokens", "8", "--concurrency", "3"]) == 0
     assert "Every token is what it is without rebalancing" in capsys.readouterr().out

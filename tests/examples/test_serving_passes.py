@@ -1,4 +1,4 @@
-"""What the example server's ranks agree on before a pass."""
+"""Agreement of the example server's ranks before a pass."""
 
 import pytest
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,12 @@ FOUND = {
 }
 
 
+def seeds_that_failed() -> list[int]:
+    """Read the list beside this file."""
+    lines = Path(__file__).with_name("seeds.txt").read_text().splitlines()
+    return [int(line) for line in lines if not line.startswith("#")]
+
+
 def trace_in_a_process(seed: int, hash_seed: int) -> str:
     """Return a seed's trace from a process of its own, whose sets of strings have another order."""
     code = f"from async_eplb.fuzz import *; print(simulate(scenario_for({seed})).trace)"
@@ -64,19 +71,24 @@ def trace_in_a_process(seed: int, hash_seed: int) -> str:
 
 def test_a_seed_is_one_exact_run() -> None:
     """Every choice and every log event is the same, in this process and in others."""
-    seeds = [*range(1, 40)]
+    seeds = [*range(1, 12)]
     first = [simulate(scenario_for(seed)).trace for seed in seeds]
     assert [simulate(scenario_for(seed)).trace for seed in seeds] == first
     assert len(set(first)) == len(first)
     assert [trace_in_a_process(seeds[0], number) for number in (1, 2)] == [first[0]] * 2
 
 
-@pytest.mark.parametrize("first", range(1, 301, 100))
-def test_invariants_hold(first: int) -> None:
-    """Whatever goes wrong, and in whatever order."""
-    outcomes = [simulate(scenario_for(seed)) for seed in range(first, first + 100)]
+def test_invariants_hold() -> None:
+    """Under random faults in random order; CI runs thousands of other seeds."""
+    outcomes = [simulate(scenario_for(seed)) for seed in range(1, 101)]
     assert [(o.scenario.seed, str(o.violation)) for o in outcomes if o.violation] == []
     assert sum(outcome.num_recoveries > 0 for outcome in outcomes) > 10
+
+
+@pytest.mark.parametrize("seed", seeds_that_failed())
+def test_seeds_that_failed_hold(seed: int) -> None:
+    """Today's worlds of seeds that once broke an invariant."""
+    assert simulate(scenario_for(seed)).violation is None
 
 
 def test_all_mishaps_are_drawn() -> None:

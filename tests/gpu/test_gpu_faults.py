@@ -8,7 +8,8 @@ import sys
 from functools import partial
 
 import pytest
-from support.faulty_world import Accident, survivors_of
+from support.accidents import Accident
+from support.faulty_world import survivors_of
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 on_gpu = partial(Accident, device="cuda", transfer_timeout_s=3.0, control_timeout_s=4.0)

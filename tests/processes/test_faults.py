@@ -1,15 +1,8 @@
 """Real processes: whatever happens to one rank, the others know which, where and soon; and go on."""
 
 import pytest
-from support.faulty_world import (
-    CONTROL_TIMEOUT_S,
-    LATE,
-    OTHER_PLACEMENT,
-    OTHER_WEIGHTS,
-    TIMEOUTS_S,
-    Accident,
-    survivors_of,
-)
+from support.accidents import CONTROL_TIMEOUT_S, LATE, OTHER_PLACEMENT, OTHER_WEIGHTS, TIMEOUTS_S, Accident
+from support.faulty_world import survivors_of
 
 PHASES = ("planning", "transfer", "staged", "fence", "commit")
 pytestmark = pytest.mark.alone

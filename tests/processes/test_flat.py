@@ -29,7 +29,7 @@ NUM_UPDATES = 200
 NUM_LAYERS = 3
 _WARM = 80
 _ENDS_WITHIN_S = 10.0
-"""An event loop tells its worker threads to end, and does not wait for them."""
+"""An event loop asks its worker threads to end, and does not wait for them."""
 
 Ranks = list[MemoryRank]
 

@@ -23,6 +23,7 @@ from async_eplb.errors import (
     InvalidWeightSource,
     RankMismatch,
     TransferTimeout,
+    Unrecoverable,
 )
 from async_eplb.recovery.survivors import homes, on_survivors, without_ranks
 from async_eplb.recovery.weight_source import INDEX, SafetensorsSource, WeightSource
@@ -133,7 +134,7 @@ async def test_experts_of_a_lost_rank_are_loaded() -> None:
 
 @in_virtual_time
 async def test_without_a_source_lost_experts_are_reported() -> None:
-    """All ranks say the same, and go on with what there is."""
+    """All ranks report the same, and go on with the experts that remain."""
     old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
     lost = without_ranks(old, TOPOLOGY, [2]).unplaced()
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
@@ -145,7 +146,7 @@ async def test_without_a_source_lost_experts_are_reported() -> None:
 
 @in_virtual_time
 async def test_recovering_at_the_wrong_time() -> None:
-    """A transport in another order, a rank that stands, an updater that was left, a survivor that does not come."""
+    """A transport in another order, an idle rank, an updater that was left, a survivor that does not come."""
     old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
         async with ranks[0].updater.idle():
@@ -161,6 +162,22 @@ async def test_recovering_at_the_wrong_time() -> None:
         await ranks[0].updater.recover(MemoryTransport.world(1)[0])
 
 
+@in_virtual_time
+async def test_a_rank_that_missed_an_update_cannot_be_brought_along() -> None:
+    """All ranks raise the same error, which names it; what each of them serves stays as it is."""
+    old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
+    new = on_survivors(ExpertPlacement.trivial(3, 6, 6), TOPOLOGY, [0, 1])
+    async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
+        await recover(ranks[:2], [TinySource(), TinySource()])
+        summaries = await on_all(ranks[:2], lambda u: u.update(new))
+        errors = await on_all(ranks, ExpertUpdater.recover, MemoryTransport.world(3))
+        assert [(type(error), error.ranks) for error in errors] == [(Unrecoverable, (2,))] * 3
+        assert [error.layers for error in errors] == [(), (), summaries[0].layers]
+        assert [rank.updater.placement for rank in ranks] == [new, new, old]
+        for rank in ranks:
+            rank.assert_consistent()
+
+
 @pytest.mark.parametrize("launch_rule", [LaunchRule.AT_ONCE, LaunchRule.GRANTED])
 @in_virtual_time
 async def test_survivors_get_experts_from_each_other(launch_rule: LaunchRule) -> None:
@@ -171,35 +188,35 @@ async def test_survivors_get_experts_from_each_other(launch_rule: LaunchRule) ->
         for row in ([0, 1, 2, 3, 4, 5], [3, 4, 5, 0, 1, 2])
     )
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
-        left = [ranks[0], ranks[2]]
+        remaining = [ranks[0], ranks[2]]
         schedule = MemorySchedule(control_s=0.01, launch_rule=launch_rule)
-        await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
+        await recover(remaining, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
         for placement in (first, second):
-            await on_all(left, partial(ExpertUpdater.update, new_placement=placement))
-            for rank in left:
+            await on_all(remaining, partial(ExpertUpdater.update, new_placement=placement))
+            for rank in remaining:
                 rank.assert_consistent()
                 assert rank.updater.placement == placement
 
 
 @in_virtual_time
 async def test_errors_after_a_recovery_name_ranks_of_the_whole_group() -> None:
-    """Not places in the transport of those that were left."""
+    """Not places in the transport of those that remain."""
     old, _ = two_placements(TOPOLOGY, 3, num_experts=6)
     new = on_survivors(ExpertPlacement.trivial(3, 6, 6), TOPOLOGY, [0, 2])
     async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
-        left = [ranks[0], ranks[2]]
+        remaining = [ranks[0], ranks[2]]
         dropped, deaf = Fault(FaultKind.DROP, 0, 1, 0), frozenset({(1, 7)})
         for schedule, kind in (
             (MemorySchedule(control_s=0.01, faults=(dropped,)), TransferTimeout),
             (MemorySchedule(control_s=0.01, lost_results=deaf), BrokenControlGroup),
         ):
-            await recover(left, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
-            _, error = await on_all(left, lambda u: u.update(new))
+            await recover(remaining, [TinySource(), TinySource()], MemoryTransport.world(2, schedule))
+            _, error = await on_all(remaining, lambda u: u.update(new))
             assert isinstance(error, kind)
             assert error.rank == 2
             assert "ranks [0, 2]" in str(error)
         alone = MemoryTransport.world(2)[1]
-        weights = ExpertWeights(left[1].tensors)
+        weights = ExpertWeights(remaining[1].tensors)
         control = await alone.open(CpuDevice(), ScheduledWorkers(), weights, control_timeout_s=0.4)
         with pytest.raises(BrokenControlGroup, match=r"ranks \[0, 2\]") as caught:
             await hold_round(RenumberedControlGroup(control, (0, 2)), [1])

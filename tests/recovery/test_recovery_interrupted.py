@@ -38,7 +38,7 @@ async def recover(ranks: list[MemoryRank], lost: tuple[int, int] | None) -> list
 @pytest.mark.parametrize("survivors", [2, 3], ids=["then one more is lost", "then all are there"])
 @in_virtual_time
 async def test_a_recovery_that_was_interrupted_twice(survivors: int) -> None:
-    """Whoever does not hear whichever rounds, the third recovery brings all to one placement, with all experts."""
+    """Ranks miss results of rounds in two recoveries: the third brings all to one placement, with all experts."""
     for first, second in product(range(NUM_ROUNDS), repeat=2):
         for deaf, deaf_again in product((0, -1), repeat=2):
             async with memory_world(OLD, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:

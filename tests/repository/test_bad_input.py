@@ -1,4 +1,4 @@
-"""Whatever bytes come from outside, files, options or ballots: the answer is a typed error or a valid value."""
+"""For any bytes from outside, files, options or ballots, the answer is a typed error or a valid value."""
 
 import contextlib
 import io
@@ -138,7 +138,7 @@ def test_a_rank_that_talks_nonsense_is_lost(rows: list[list[int]]) -> None:
 @FEW
 @given(st.sampled_from(Mode), st.lists(st.lists(BALLOTS, min_size=2, max_size=2), max_size=8))
 def test_ballots_of_any_content(mode: Mode, rounds: list[list[Ballot]]) -> None:
-    """Whatever others say, nothing is agreed that is not staged here, and errors are typed."""
+    """For any ballots of others, nothing is agreed that is not staged here, and errors are typed."""
     agreement = Agreement()
     agreement.begin(mode, digest=1, total=4, window=2)
     agreement.update.staged = 3
@@ -167,6 +167,6 @@ def test_scenarios_of_any_text(value: Any) -> None:
 
 
 def test_a_scenario_comes_back() -> None:
-    """What is printed is what was run."""
+    """The printed scenario is the one that was run."""
     for seed in range(50):
         assert Scenario.from_json(scenario_for(seed).to_json()) == scenario_for(seed)

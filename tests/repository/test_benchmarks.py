@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run the launcher in this process, which need not import torch again; return its exit status."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "benchmarks"), run_name="__main__")
+    return ended.value.code
 
 
 def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
@@ -29,20 +39,22 @@ def test_the_pipeline_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["commit", "gpu-serving", "multi-gpu", "transports"])
-def test_a_benchmark_of_the_gpu_says_what_it_needs(name: str) -> None:
+def test_a_benchmark_of_the_gpu_says_what_it_needs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without a CUDA device it measures nothing and exits with 2."""
-    command = [sys.executable, str(ROOT / "scripts" / "benchmarks"), name]
-    outcome = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert (outcome.returncode, outcome.stdout) == (2, "")
-    assert "needs a CUDA device" in outcome.stderr
+    assert launched(monkeypatch, name) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "needs a CUDA device" in output.err
 
 
-def test_without_a_name_the_launcher_lists_what_can_be_measured() -> None:
+def test_without_a_name_the_launcher_lists_what_can_be_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The name of each benchmark and its first line."""
-    output = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "benchmarks"], check=True, capture_output=True, text=True
-    ).stdout
-    assert "pipeline How much the stages overlap" in " ".join(output.split())
+    assert launched(monkeypatch) == 0
+    assert "pipeline How much the stages overlap" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_policy_benchmark_writes_its_figures(tmp_path: Path) -> None:
@@ -87,7 +99,7 @@ def test_the_serving_benchmark_writes_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_events_benchmark_writes_its_figures(tmp_path: Path) -> None:
-    """What each listener makes of each event, and the worst of them."""
+    """The cost of each event to each listener, and the worst of them."""
     file = tmp_path / "figures.json"
     small = ["--number", "50", "--runs", "1", "--json", str(file)]
     subprocess.run([sys.executable, ROOT / "scripts" / "benchmarks", "events", *small], check=True)

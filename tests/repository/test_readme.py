@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""The README's code and output are current."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_quick_start_runs_as_printed(tmp_path: Path) -> None:
-    """The code prints what its comment says."""
+    """The code prints the output in its comment."""
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     script = tmp_path / "quick_start.py"
     script.write_text(code)

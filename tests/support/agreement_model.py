@@ -1,4 +1,4 @@
-"""What ranks that run an agreement can do, for the search in ``agreement_search``.
+"""Actions of ranks that run an agreement, for the search in ``agreement_search``.
 
 What a rank does depends on itself and on what rounds told it, but for when it may: :meth:`Actions.of` says what it
 can do, the search what the others let it do.
@@ -19,11 +19,11 @@ from async_eplb.agreement.rules import LaunchRule, Mode
 FIRST_BOUNDARY = 100
 """The last boundary that all ranks have passed: boundaries are counted from it. Not 0, which means none."""
 FORGOTTEN = FIRST_BOUNDARY - 1
-"""Earlier boundaries are not told apart."""
+"""Earlier boundaries are not distinguished."""
 
 
 class Do(Enum):
-    """What a rank can do."""
+    """The kinds of actions of a rank."""
 
     BEGIN = auto()
     PLAN = auto()
@@ -49,20 +49,20 @@ class Do(Enum):
     FAIL = auto()
     LEAVE = auto()
     QUIET = auto()
-    """Traffic ends for good: all ranks come to stand before the same boundary."""
+    """Traffic ends for good: all ranks go idle before the same boundary."""
 
     __hash__ = object.__hash__
 
 
 DISTURBANCES = frozenset({Do.WAITED, Do.CANCEL, Do.FAIL, Do.LEAVE, Do.QUIET})
-"""What may happen, but need not, and only so often."""
+"""Optional events, each of which happens only so often."""
 COMMITTING = frozenset({Do.RECEIVE, Do.PASS, Do.SETTLE, Do.DRAIN})
-"""What can commit and launch layers."""
+"""Actions that can commit and launch layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What is explored, and its bounds.
+    """An explored world, and its bounds.
 
     :param leads: of each rank, so as many as there are ranks
     :param layers: of each update
@@ -98,7 +98,7 @@ class World:
 
     @property
     def stands(self) -> bool:
-        """Whether a rank ever stands."""
+        """Whether a rank is ever idle."""
         return self.standing or Do.QUIET in self.budget
 
 
@@ -149,7 +149,7 @@ class Rank:
         return over and not agreement.boundaries.decisions and self.committed == self.commits
 
     def key(self) -> tuple[object, ...]:
-        """Return what tells it from others."""
+        """Return a key that is equal for equal ranks."""
         counts = (self.before, self.transfers, self.launches, self.commits)
         return (*_state(self.agreement), self.mail, *counts, self.history, self.left, self.gone)
 
@@ -181,7 +181,7 @@ class Violation(AssertionError):
 
 
 class Actions:
-    """What a rank can do."""
+    """The actions that a rank has in a world."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -37,7 +37,7 @@ from async_eplb.errors import EplbError
 from support.agreement_model import COMMITTING, DISTURBANCES, FIRST_BOUNDARY, Actions, Do, Rank, Violation, World
 
 HINDERED = DISTURBANCES | {Do.STAGE, Do.PASS, Do.STAND, Do.GO_ON, Do.DRAIN}
-"""What others can keep a rank from."""
+"""Actions that other ranks can prevent."""
 _row = attrgetter(*(each.name for each in fields(Ballot)))
 MAX_STATES = 2_000_000
 """A search that finds more has lost its bounds."""

@@ -32,7 +32,7 @@ _NUM_LAYERS, _NUM_SLOTS = 6, 4
 
 @dataclass(frozen=True, slots=True)
 class Cycles:
-    """What is done.
+    """Parameters of a run.
 
     :param transport: of the weights; ``"dist"`` is torch.distributed with the device's backend
     :param fault_every: so many cycles end with an update that a rank aborts; 0: none
@@ -47,7 +47,7 @@ class Cycles:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What there is after a cycle, when all ranks have closed their updaters and freed their weights.
+    """Resources in use after a cycle, when all ranks have closed their updaters and freed their weights.
 
     :param free_nbytes: memory of the whole device, which other processes would hold by a mapping, too; 0 on CPUs
     :param allocated_nbytes: of this process's tensors on the device

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import numpy as np
@@ -44,70 +44,23 @@ from async_eplb.testing.sample_model import SampleModel, random_placement
 from async_eplb.transport import TRANSPORTS, PendingExchange, PreparedExchange, TransportOptions
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc
 from async_eplb.workers import ThreadWorkers
+from support.accidents import (
+    CONTROL_TIMEOUT_S,
+    LATE,
+    OTHER_PLACEMENT,
+    OTHER_WEIGHTS,
+    Accident,
+    Report,
+)
 from support.shared_memory import SharedMemory
 
 T = TypeVar("T")
 
 MODEL = SampleModel(hidden=16, intermediate=8)
 NUM_LAYERS = 4
-TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
-TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
 _LONGEST_LIFE_S = 50.0
-"""Of a process: then it says where it hangs, and ends."""
+"""Time-out of a process: then it prints its stacks and ends."""
 _LONGEST_DEATH_S = 10.0
-LATE, OTHER_WEIGHTS, OTHER_PLACEMENT = DIFFERENCES = ("late", "other weights", "other placement")
-"""What a rank that lives may begin an update with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Accident:
-    """What happens to a rank.
-
-    :param kind: a signal's name, "cut" (all its connections are closed), or one of :data:`DIFFERENCES`
-    :param phase: at which point of the update; "launch" is the beginning of a transfer, before others get a byte, and
-        "turn" that of reading others, before any is told that it may
-    :param transport: of the weights; ``"dist"`` is torch.distributed with the device's backend
-    :param serves: whether the update is beside serving
-    """
-
-    kind: str
-    phase: str
-    victim: int = 1
-    num_ranks: int = 3
-    transport: Literal["dist", "copy"] = "dist"
-    device: Literal["cpu", "cuda"] = "cpu"
-    serves: bool = True
-    transfer_timeout_s: float = TRANSFER_TIMEOUT_S
-    control_timeout_s: float = CONTROL_TIMEOUT_S
-
-    @property
-    def reporting(self) -> list[int]:
-        """Ranks that report: a rank that only differs does so too."""
-        return [rank for rank in range(self.num_ranks) if rank != self.victim or self.kind in DIFFERENCES]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a survivor saw."""
-
-    rank: int
-    error: str
-    named: tuple[int, ...]
-    layer: int
-    phase: str
-    detected_s: float
-    num_steps_after: int
-    in_doubt: bool
-    members: tuple[int, ...]
-    rolled_forward: tuple[int, ...]
-    lost: dict[int, tuple[int, ...]]
-    missing: dict[int, tuple[int, ...]]
-    placement: bytes
-    wrong_slots: list[tuple[int, int]]
-    recovered_s: float
-    num_watchdogs: int
-    """Threads of torch's that end this process when NCCL fails."""
-    last_committed: int = 0
 
 
 class Source:

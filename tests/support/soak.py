@@ -40,7 +40,7 @@ _NUM_BATCHES, _NUM_TOKENS, _WIDTH = 16, 8, 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soak:
-    """What is run.
+    """Parameters of a run.
 
     :param backend: of the model's collectives
     :param transport: of the weights; ``"dist"`` is torch.distributed with the same backend, ``"hybrid"`` the copy
@@ -63,7 +63,7 @@ class Soak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakResult:
-    """What one rank saw.
+    """The observations of one rank.
 
     :param torn: slots that did not hold what the map said, over all passes
     :param disagreeing: layers whose map was not the same on all ranks, over all passes

@@ -38,7 +38,7 @@ class FailingWorkers(ScheduledWorkers):
 
 @pytest.mark.parametrize("cancel_at_s", [None, FAILS_AT_S + 0.02], ids=["alone", "then cancelled"])
 def test_a_failure_is_heard_of_everywhere(cancel_at_s: float | None) -> None:
-    """Also if the caller of the failed rank goes away before it could say so."""
+    """Also if the caller of the failed rank goes away before the failure is reported."""
     kinds = iter([ScheduledWorkers, FailingWorkers, ScheduledWorkers])
 
     def workers() -> Workers:

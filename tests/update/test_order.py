@@ -1,4 +1,4 @@
-"""What comes before what when ranks work at different speeds, read from one log of all of them."""
+"""The order of events when ranks work at different speeds, read from one log of all of them."""
 
 import logging
 from collections.abc import Iterator

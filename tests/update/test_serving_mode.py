@@ -1,7 +1,6 @@
 """Updates while the model serves, in a world in memory: every rank switches a layer at the same boundary."""
 
 import random
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,7 +11,6 @@ import anyio
 import pytest
 from anyio import create_task_group
 from support.helpers import (
-    TINY,
     MemoryRank,
     memory_ranks,
     memory_world,
@@ -22,18 +20,14 @@ from support.helpers import (
     with_virtual_time,
 )
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
 from async_eplb.errors import (
     BusyUpdater,
     ClosedUpdater,
-    EplbError,
-    StepMismatch,
     UpdateCancelled,
     UpdateNotBegun,
 )
-from async_eplb.sync import SyncUpdater
 from async_eplb.transport import LaunchRule, MemorySchedule
-from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
 NUM_LAYERS = 6
@@ -64,7 +58,7 @@ class Server:
         self.commits[layer] = self.updater.statistics().step
 
     async def serve(self) -> None:
-        """Step at random speed until told to stop."""
+        """Step at random speed until ``stop`` is set."""
         while not self.stop:
             await self.updater.step()
             await anyio.sleep(self.random.uniform(0.0, 0.004))
@@ -161,7 +155,7 @@ async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule
 
 
 async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
-    """Ranks that stand before the same boundary commit there at once, and have not passed it."""
+    """Idle ranks before the same boundary commit there at once, and have not passed it."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
 
@@ -176,24 +170,6 @@ async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
             assert rank.updater.statistics().step == 1
             rank.assert_consistent()
             await rank.updater.step()
-
-
-async def test_ranks_that_stand_before_different_boundaries_are_told() -> None:
-    """A rank that made a step fewer is found out when all are idle."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
-        await ranks[1].updater.step()
-
-        async def stand(updater: ExpertUpdater) -> object:
-            async with updater.idle():
-                return await updater.begin(new).wait()
-
-        outcomes = await on_all(ranks, stand)
-        assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
-        assert {outcome.steps for outcome in outcomes} == {(0, 1, 0)}
-        for rank in ranks:
-            assert rank.updater.placement == old
-            rank.assert_consistent()
 
 
 async def test_pausing_drains() -> None:
@@ -226,82 +202,6 @@ async def test_a_handle_may_be_awaited_again() -> None:
             await handles[0].wait()
         outcomes = await together([handle.wait for handle in handles])
         assert await handles[0].wait() == outcomes[0]
-
-
-async def test_a_skipped_step_is_refused() -> None:
-    """With the engine's own numbers, a rank that skipped a pass cannot go on; the boundary is not passed."""
-    old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
-        updater = ranks[0].updater
-        await updater.step(41)
-        await updater.step(42)
-        with pytest.raises(StepMismatch) as caught:
-            await updater.step(44)
-        assert caught.value.steps == (42, 44)
-        await updater.step(43)
-        assert updater.statistics().step == 43
-
-
-async def test_step_counts_that_drift_apart_end_the_update() -> None:
-    """A rank that does not step is named by all ranks."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=UpdateOptions(max_step_skew=20)) as ranks:
-        for _ in range(30):
-            await ranks[0].updater.step()
-        handles = [rank.updater.begin(new) for rank in ranks]
-        outcomes = await together([handle.wait for handle in handles])
-        assert all(isinstance(outcome, StepMismatch) for outcome in outcomes)
-
-
-async def test_two_steps_at_once_are_refused() -> None:
-    """The second task is told, while the first waits at its fence."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    schedule = MemorySchedule(control_s=0.02)
-    async with memory_world(old, TOPOLOGY, schedule=schedule, options=UpdateOptions(lead=1)) as ranks:
-        handles = [rank.updater.begin(new) for rank in ranks]
-        refused = 0
-
-        async def serve(rank: MemoryRank, handle: Any) -> None:
-            nonlocal refused
-            while not handle.done:
-                try:
-                    await rank.updater.step()
-                except BusyUpdater:
-                    refused += 1
-                await anyio.sleep(0.001)
-
-        pairs = list(zip(ranks, handles, strict=True))
-        await together([partial(serve, *pair) for pair in [*pairs, pairs[0]]])
-        assert refused > 0
-        assert ranks[0].updater.placement == new
-        waits = [rank.updater.statistics() for rank in ranks]
-        assert any(s.num_fence_waits > 0 and s.fence_wait_ms > 0 and s.lead > 1 for s in waits)
-
-
-async def test_a_step_cancelled_at_its_fence_has_not_passed_it() -> None:
-    """The next call passes the same boundary."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    schedule = MemorySchedule(control_s=0.05)
-    async with memory_world(old, TOPOLOGY, schedule=schedule, options=UpdateOptions(lead=1)) as ranks:
-        handles = [rank.updater.begin(new) for rank in ranks]
-        cancelled = 0
-        for _ in range(2000):
-            for rank in ranks:
-                before = rank.updater.statistics().step
-                with anyio.move_on_after(0.001) as scope:
-                    await rank.updater.step()
-                if scope.cancelled_caught:
-                    cancelled += 1
-                    assert rank.updater.statistics().step == before
-                else:
-                    assert rank.updater.statistics().step == before + 1
-            await anyio.sleep(0.001)
-            if all(handle.done for handle in handles):
-                break
-        assert cancelled > 0
-        for rank in ranks:
-            assert rank.updater.placement == new
-            rank.assert_consistent()
 
 
 async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike() -> None:
@@ -367,45 +267,3 @@ async def test_leaving_while_an_update_runs_ends_it_at_the_same_layer() -> None:
         for rank in ranks:
             rank.assert_consistent()
     assert len(ends) > 2
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_idle_steps_are_cheap() -> None:
-    """Without an update, a step neither yields to the loop nor rings anybody."""
-    old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
-        with pytest.raises(StopIteration):
-            ranks[0].updater.step().send(None)
-
-
-def serve_in_a_thread(updater: SyncUpdater, old: ExpertPlacement, new: ExpertPlacement, outcome: list[object]) -> None:
-    """Be a synchronous engine: step until the update is done, then pause and go idle."""
-    try:
-        with updater:
-            handle = updater.begin(new)
-            while not handle.done:
-                updater.step()
-            outcome.append(handle.wait().layers)
-            with updater.idle():
-                updater.begin(old).wait()
-            with updater.paused():
-                outcome.append(updater.placement == old)
-            outcome.append(updater.update(new).layers)
-    except EplbError as error:
-        outcome.append(error)
-
-
-def test_synchronous_engines_use_the_same_updater() -> None:
-    """One rank in plain threads: begin, step, wait, idle, paused and update work through a portal."""
-    topology = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=6)
-    old, new = two_placements(topology, 3, num_experts=4)
-    (transport,) = MemoryTransport.world(1)
-    tensors = TINY.weights(old, topology, 0)
-    updater = SyncUpdater(ExpertWeights(tensors), old, topology, rank=0, transport=transport, workers=ThreadWorkers())
-    outcome: list[object] = []
-    thread = threading.Thread(target=serve_in_a_thread, args=(updater, old, new, outcome))
-    thread.start()
-    thread.join(30)
-    assert outcome == [(0, 1, 2), True, (0, 1, 2)]
-    assert TINY.wrong_slots(tensors, new, topology, 0) == []
-    assert isinstance(updater.updater, ExpertUpdater)

@@ -1,4 +1,4 @@
-"""What was started is waited for, whoever went away meanwhile: it writes to staging until then."""
+"""An update waits for all work that it started, also when callers are cancelled: it writes to staging until then."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A stage that makes no progress ends in one event that says what all stages do, and in a typed error."""
+"""A stage that makes no progress ends in one event that lists the state of all stages, and in a typed error."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,11 +25,11 @@ OLD, NEW = (ExpertPlacement.from_mapping([row] * 3) for row in ([0, 1, 2, 3], [1
 """All copies stay on their rank, so that no exchange times out first."""
 OPTIONS = UpdateOptions(transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=5.0)
 SCHEDULE = MemorySchedule(control_s=0.01)
-"""A round takes a time; without it the clock would stand while ranks wait."""
+"""A round takes time; otherwise virtual time would not pass while ranks wait."""
 
 
 FAR_AHEAD = replace(OPTIONS, lead=32)
-"""What is agreed waits for many steps."""
+"""Agreed layers wait for many steps."""
 
 
 class HangingWorkers(ScheduledWorkers):
@@ -74,7 +74,7 @@ def stalled_events(logger: CapturingLogger) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("kind", "stage"), [("plan", "plan"), ("finish", "commit"), ("commit", "commit")])
 def test_a_stage_that_hangs(kind: str, stage: str) -> None:
-    """The rank that hangs says where; its peer hears of it."""
+    """The error of the rank that hangs names the stage; its peer gets an error too."""
     options = replace(OPTIONS, verify="canary")  # what is not verified takes no time after a commit
     loggers = [CapturingLogger() for _ in range(2)]
     workers = iter([ScheduledWorkers(), HangingWorkers(kind)])
@@ -103,7 +103,7 @@ def test_a_stage_that_hangs(kind: str, stage: str) -> None:
 
 
 def test_nobody_steps() -> None:
-    """Layers that wait for a step for ever: the error says so, and a step is refused from then on."""
+    """Layers that wait for a step for ever: the error names the wait, and a step is refused from then on."""
 
     async def update() -> list[Any]:
         async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS) as ranks:
@@ -168,7 +168,7 @@ def test_a_stage_that_failed_does_nothing_any_more() -> None:
 
 
 def test_a_copy_under_way_is_not_given_up() -> None:
-    """A rank comes to stand just before its patience ends: the layer is copied, as everywhere, and nobody is held."""
+    """A rank goes idle just before its time-out: the layer is copied, as everywhere, and no rank is blocked."""
     workers = iter([ScheduledWorkers(), HangingWorkers("commit", hangs_s=4.0)])
 
     async def update() -> None:
