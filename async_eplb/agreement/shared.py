@@ -251,7 +251,7 @@ class SharedAgreement:
             if not boundaries.may_pass():
                 return False, None
             decision = self._take(boundaries.pass_next())
-            self.outlook = replace(self.outlook, step=boundaries.step)
+            self.outlook = self._look()
             alarm = boundaries.step >= self._alarm
             if alarm:
                 self._alarm = math.inf

@@ -43,9 +43,6 @@ WORLDS = {
     "cancelled before launches": World(
         leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
     ),
-    "cancelled before grants": World(
-        leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
-    ),
     "cancelled between parts": World(
         leads=(1, 1), layers=2, parts=2, window=2, launch_rule=LaunchRule.ORDERED, budget=(Do.CANCEL,)
     ),
@@ -79,21 +76,42 @@ WORLDS = {
     "traffic ends between parts": World(
         leads=(1, 2), layers=2, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.QUIET,)
     ),
-    "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
     "left between parts": World(leads=(1, 2), layers=2, parts=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
+    "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
+    "cancelled before grants of two layers": World(
+        leads=(1, 1), layers=2, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
+    ),
+    "failed while ranks stand and lead by one": World(leads=(1, 1), layers=1, standing=True, budget=(Do.FAIL,)),
+    "failed while traffic ends at one layer": World(leads=(1, 2), layers=1, budget=(Do.FAIL, Do.QUIET)),
+    "failed while traffic ends between parts, both lead by one": World(
+        leads=(1, 1), layers=1, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.FAIL, Do.QUIET)
+    ),
+}
+
+LARGE_WORLDS = {
+    "cancelled before grants": World(
+        leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
+    ),
+    "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
     "failed while ranks stand": World(leads=(2, 2), layers=1, standing=True, budget=(Do.FAIL,)),
     "failed while traffic ends": World(leads=(1, 2), layers=2, budget=(Do.FAIL, Do.QUIET)),
     "failed while traffic ends between parts": World(
         leads=(1, 2), layers=1, parts=3, launch_rule=LaunchRule.ORDERED, budget=(Do.FAIL, Do.QUIET)
     ),
-    "traffic ends, rounds only when eager": World(leads=(2, 2), layers=1, eager=True, budget=(Do.QUIET,)),
 }
+"""The same kinds of worlds with more states."""
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_no_interleaving_breaks_the_agreement(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        *(pytest.param(name, world, id=name) for name, world in WORLDS.items()),
+        *(pytest.param(name, world, id=name, marks=pytest.mark.exhaustive) for name, world in LARGE_WORLDS.items()),
+    ],
+)
+def test_no_interleaving_breaks_the_agreement(name: str, world: World) -> None:
     """All ranks commit the same layers at the same boundaries, and always get to the end."""
-    found = explore(WORLDS[name])
+    found = explore(world)
     sys.stdout.write(f"\n{name}: {found.states} states, {found.transitions} transitions in {found.seconds:.1f} s")
     assert found.ends
 

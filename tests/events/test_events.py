@@ -179,7 +179,7 @@ STALL: dict[str, Any] = {
     "duration_ms": 4000.0,
     "stages": ["agree: layer number 0, waiting for a step"],
     "buffers": ["<StagingBuffer 0 staged: slots [0, 1, 2, 3]>", "<StagingBuffer 1 free: slots []>"],
-    "rank_states": ["staged 1, launchable 0, committed 0, fence 0, step 0, OK"],
+    "rank_states": ["staged 1, launchable 0, finished 0, fence 0, step 0, OK"],
 }
 
 EVALUATED_REBALANCE: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Hundreds of updates with a fault in every tenth leave no thread, task, socket or memory behind."""
+"""Hundreds of updates with a fault in every fifth leave no thread, task, socket or memory behind."""
 
 import asyncio
 import ctypes
@@ -24,9 +24,9 @@ from async_eplb.workers import ThreadWorkers
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
 OPTIONS = UpdateOptions(transfer_timeout_s=1.5, control_timeout_s=3.0, verify="checksum")
 SCHEDULE = MemorySchedule(control_s=0.001)
-NUM_UPDATES = 500
+NUM_UPDATES = 200
 NUM_LAYERS = 3
-_WARM = 100
+_WARM = 80
 _ENDS_WITHIN_S = 10.0
 """An event loop tells its worker threads to end, and does not wait for them."""
 
@@ -145,7 +145,7 @@ def _allocated_bytes() -> int:
 def test_nothing_is_left_behind(
     record_property: Callable[[str, object], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Between update 100 and update 500."""
+    """Between update 80 and update 200."""
     caplog.set_level(logging.CRITICAL)  # pytest would keep what each fault logs
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=5)
 
@@ -154,8 +154,8 @@ def test_nothing_is_left_behind(
         async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=ThreadWorkers) as ranks:
             for number in range(1, NUM_UPDATES + 1):
                 target = new if number % 2 else old
-                if number % 10 == 0:
-                    await FAULTS[number // 10 % len(FAULTS)](ranks, target)
+                if number % 5 == 0:
+                    await FAULTS[number // 5 % len(FAULTS)](ranks, target)
                 else:
                     assert not [each for each in await update(ranks, target) if isinstance(each, Exception)]
                 if number in {_WARM, NUM_UPDATES}:

@@ -6,7 +6,7 @@ from support.soak import Soak, soak_rank
 from async_eplb.testing import run_world
 
 
-@pytest.mark.parametrize(("num_ranks", "num_nodes", "num_updates"), [(2, 1, 20), (4, 2, 12), (8, 4, 4)])
+@pytest.mark.parametrize(("num_ranks", "num_nodes", "num_updates"), [(2, 1, 6), (4, 2, 4), (8, 4, 2)])
 def test_every_pass_sees_whole_layers(num_ranks: int, num_nodes: int, num_updates: int) -> None:
     """Bytes and maps agree in every pass on every rank, and layers are committed at the same boundary everywhere."""
     soak = Soak(num_nodes=num_nodes, num_updates=num_updates)

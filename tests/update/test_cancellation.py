@@ -1,4 +1,4 @@
-"""Cancelling an update at every point of it leaves all ranks at the same layer."""
+"""Cancelling an update at any moment of it leaves all ranks at the same layer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import CancelScope, create_task_group, move_on_after
-from anyio.lowlevel import checkpoint
+from anyio import move_on_after
 from support.helpers import assert_same_layer, memory_world, on_all, together, two_placements, with_virtual_time
+from support.moments import SlowUpdate, until_idle
 
-from async_eplb import EPTopology, UpdateOptions
+from async_eplb import EPTopology, ExpertUpdater, UpdateOptions
 from async_eplb.errors import UpdateCancelled
 from async_eplb.plan import Planner
 from async_eplb.transport import LaunchRule, MemorySchedule
@@ -19,6 +19,7 @@ from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
 NUM_LAYERS = 5
+ON_ASYNCIO = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 
 pytestmark = pytest.mark.anyio
 
@@ -29,117 +30,94 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return with_virtual_time(request.param)
 
 
-async def cancelled_after(ticks: int, call: Callable[[], Awaitable[object]]) -> bool:
-    """Run ``call``, cancel it after so many turns of the event loop; return whether it had ended before."""
-    done = False
-    async with create_task_group() as tasks:
-        with CancelScope() as scope:
-
-            async def cancel() -> None:
-                for _ in range(ticks):
-                    await checkpoint()
-                scope.cancel()
-
-            tasks.start_soon(cancel)
-            await call()
-            done = True
-            tasks.cancel_scope.cancel()
-    return done
+async def cancelled_after(seconds: float, call: Callable[[], Awaitable[object]]) -> bool:
+    """Run ``call`` and cancel it after so long; return whether it was cancelled."""
+    with move_on_after(seconds) as scope:
+        await call()
+    return scope.cancelled_caught
 
 
-async def natively_cancelled_after(ticks: int, call: Callable[[], Awaitable[object]], *, times: int) -> bool:
-    """Do the same with asyncio's own cancellation, as servers that know no anyio do.
-
-    The first turn begins the call: a task that is cancelled before that has never called anything.
-    """
+async def natively_cancelled_after(seconds: float, call: Callable[[], Awaitable[object]], *, times: int) -> bool:
+    """Do the same with asyncio's own cancellation, as servers that know no anyio do."""
     task = asyncio.ensure_future(call())
-    for _ in range(1 + ticks):
-        await asyncio.sleep(0)
+    await asyncio.sleep(seconds)
     for _ in range(times):
         task.cancel()
         await asyncio.sleep(0)
-    try:
-        await task
-    except asyncio.CancelledError:
-        return False
-    return True
+    await asyncio.wait([task])
+    return task.cancelled()
 
 
 async def cancel_everywhere(
-    cancel: Callable[[int, Callable[[], Awaitable[object]]], Awaitable[bool]],
-    launch_rule: LaunchRule = LaunchRule.AT_ONCE,
-    topology: EPTopology = TOPOLOGY,
-    options: UpdateOptions | None = None,
-) -> list[int]:
-    """Cancel one rank's update after each number of ticks until it is too late; return the layers committed."""
-    old, new = two_placements(topology, NUM_LAYERS, num_experts=6)
-    committed, ticks, done = [], 0, False
-    while not done:
-        schedule = MemorySchedule(seed=ticks, message_jitter_s=0.0, launch_rule=launch_rule)
-        async with memory_world(old, topology, schedule=schedule, options=options) as ranks:
-            victim = ranks[ticks % len(ranks)].updater
-            others = [rank.updater for rank in ranks if rank.updater is not victim]
-            outcomes: list[Any] = await together(
+    update: SlowUpdate, cancel: Callable[[float, Callable[[], Awaitable[object]]], Awaitable[bool]] = cancelled_after
+) -> set[int]:
+    """Cancel one rank's update at each of its moments; return the numbers of layers that were committed."""
+    old, new = update.placements
+    committed = set()
+    moments = await update.moments()
+    for number, moment in enumerate(moments):
+        async with update.world() as ranks:
+            victim = ranks[number % len(ranks)]
+            others = [rank for rank in ranks if rank is not victim]
+            cancelled, *outcomes = await together(
                 [
-                    lambda v=victim, t=ticks: cancel(t, lambda: v.update(new)),  # type: ignore[misc]
-                    *(partial(u.update, new) for u in others),
+                    partial(cancel, moment, partial(victim.updater.update, new)),
+                    *(partial(rank.updater.update, new) for rank in others),
                 ]
             )
-            done = outcomes[0] is True
-            while victim.running is not None:
-                await checkpoint()
+            assert cancelled or moment > moments[0]
+            assert not cancelled or moment < moments[-1]
+            await until_idle(victim)
             layers = assert_same_layer(ranks, old)
-            committed.append(layers)
-            for outcome in outcomes[1:]:
-                assert isinstance(outcome, UpdateCancelled) == (layers < NUM_LAYERS)
-            await on_all(ranks, lambda u: u.update(new))
+            committed.add(layers)
+            assert [isinstance(outcome, UpdateCancelled) for outcome in outcomes] == [layers < NUM_LAYERS] * len(others)
+            await on_all(ranks, ExpertUpdater.update, [new] * len(ranks))
             assert assert_same_layer(ranks, old) == NUM_LAYERS
-        ticks += 1
     return committed
 
 
-async def test_cancelling_at_every_point() -> None:
+async def test_cancelling_at_every_moment() -> None:
     """Whenever it comes: same layer everywhere, buffers free, updater usable."""
-    committed = await cancel_everywhere(cancelled_after)
-    assert len(committed) > 50
-    assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
+    committed = await cancel_everywhere(SlowUpdate(TOPOLOGY, NUM_LAYERS))
+    assert committed > {0, NUM_LAYERS}
 
 
-async def test_cancelling_granted_transfers_at_every_point() -> None:
+@ON_ASYNCIO
+async def test_cancelling_granted_transfers_at_every_moment() -> None:
     """The update can end after any layer, for what was not granted is not under way."""
-    committed = await cancel_everywhere(cancelled_after, LaunchRule.GRANTED)
-    assert len(committed) > 50
-    assert set(committed) == set(range(NUM_LAYERS + 1))
+    committed = await cancel_everywhere(SlowUpdate(TOPOLOGY, NUM_LAYERS, LaunchRule.GRANTED))
+    assert committed == set(range(NUM_LAYERS + 1))
 
 
+@ON_ASYNCIO
 @pytest.mark.parametrize("staging_depth", [2, 3])
-async def test_cancelling_relays_at_every_point(staging_depth: int) -> None:
+async def test_cancelling_relays_at_every_moment(staging_depth: int) -> None:
     """A layer whose first hop is under way is passed on before the update ends."""
     options = UpdateOptions(planner=Planner("relayed"), staging_depth=staging_depth)
-    committed = await cancel_everywhere(cancelled_after, topology=EPTopology(4, 2, 3), options=options)
-    assert len(committed) > 50
-    assert {0, staging_depth, NUM_LAYERS} <= set(committed)
+    committed = await cancel_everywhere(SlowUpdate(EPTopology(4, 2, 3), NUM_LAYERS, options=options))
+    assert committed >= {0, staging_depth, NUM_LAYERS}
 
 
+@ON_ASYNCIO
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "again while it waits for the end"])
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_cancelling_natively_at_every_point(times: int) -> None:
+async def test_cancelling_natively_at_every_moment(times: int) -> None:
     """A plain ``task.cancel()`` is no different; a second one ends the wait, not the update."""
-    committed = await cancel_everywhere(partial(natively_cancelled_after, times=times))
-    assert len(committed) > 50
-    assert set(committed) == set(range(NUM_LAYERS + 1)) - {1}
+    cancel = partial(natively_cancelled_after, times=times)
+    committed = await cancel_everywhere(SlowUpdate(TOPOLOGY, NUM_LAYERS), cancel)
+    assert committed > {0, NUM_LAYERS}
 
 
 async def test_cancelling_all_ranks_at_once() -> None:
     """When every rank's caller goes away at another time, they still agree."""
-    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    for ticks in range(0, 60, 3):
-        async with memory_world(old, TOPOLOGY) as ranks:
-            await together(
-                [
-                    lambda u=rank.updater, t=ticks + 7 * i: cancelled_after(t, lambda: u.update(new))  # type: ignore[misc]
-                    for i, rank in enumerate(ranks)
-                ]
+    update = SlowUpdate(TOPOLOGY, NUM_LAYERS)
+    old, new = update.placements
+    moments = await update.moments()
+    for number in range(0, len(moments) - 8, 4):
+        async with update.world() as ranks:
+            await on_all(
+                ranks,
+                lambda updater, moment: cancelled_after(moment, partial(updater.update, new)),
+                moments[number : number + 9 : 4],
             )
             assert_same_layer(ranks, old)
 

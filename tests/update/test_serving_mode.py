@@ -4,13 +4,23 @@ import random
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 from anyio import create_task_group
-from support.helpers import TINY, MemoryRank, memory_ranks, memory_world, on_all, together, two_placements
+from support.helpers import (
+    TINY,
+    MemoryRank,
+    memory_ranks,
+    memory_world,
+    on_all,
+    together,
+    two_placements,
+    with_virtual_time,
+)
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
 from async_eplb.errors import (
@@ -27,8 +37,16 @@ from async_eplb.workers import ThreadWorkers
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
 NUM_LAYERS = 6
+SCHEDULE = MemorySchedule(control_s=0.001)
+"""In virtual time, rounds that took none would follow each other for ever."""
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """No machine is too slow to end in time."""
+    return with_virtual_time(request.param)
 
 
 class Server:
@@ -49,13 +67,12 @@ class Server:
         """Step at random speed until told to stop."""
         while not self.stop:
             await self.updater.step()
-            for _ in range(self.random.randrange(4)):
-                await anyio.lowlevel.checkpoint()
+            await anyio.sleep(self.random.uniform(0.0, 0.004))
 
 
 @asynccontextmanager
 async def serving_world(
-    old: ExpertPlacement, *, seed: int = 0, schedule: MemorySchedule | None = None, **options: Any
+    old: ExpertPlacement, *, seed: int = 0, schedule: MemorySchedule = SCHEDULE, **options: Any
 ) -> AsyncIterator[list[Server]]:
     """Open a world whose ranks step until the block ends."""
     servers: list[Server] = []
@@ -80,8 +97,7 @@ async def begin_everywhere(servers: list[Server], new: ExpertPlacement) -> list[
     """Begin on each rank at another time; return what waiting for it gave."""
 
     async def begin(server: Server) -> object:
-        for _ in range(server.random.randrange(30)):
-            await anyio.lowlevel.checkpoint()
+        await anyio.sleep(server.random.uniform(0.0, 0.03))
         return await server.updater.begin(new).wait()
 
     return await together([partial(begin, server) for server in servers])
@@ -93,7 +109,7 @@ async def begin_everywhere(servers: list[Server], new: ExpertPlacement) -> list[
 async def test_every_rank_switches_a_layer_at_the_same_boundary(launch_rule: LaunchRule, lead: int, depth: int) -> None:
     """Over several updates, layers land in order, everywhere at the same step, and the weights are right."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    schedule = MemorySchedule(launch_rule=launch_rule)
+    schedule = replace(SCHEDULE, launch_rule=launch_rule)
     async with serving_world(old, schedule=schedule, lead=lead, staging_depth=depth, verify="checksum") as servers:
         for target in (new, old, new):
             outcomes = await begin_everywhere(servers, target)
@@ -117,18 +133,20 @@ async def test_committed_events_name_the_boundary() -> None:
         assert statistics.step >= max(servers[0].commits.values()) >= 1
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("launch_rule", LaunchRule)
 async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule: LaunchRule) -> None:
     """At whatever time one rank cancels, all ranks end alike and can go on."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    schedule = replace(SCHEDULE, launch_rule=launch_rule, exchange_s=0.002)
     ends = set()
-    for ticks in range(0, 400, 8):
-        schedule = MemorySchedule(launch_rule=launch_rule)
-        async with serving_world(old, seed=ticks, schedule=schedule, lead=1) as servers:
+    number, ended = 0, False
+    while not ended:
+        async with serving_world(old, seed=number, schedule=schedule, lead=1) as servers:
             handles = [server.updater.begin(new) for server in servers]
-            for _ in range(ticks):
-                await anyio.lowlevel.checkpoint()
-            handles[ticks % 3].cancel()
+            await anyio.sleep(number * 0.0023)
+            ended = all(handle.done for handle in handles)
+            handles[number % 3].cancel()
             outcomes = await together([handle.wait for handle in handles])
             layers = {len(server.commits) for server in servers}
             assert len(layers) == 1
@@ -138,13 +156,14 @@ async def test_cancelling_a_handle_ends_the_update_at_the_same_layer(launch_rule
                 server.rank.assert_consistent()
                 assert isinstance(outcome, UpdateCancelled) == (layers != {NUM_LAYERS})
             assert all(not isinstance(o, Exception) for o in await begin_everywhere(servers, new))
+        number += 1
     assert len(ends) > 2
 
 
 async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
     """Ranks that stand before the same boundary commit there at once, and have not passed it."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
 
         async def stand(updater: ExpertUpdater) -> object:
             await updater.step()
@@ -162,7 +181,7 @@ async def test_an_update_ends_without_steps_while_all_ranks_are_idle() -> None:
 async def test_ranks_that_stand_before_different_boundaries_are_told() -> None:
     """A rank that made a step fewer is found out when all are idle."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         await ranks[1].updater.step()
 
         async def stand(updater: ExpertUpdater) -> object:
@@ -180,7 +199,7 @@ async def test_ranks_that_stand_before_different_boundaries_are_told() -> None:
 async def test_pausing_drains() -> None:
     """Inside paused() no update runs and none begins; afterwards it can."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         handles = [rank.updater.begin(new) for rank in ranks]
 
         async def pause(updater: ExpertUpdater) -> None:
@@ -212,7 +231,7 @@ async def test_a_handle_may_be_awaited_again() -> None:
 async def test_a_skipped_step_is_refused() -> None:
     """With the engine's own numbers, a rank that skipped a pass cannot go on; the boundary is not passed."""
     old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         updater = ranks[0].updater
         await updater.step(41)
         await updater.step(42)
@@ -226,7 +245,7 @@ async def test_a_skipped_step_is_refused() -> None:
 async def test_step_counts_that_drift_apart_end_the_update() -> None:
     """A rank that does not step is named by all ranks."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY, options=UpdateOptions(max_step_skew=20)) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=UpdateOptions(max_step_skew=20)) as ranks:
         for _ in range(30):
             await ranks[0].updater.step()
         handles = [rank.updater.begin(new) for rank in ranks]
@@ -294,7 +313,7 @@ async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike
             raise ZeroDivisionError
 
     hooks: list[Callable[[int], None]] = [fail, lambda _: None, lambda _: None]
-    async with memory_world(old, TOPOLOGY, on_commit=hooks) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, on_commit=hooks) as ranks:
         handles = [rank.updater.begin(new) for rank in ranks]
         raised = []
 
@@ -304,7 +323,7 @@ async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike
                     await updater.step()
                 except ZeroDivisionError as error:
                     raised.append(error)
-                await anyio.lowlevel.checkpoint()
+                await anyio.sleep(0.001)
 
         await on_all(ranks, serve, handles)
         assert len(raised) == 1
@@ -320,7 +339,7 @@ async def test_a_rank_that_never_begins_is_named() -> None:
     """Nothing was moved, and who began knows for whom it waited."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     options = UpdateOptions(transfer_timeout_s=0.05, control_timeout_s=0.2)
-    async with memory_world(old, TOPOLOGY, options=options) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=options) as ranks:
         outcomes = await on_all(ranks[:2], lambda u: u.begin(new).wait())
         assert all(isinstance(outcome, UpdateNotBegun) and outcome.ranks == (2,) for outcome in outcomes)
         for rank in ranks:
@@ -337,11 +356,11 @@ async def test_leaving_while_an_update_runs_ends_it_at_the_same_layer() -> None:
             updater.begin(new)
             for _ in range(steps):
                 await updater.step()
-                await anyio.lowlevel.checkpoint()
+                await anyio.sleep(0.001)
 
     ends = set()
-    for steps in range(0, 90, 6):
-        ranks = memory_ranks(old, TOPOLOGY)
+    for steps in range(0, 60, 6):
+        ranks = memory_ranks(old, TOPOLOGY, schedule=SCHEDULE)
         assert await on_all(ranks, live, range(steps, steps + 3)) == [None] * 3
         (placement,) = {rank.updater.placement for rank in ranks}
         ends.add(len(placement.changed_layers(old)))
@@ -350,11 +369,11 @@ async def test_leaving_while_an_update_runs_ends_it_at_the_same_layer() -> None:
     assert len(ends) > 2
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_idle_steps_are_cheap() -> None:
     """Without an update, a step neither yields to the loop nor rings anybody."""
     old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
-    async with memory_world(old, TOPOLOGY) as ranks:
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         with pytest.raises(StopIteration):
             ranks[0].updater.step().send(None)
 
