@@ -124,7 +124,7 @@ class NcclLink:
         until_passed(event, deadline)
         with self._device.transferring():
             for work in works:
-                work.wait()  # does not wait any more, but raises
+                work.wait()  # rule 12: this does not wait any more, but raises
 
     def abort(self) -> None:
         """Abort the communicator; kernels that wait for a peer end."""
