@@ -327,9 +327,8 @@ class ExpertUpdater:
         :raises BrokenControlGroup: if another rank is lost meanwhile; call this again without it
         """
         self._session.life.require_entered(f"{self!r} cannot recover")
-        with self._stepper.standing("recovering"), CancelScope(shield=True):
-            recovery = await reopen(self._rank, self._state, self._session, self._shared, surviving_group, source)
-        return recovery
+        with self._stepper.standing("recovering"):
+            return await reopen(self._rank, self._state, self._session, self._shared, surviving_group, source)
 
     async def audit(self, group: Transport) -> AuditReport:
         """Compare the bytes of all replicas of all experts across ranks; all ranks call this together.

@@ -13,7 +13,7 @@ from async_eplb.topology import EPTopology
 
 OTHER = {
     "verify": "canary",
-    "planner": Planner("balanced", max_peers=2),
+    "planner": Planner("balanced"),
     "staging_depth": 3,
     "operations_per_group": 7,
     "transfer_timeout_s": 1.0,

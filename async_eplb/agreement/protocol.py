@@ -52,7 +52,7 @@ class Counts:
 
 @dataclass(slots=True)
 class Agreed:
-    """What is agreed on of one update, and what this rank gives in its ballots; replaced whole when the next one begins.
+    """What is agreed on of one update, and this rank's own counts; replaced whole when the next one begins.
 
     :param limit: waves of the update, fewer after a cancellation
     :param window: waves that can be staged and not yet agreed, the depth of the staging pool

@@ -345,7 +345,7 @@ class SharedAgreement:
         self._numbered = True
         if number != boundaries.step + 1:
             raise StepMismatch(
-                f"step({number}) after {boundaries.step} boundaries: every rank passes every boundary, in order, and an "
-                "engine that numbers them begins before the first update",
+                f"step({number}) after {boundaries.step} boundaries: every rank passes every boundary, in order, and "
+                "an engine that numbers them begins before the first update",
                 steps=(boundaries.step, number),
             )

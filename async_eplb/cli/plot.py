@@ -17,7 +17,6 @@ _COLOURS = {
     "balanced": "#8ab4d8",
     "relabel": "#4a7fb5",
     "relay": "#1f4e79",
-    "rounds": "#d98c3f",
 }
 _MOST_LAYER_PANELS = 5
 

@@ -23,7 +23,6 @@ again, and the update between both placements is planned in several ways:
   balanced   the busiest sender sends as little as it can
   relabel    besides, ranks and nodes trade places so that fewest experts move (needs scipy)
   relay      besides, an expert crosses to a node once and is passed on there
-  rounds     besides, a rank talks with at most 4 others at a time
 
 A layer takes the latency of a link, and then as long as its busiest rank or node; layers are
 transferred one after another, and passed on beside the next. The bound is what no plan between

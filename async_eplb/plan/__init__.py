@@ -1,12 +1,15 @@
-"""Old and new placement → what each rank sends, receives and copies. Pure: equal on all ranks without a message."""
+"""Planning: from an old and a new placement to what each rank sends, receives and copies.
 
+Plans are pure functions of the two placements, so that all ranks make matching ones without a message.
+"""
+
+from async_eplb.plan.layer_plan import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.plan.planner import Planner
 from async_eplb.plan.posting import PostedLayer, PostedUpdate
 from async_eplb.plan.reference import Transfer, layer_transfers, plan_layer
 from async_eplb.plan.relabel import relabel
 from async_eplb.plan.transfers import Needs, Transfers, find_needs
 from async_eplb.plan.update import UpdatePlan, plan_update
-from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 
 __all__ = [
     "FanOut",

@@ -1,4 +1,4 @@
-"""The readable plan: one layer, one rank, slot by slot. :mod:`.update` gives the same for all layers at once.
+"""Plan one layer for one rank, slot by slot: the readable reference. :mod:`.update` plans all layers at once.
 
 Every rank computes its own plan from the same two maps; plans match across ranks without a message. The choice
 of sources reproduces the expert location updater of SGLang (``expert_location_updater.py``).
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from async_eplb.errors import InvalidPlacement, UnheldExpert
 from async_eplb.placement import EMPTY_SLOT
-from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
+from async_eplb.plan.layer_plan import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.topology import EPTopology
 
 PhysicalToLogical = Sequence[int] | npt.NDArray[np.integer]
@@ -22,7 +22,7 @@ PhysicalToLogical = Sequence[int] | npt.NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One expert that goes from one rank to another."""
+    """A transfer of one expert from one rank to another."""
 
     logical_expert: int
     src_rank: int
@@ -72,7 +72,7 @@ def plan_layer(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopol
 
 
 def layer_transfers(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopology) -> tuple[Transfer, ...]:
-    """List what all ranks send each other for one layer, in the order in which it is posted.
+    """List the transfers of all ranks for one layer, in the order in which they are posted.
 
     Destinations are cut into contiguous chunks, one for each source rank: those on a node that holds the expert
     over that node's sources, the others over all sources.
@@ -109,6 +109,7 @@ def layer_transfers(old: PhysicalToLogical, new: PhysicalToLogical, topology: EP
 
 
 def _row(maps: PhysicalToLogical, topology: EPTopology) -> list[int]:
+    """Return a layer's map as a list, if it fits the topology."""
     row = [int(expert) for expert in maps]
     if len(row) != topology.num_physical_experts:
         raise InvalidPlacement(
@@ -118,6 +119,7 @@ def _row(maps: PhysicalToLogical, topology: EPTopology) -> list[int]:
 
 
 def _ranks_by_expert(row: list[int], topology: EPTopology) -> dict[int, list[int]]:
+    """Return the ranks that hold each expert, ascending."""
     ranks: dict[int, list[int]] = {}
     for physical, expert in enumerate(row):
         if expert == EMPTY_SLOT:
@@ -130,6 +132,7 @@ def _ranks_by_expert(row: list[int], topology: EPTopology) -> dict[int, list[int
 
 
 def _chunked(expert: int, sources: list[int], destinations: list[int], *, same_node: bool) -> list[Transfer]:
+    """Cut destinations into one chunk for each source; the first chunks are longer by one where it must be."""
     size, longer = divmod(len(destinations), len(sources))
     bounds = [i * size + min(i, longer) for i in range(len(sources) + 1)]
     return [

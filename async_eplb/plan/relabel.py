@@ -1,4 +1,4 @@
-"""Move fewer bytes to a placement that is as good: let ranks of a node, and whole nodes, trade places.
+"""Move fewer bytes to a placement that is as balanced: let ranks of a node, and whole nodes, trade places.
 
 What each rank does for the model depends on which experts it holds together with which others, not on its number. So
 a layer's new placement stays as balanced when whole ranks of a node trade places, when whole nodes do, and when
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from einops import rearrange, reduce
 
 from async_eplb.errors import MissingExtra
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
@@ -45,14 +46,19 @@ def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) ->
     """
     assign = linear_assignment()
     require_update(old, new, topology)
-    before, after = old.physical_to_logical_map, new.physical_to_logical_map
-    shape = (topology.num_ranks, topology.num_local_physical_experts)
-    result = np.empty_like(after)
-    for layer in range(len(after)):
-        held, wanted = before[layer].reshape(shape), after[layer].reshape(shape)
+    before, after = (
+        rearrange(
+            placement.physical_to_logical_map, "layers (ranks slots) -> layers ranks slots", ranks=topology.num_ranks
+        )
+        for placement in (old, new)
+    )
+    result = np.empty_like(after)  # [layers, ranks, slots]
+    for layer, (held, wanted) in enumerate(zip(before, after, strict=True)):
         places = _rank_places(held, wanted, topology, assign)
-        result[layer] = _keep_slots(held, wanted[places]).reshape(-1)
-    return ExpertPlacement.from_mapping(result, new.num_logical_experts)
+        result[layer] = _keep_slots(held, wanted[places])
+    return ExpertPlacement.from_mapping(
+        rearrange(result, "layers ranks slots -> layers (ranks slots)"), new.num_logical_experts
+    )
 
 
 def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign) -> npt.NDArray[np.intp]:
@@ -63,19 +69,27 @@ def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign)
     """
     num_nodes, per_node = topology.num_nodes, topology.num_ranks_per_node
     num_experts = max(int(held.max()), int(wanted.max())) + 1
-    holds, wants = _membership(held, num_experts), _membership(wanted, num_experts)
-    node_holds = holds.reshape(num_nodes, per_node, num_experts).any(axis=1)
-    kept = holds.astype(np.float32) @ wants.T.astype(np.float32)  # experts that rank i keeps as new rank j
-    near = node_holds.astype(np.float32) @ wants.T.astype(np.float32)  # and that its node holds
-    near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2, dtype=np.float64)
-    blocks = kept.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(1, 2)
+    holds, wants = _membership(held, num_experts), _membership(wanted, num_experts)  # [ranks, experts]
+    node_holds = reduce(holds, "(nodes ranks) experts -> nodes experts", "any", nodes=num_nodes)
+    of_new = wants.T.astype(np.float32)  # [experts, new ranks]; products of integers would take much longer
+    kept = holds.astype(np.float32) @ of_new  # [ranks, new ranks]: experts that a rank keeps as a new rank
+    near = node_holds.astype(np.float32) @ of_new  # [nodes, new ranks]: experts of a new rank that the node holds
+    near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2, dtype=np.float64)  # [nodes, new nodes]
+    blocks = rearrange(
+        kept,
+        "(nodes ranks) (new_nodes new_ranks) -> nodes new_nodes ranks new_ranks",
+        nodes=num_nodes,
+        ranks=per_node,
+        new_nodes=num_nodes,
+    )
     weight = held.size + 1  # more than all receives: experts that stay on their node count first
     of_node = np.arange(num_nodes)
+    # [nodes, new nodes]: at most what is kept by the best places of a node's ranks; exact where ``known``
     most_kept = np.minimum(blocks.max(axis=3).sum(axis=2), blocks.max(axis=2).sum(axis=2)).astype(np.float64)
     known = most_kept == 0
-    inner = np.tile(np.arange(per_node), (num_nodes, num_nodes, 1))
+    inner = np.tile(np.arange(per_node), (num_nodes, num_nodes, 1))  # [nodes, new nodes, ranks]: new rank of each rank
     while True:
-        _, node = assign(-(near_of_nodes * weight + most_kept))
+        _, node = assign(-(near_of_nodes * weight + most_kept))  # [nodes]: new node of each node
         unknown = np.flatnonzero(~known[of_node, node])
         if not len(unknown):
             return np.asarray((node[:, None] * per_node + inner[of_node, node]).reshape(-1))
@@ -87,35 +101,38 @@ def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign)
 
 def _membership(maps: Ints, num_experts: int) -> npt.NDArray[np.bool_]:
     """Return which experts each rank has: ``[ranks, experts]``."""
-    has = np.zeros((len(maps), num_experts + 1), dtype=np.bool_)
+    has = np.zeros((len(maps), num_experts + 1), dtype=np.bool_)  # the last column takes the empty slots
     np.put_along_axis(has, np.where(maps == EMPTY_SLOT, num_experts, maps), values=True, axis=1)
     return has[:, :num_experts]
 
 
 def _keep_slots(held: Ints, wanted: Ints) -> Ints:
-    """Order each rank's experts so that slots whose expert stays keep it: ``[rows, slots]``."""
-    (held_order, held_key), (order, key) = _numbered(held), _numbered(wanted)
+    """Order each rank's experts so that slots whose expert stays keep it: ``[ranks, slots]``."""
+    (held_order, held_key), (order, key) = _numbered(held), _numbered(wanted)  # all [ranks, slots], in ranked order
+    # A replica stays where both have its number: as many of an expert as it has replicas on the rank in both.
     stays, placed = np.isin(held_key, key, assume_unique=True), np.isin(key, held_key, assume_unique=True)
-    rows = np.arange(len(held))[:, None]
-    ranked = wanted[rows, order]
+    ranked = np.take_along_axis(wanted, order, axis=1)  # [ranks, slots], ascending
     result = np.empty_like(wanted)
     free = np.ones(held.shape, dtype=np.bool_)
-    row, place = np.nonzero(stays)
-    slot = held_order[row, place]
-    result[row, slot], free[row, slot] = held[row, slot], False
+    rank, place = np.nonzero(stays)  # [staying]
+    slot = held_order[rank, place]  # [staying]
+    result[rank, slot], free[rank, slot] = held[rank, slot], False
     result[free] = ranked[~placed]
     return result
 
 
 def _numbered(maps: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
-    """Return the slots of each row in ascending expert, and a number for (row, expert, how many before)."""
-    num_rows, slots = maps.shape
+    """Return the slots of each rank in ascending expert, and a number for (rank, expert, how many before).
+
+    :returns: both ``[ranks, slots]``
+    """
+    num_ranks, slots = maps.shape
     order = np.argsort(maps, axis=1, kind="stable")
     ranked = np.take_along_axis(maps, order, axis=1)
-    begins = np.where(ranked != np.roll(ranked, 1, axis=1), np.arange(slots), 0)
+    begins = np.where(ranked != np.roll(ranked, 1, axis=1), np.arange(slots), 0)  # place of each expert's first replica
     before = np.arange(slots) - np.maximum.accumulate(begins, axis=1)
-    row = np.arange(num_rows, dtype=np.int64)[:, None] << np.iinfo(maps.dtype).bits  # more than any expert
-    return order, (row + ranked + 1) * slots + before
+    rank = np.arange(num_ranks, dtype=np.int64)[:, None] << np.iinfo(maps.dtype).bits  # more than any expert
+    return order, (rank + ranked + 1) * slots + before
 
 
 def linear_assignment() -> Assign:

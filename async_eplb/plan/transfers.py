@@ -1,4 +1,4 @@
-"""Which rank needs which expert in all layers at once, who holds it, and the columns that say who sends what to whom.
+"""Find which rank needs which expert, and who holds it, in all layers at once; the columns of all transfers.
 
 All tables are sorted by one number for each (layer, expert, rank, slot), so that what belongs together is a range, and
 ranges are found by binary search: no loop over layers, experts or slots.
@@ -20,17 +20,17 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfers:
-    """One expert from one rank to another in each entry, of all layers, in the order in which they are posted.
+    """All transfers of an update, of all layers and ranks, as columns, in the order in which they are posted.
 
-    Columns have shape ``[transfers]``. Within a layer: ascending stage, expert, same-node before cross-node
-    destinations, each in rank order.
+    A transfer is one expert of one layer that one rank sends to another. Columns have shape ``[transfers]``. Within a
+    layer what is relayed comes last; then the order is ascending expert, same-node before cross-node destinations, each
+    in rank order.
 
     :param layer: index of the layer in the update
     :param src_slot: where the sender has the expert: live, or in staging where ``relayed``
     :param dst_slot: lowest slot of the receiver that gets it
     :param same_node: whether both ranks are on one node
-    :param relayed: whether the sender itself receives the expert, in an earlier stage
-    :param stage: what must not be posted together has different stages, in ascending order
+    :param relayed: whether the sender itself receives the expert first, so that both must not be posted together
     """
 
     layer: Ints
@@ -41,7 +41,6 @@ class Transfers:
     dst_slot: Ints
     same_node: Bools
     relayed: Bools
-    stage: Ints
 
     def take(self, rows: npt.NDArray[np.intp] | Bools) -> "Transfers":
         """Return a selection or another order of the entries."""
@@ -50,7 +49,7 @@ class Transfers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Needs:
-    """Every (layer, expert, rank) for which a rank must receive an expert, and the ranks that may send it.
+    """All receives that an update needs, one for each (layer, expert, rank), and the ranks that may send each.
 
     Columns of needs have shape ``[needs]`` and are in the order in which transfers are posted. The ranks that hold
     the expert where it may come from, its own node if any rank there does, are the ``count`` entries from ``first``
@@ -78,7 +77,6 @@ class Needs:
             dst_slot=self.slot,
             same_node=self.same_node,
             relayed=np.zeros(len(holder), dtype=np.bool_),
-            stage=np.zeros(len(holder), dtype=np.int32),
         )
 
 
@@ -91,23 +89,25 @@ def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
     """
     num_experts = max(int(old.max(initial=0)), int(new.max(initial=0))) + 1
     slots = topology.num_local_physical_experts
-    held_key, held_slot = _lowest_slots(old, old != EMPTY_SLOT, num_experts, slots)
-    key, slot = _lowest_slots(new, (new != old) & (new != EMPTY_SLOT), num_experts, slots)
-    own = np.searchsorted(held_key, key)
+    # One number for each (layer, expert, rank), ascending: which ranks hold it, and which want it in a changed slot.
+    held_key, held_slot = _lowest_slots(old, old != EMPTY_SLOT, num_experts, slots)  # [holders]
+    key, slot = _lowest_slots(new, (new != old) & (new != EMPTY_SLOT), num_experts, slots)  # [wanted]
+    own = np.searchsorted(held_key, key)  # [wanted]: where the rank itself would be among the holders
     missing = held_key.take(own, mode="clip") != key if len(held_key) else np.ones(len(key), dtype=np.bool_)
-    key, slot = key[missing], slot[missing]
+    key, slot, own = key[missing], slot[missing], own[missing]  # [needs] from here on
 
+    # Without the rank's place in its node, the number is that of (layer, expert, node): holders of the own node.
     near, near_held = key // topology.num_ranks_per_node, held_key // topology.num_ranks_per_node
-    first, count = _ranges(near_held, near, own[missing])
-    same_node = count > 0
-    expert = key // topology.num_ranks
+    first, count = _ranges(near_held, near, own)  # [needs]
+    same_node = count > 0  # [needs]
+    expert = key // topology.num_ranks  # [needs]: without the rank, that of (layer, expert)
     if not same_node.all():
-        far = ~same_node
-        first[far], count[far] = _ranges(held_key // topology.num_ranks, expert[far], own[missing][far])
-        order = np.argsort(expert * 2 + far, kind="stable")
+        far = ~same_node  # [needs]: any holder of the layer's expert will do
+        first[far], count[far] = _ranges(held_key // topology.num_ranks, expert[far], own[far])
+        order = np.argsort(expert * 2 + far, kind="stable")  # of an expert, same-node destinations first
         key, slot, expert = key[order], slot[order], expert[order]
         first, count, same_node = first[order], count[order], same_node[order]
-    layer = expert // num_experts
+    layer = expert // num_experts  # [needs]
     needs = Needs(
         layer=layer,
         logical_expert=expert - layer * num_experts,
@@ -126,52 +126,64 @@ def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
 def _ranges(held: Ints, wanted: Ints, place: npt.NDArray[np.intp]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Find the range of equal entries of ``held`` for each wanted one: (first, count), 0 where there is none.
 
-    :param held: ascending
-    :param place: where something that belongs to each wanted entry would be inserted, so that its range is beside it
+    :param held: ascending, ``[holders]``
+    :param wanted: ``[needs]``
+    :param place: where something that belongs to each wanted entry would be inserted, so that its range is beside it,
+        ``[needs]``
     """
     if not len(held):
         return np.zeros_like(place), np.zeros_like(place)
-    starts = np.flatnonzero(np.concatenate([[True], held[1:] != held[:-1]]))
-    sizes = np.diff(starts, append=len(held))
-    after = held.take(place, mode="clip") == wanted
-    found = np.where(after, place, place - 1)
-    found_any = held.take(found, mode="clip") == wanted
-    first, count = (np.repeat(column, sizes).take(found, mode="clip") for column in (starts, sizes))
+    starts = np.flatnonzero(np.concatenate([[True], held[1:] != held[:-1]]))  # [ranges]
+    sizes = np.diff(starts, append=len(held))  # [ranges]
+    after = held.take(place, mode="clip") == wanted  # [needs]: the range goes on, or begins, at the place
+    found = np.where(after, place, place - 1)  # [needs]: one entry of the range, if there is any
+    found_any = held.take(found, mode="clip") == wanted  # [needs]
+    first, count = (np.repeat(column, sizes).take(found, mode="clip") for column in (starts, sizes))  # [needs]
     return first, np.where(found_any, count, 0)
 
 
 def in_chunks(needs: Needs) -> npt.NDArray[np.intp]:
-    """Choose holders as :func:`plan_layer` does: destinations in rank order, cut into one chunk for each source."""
-    holder = needs.first.copy()
-    several = np.flatnonzero(needs.count > 1)
+    """Choose holders as :func:`plan_layer` does: destinations in rank order, cut into one chunk for each source.
+
+    :returns: ``[needs]``
+    """
+    holder = needs.first.copy()  # [needs]
+    several = np.flatnonzero(needs.count > 1)  # needs with a choice
     if not len(several):
         return holder
-    first, count, same_node = needs.first[several], needs.count[several], needs.same_node[several]
+    first, count, same_node = needs.first[several], needs.count[several], needs.same_node[several]  # [several]
     same_sources = (first[1:] == first[:-1]) & (count[1:] == count[:-1]) & (same_node[1:] == same_node[:-1])
-    starts = np.flatnonzero(np.concatenate([[True], ~same_sources]))
-    sizes = np.diff(starts, append=len(several))
-    index = np.arange(len(several)) - np.repeat(starts, sizes)
-    size, longer = np.divmod(np.repeat(sizes, sizes), count)
-    in_longer = index < longer * (size + 1)
+    starts = np.flatnonzero(np.concatenate([[True], ~same_sources]))  # [runs of needs with the same sources]
+    sizes = np.diff(starts, append=len(several))  # [runs]
+    index = np.arange(len(several)) - np.repeat(starts, sizes)  # [several]: within the run
+    # Of ``count`` chunks, the first ``longer`` ones have ``size + 1`` destinations and the others ``size``.
+    size, longer = np.divmod(np.repeat(sizes, sizes), count)  # [several]
+    in_longer = index < longer * (size + 1)  # [several]
     holder[several] += np.where(in_longer, index // (size + 1), (index - longer) // np.maximum(size, 1))
     return holder
 
 
 def _lowest_slots(maps: Ints, chosen: Bools, num_experts: int, slots: int) -> tuple[Ints, Ints]:
-    """Return ascending keys, (layer · experts + expert) · ranks + rank, and the lowest of the chosen slots of each."""
+    """Return ascending keys, (layer · experts + expert) · ranks + rank, and the lowest of the chosen slots of each.
+
+    :param maps: ``[layers, physical]``
+    :param chosen: ``[layers, physical]``
+    """
     num_layers, physical = maps.shape
-    fits = 2 * num_layers * num_experts * physical < np.iinfo(np.int32).max
+    fits = 2 * num_layers * num_experts * physical < np.iinfo(np.int32).max  # sorting half the bytes is faster
     dtype = np.dtype(np.int32 if fits else np.int64)
     expert: npt.NDArray[Any] = maps.astype(dtype) + np.arange(num_layers, dtype=dtype)[:, None] * num_experts
+    # [chosen]: with the physical expert, which is rank · slots + slot, so that the slot is the lowest digit of the key
     keys: Ints = np.sort((expert * physical + np.arange(physical, dtype=dtype))[chosen])
-    owner = keys // slots
-    lowest = np.ones(len(keys), dtype=np.bool_)
+    owner = keys // slots  # [chosen]: without the slot
+    lowest = np.ones(len(keys), dtype=np.bool_)  # [chosen]: first of its owner
     np.not_equal(owner[1:], owner[:-1], out=lowest[1:])
-    owner, keys = owner[lowest], keys[lowest]
+    owner, keys = owner[lowest], keys[lowest]  # [owners]
     return owner, keys - owner * slots
 
 
 def _require_holders(needs: Needs) -> None:
+    """Check that somebody holds each expert that is needed."""
     unheld = np.flatnonzero(needs.count == 0)
     if len(unheld):
         layer, expert = int(needs.layer[unheld[0]]), int(needs.logical_expert[unheld[0]])

@@ -1,4 +1,4 @@
-"""The plan of a whole update for one rank: all layers in one pass over arrays, handed out layer by layer."""
+"""Plan a whole update for one rank: all layers in one pass over arrays, handed out layer by layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from async_eplb.errors import LayerCountMismatch
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
+from async_eplb.plan.layer_plan import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.plan.planner import Planner
 from async_eplb.plan.transfers import Ints, Transfers
-from async_eplb.plan.values import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.topology import EPTopology
 
 _SOURCES = tuple(SlotSource)
@@ -18,7 +18,7 @@ _CODES = {source: code for code, source in enumerate(_SOURCES)}
 
 
 class LayerColumns:
-    """Columns of integers, of which each layer has a range of rows.
+    """A table of integers, stored as columns, in which each layer has a range of rows.
 
     :param layer: ascending, ``[rows]``
     :param columns: each ``[rows]``
@@ -35,7 +35,7 @@ class LayerColumns:
 
 
 class UpdatePlan(Sequence[LayerPlan]):
-    """What one rank does in each layer of an update; the plans are made when they are asked for.
+    """A sequence of one rank's plan of each layer of an update; each is made when it is asked for.
 
     :param old: ``[layers, physical]``, -1 where empty
     :param new: ``[layers, physical]``
@@ -48,8 +48,8 @@ class UpdatePlan(Sequence[LayerPlan]):
         self._num_layers = len(old)
         slots = topology.slots_of(rank)
         t = transfers
-        received, sent = np.flatnonzero(t.dst_rank == rank), np.flatnonzero(t.src_rank == rank)
-        slot_of = t.layer[received] * topology.num_local_physical_experts + t.dst_slot[received]
+        received, sent = np.flatnonzero(t.dst_rank == rank), np.flatnonzero(t.src_rank == rank)  # rows of transfers
+        slot_of = t.layer[received] * topology.num_local_physical_experts + t.dst_slot[received]  # [received]
         self.received = received[np.argsort(slot_of)]
         """Rows of the transfers that this rank receives, in the order of its plans' ``recvs``."""
         self.sent = sent[~t.relayed[sent]]
@@ -66,32 +66,37 @@ class UpdatePlan(Sequence[LayerPlan]):
         self._classify(old[:, slots], new[:, slots])
 
     def _classify(self, before: Ints, after: Ints) -> None:
-        """Find the source of each local slot, and what is copied on this rank."""
+        """Find the source of each local slot, and what is copied on this rank.
+
+        :param before: what this rank's slots hold now, ``[layers, slots]``
+        :param after: the same after the update
+        """
         t = self.transfers
-        codes = np.full(after.shape, _CODES[SlotSource.UNCHANGED], dtype=np.int8)
+        codes = np.full(after.shape, _CODES[SlotSource.UNCHANGED], dtype=np.int8)  # [layers, slots]
         codes[after == EMPTY_SLOT] = _CODES[SlotSource.EMPTY]
         codes[t.layer[self.received], t.dst_slot[self.received]] = np.where(
             t.same_node[self.received], _CODES[SlotSource.SAME_NODE], _CODES[SlotSource.CROSS_NODE]
         )
-        layer, slot = np.nonzero((after != before) & (codes == _CODES[SlotSource.UNCHANGED]))
-        wanted = after[layer, slot, None]
-        held = wanted == before[layer]
-        here = held.any(axis=1)
+        # What changes and is not received has its expert on this rank: it is held, or another slot receives it.
+        layer, slot = np.nonzero((after != before) & (codes == _CODES[SlotSource.UNCHANGED]))  # both [copied]
+        wanted = after[layer, slot, None]  # [copied, 1]
+        held = wanted == before[layer]  # [copied, slots]
+        here = held.any(axis=1)  # [copied]
         codes[layer, slot] = np.where(here, _CODES[SlotSource.SAME_GPU], _CODES[SlotSource.FREE_RIDER])
         self._copies = LayerColumns(layer[here], self._num_layers, held[here].argmax(axis=1), slot[here])
-        staged = (wanted[~here] == after[layer[~here]]).argmax(axis=1)
+        staged = (wanted[~here] == after[layer[~here]]).argmax(axis=1)  # [fan-outs]: the lowest slot, which receives
         self._fan_outs = LayerColumns(layer[~here], self._num_layers, staged, slot[~here])
         self._codes = [row.tolist() for row in codes]
         staged_codes = [_CODES[s] for s in (SlotSource.SAME_GPU, SlotSource.SAME_NODE, SlotSource.CROSS_NODE)]
         self._num_staged: list[int] = np.isin(codes, staged_codes).sum(axis=1).tolist()
 
     def columns_of(self, rows: npt.NDArray[np.intp], *columns: Ints) -> LayerColumns:
-        """Cut columns into layers, whose entries belong to these rows of the transfers."""
+        """Cut columns, with an entry for each of these rows of the transfers, into layers."""
         return LayerColumns(self.transfers.layer[rows], self._num_layers, *columns)
 
     @property
     def staged_slot_counts(self) -> list[int]:
-        """Slots of this rank that pass through staging, of each layer."""
+        """Number of this rank's slots that pass through staging, of each layer."""
         return list(self._num_staged)
 
     def __len__(self) -> int:
@@ -144,7 +149,7 @@ def plan_update(
 
 
 def require_update(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) -> None:
-    """Check that there is an update from one placement to another.
+    """Check that two placements have the same layers and fit the topology.
 
     :raises LayerCountMismatch: if the placements have different numbers of layers
     :raises InvalidPlacement: if one does not fit the topology

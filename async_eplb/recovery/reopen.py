@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from anyio import CancelScope
+
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BusyTransport, ClosedUpdater, EplbError
 from async_eplb.recovery.recover import recover
@@ -22,23 +24,24 @@ async def reopen(
     surviving_group: Transport,
     source: WeightSource | None,
 ) -> Recovery:
-    """End what is under way, recover over another transport, and go on with it.
+    """End what is under way, recover over another transport, and go on with it. Not cancelled.
 
     :param state: changed as far as the recovery comes, also if it fails
     :param surviving_group: an unused transport between the survivors
     :raises EplbError: as :func:`recover`; no boundary passes then
     """
-    num_ranks = rank.topology.num_ranks
-    async with _holding_back(rank, shared, surviving_group):
-        await session.disconnect()
-        control = await session.open_transport(surviving_group)
-        outlook = shared.outlook
-        recovery = await recover(rank, state, control, source, step=outlook.step, generation=outlook.generation)
-    state.failed_run = None
-    state.gone = tuple(number for number in range(num_ranks) if number not in recovery.ranks)
-    shared.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
-    session.transport = RenumberedTransport(surviving_group, recovery.ranks, num_ranks)
-    await session.connect(RenumberedControlGroup(control, recovery.ranks))
+    with CancelScope(shield=True):
+        num_ranks = rank.topology.num_ranks
+        async with _holding_back(rank, shared, surviving_group):
+            await session.disconnect()
+            control = await session.open_transport(surviving_group)
+            outlook = shared.outlook
+            recovery = await recover(rank, state, control, source, step=outlook.step, generation=outlook.generation)
+        state.failed_run = None
+        state.gone = tuple(number for number in range(num_ranks) if number not in recovery.ranks)
+        shared.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
+        session.transport = RenumberedTransport(surviving_group, recovery.ranks, num_ranks)
+        await session.connect(RenumberedControlGroup(control, recovery.ranks))
     return recovery
 
 

@@ -27,7 +27,6 @@ VARIANTS = {
     "balanced": Variant(Planner("balanced"), relabels=False),
     "relabel": Variant(Planner("balanced"), relabels=True),
     "relay": Variant(Planner("relayed"), relabels=True),
-    "rounds": Variant(Planner("relayed", max_peers=4), relabels=True),
 }
 """``reference`` is what serving engines do; each of the others adds one thing."""
 

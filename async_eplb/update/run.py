@@ -128,7 +128,7 @@ class UpdateRun:
             self._shared.cancel()
 
     async def _until_begun(self) -> None:
-        """Wait until all ranks have begun; twice a round's time-out, for a lost round comes first and names the rank."""
+        """Wait until all ranks have begun, for two time-outs of a round: a round that is lost names its rank."""
         shared, timeout_s = self._shared, 2 * self._rank.options.control_timeout_s
         try:
             with move_on_after(timeout_s) as limit:

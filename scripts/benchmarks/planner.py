@@ -6,7 +6,7 @@ also ``incremental``'s from the old one.
 
 Times are medians for all layers of one rank, of the thread's own time: ``columns`` until a layer's plan can be
 asked for, ``plan`` until all plans are made, ``posted`` with their groups too (64 transfers at most), as the pipeline
-asks for them; ``balanced``, ``relayed`` and ``rounds`` (one peer) as ``plan``. ``slot_by_slot`` is the reference
+asks for them; ``balanced`` and ``relayed`` as ``plan``. ``slot_by_slot`` is the reference
 method, ``plan_layer`` the library's readable one; both are timed for some of the layers and multiplied.
 
 Savings are means over layers and seeds: receives as shares of all slots; crossings, of experts between nodes, as
@@ -102,11 +102,8 @@ def _times(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology, run
         "plan_ms": _median_ms(lambda: list(plan_update(old, new, topology, 0)), runs),
         "posted_ms": _median_ms(post, runs),
     }
-    for name, planner in {
-        "balanced": Planner("balanced"),
-        "relayed": Planner("relayed"),
-        "rounds": Planner("balanced", 1),
-    }.items():
+    for name in ("balanced", "relayed"):
+        planner = Planner(name)
         figures[f"{name}_ms"] = _median_ms(lambda p=planner: list(plan_update(old, new, topology, 0, planner=p)), 3)  # type: ignore[misc]
     for name, plan in {"plan_layer": plan_layer, "slot_by_slot": plan_slot_by_slot}.items():
         taken = _median_ms(lambda p=plan: [p(*row, topology, 0) for row in rows], 3)  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from anyio import current_time, fail_after, sleep
-from support.helpers import MemoryRank, assert_same_layer, in_virtual_time, memory_world, together
+from anyio import current_time, fail_after
+from support.helpers import MemoryRank, assert_same_layer, in_virtual_time, memory_world, together, until
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
 from async_eplb.errors import UpdateAborted
@@ -20,8 +20,7 @@ SCHEDULE = MemorySchedule(control_s=0.01)
 async def until_agreed(ranks: list[MemoryRank]) -> None:
     """Wait until a layer is to be committed at a boundary that is far ahead."""
     with fail_after(5.0):
-        while any(rank.updater.outlook.agreed < 1 for rank in ranks):
-            await sleep(0.001)
+        await until(lambda: all(rank.updater.outlook.agreed == 1 for rank in ranks))
 
 
 @in_virtual_time

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from anyio import create_task_group
-from support.helpers import MemoryRank, assert_same_layer, memory_world, on_all, two_placements
+from support.helpers import MemoryRank, assert_same_layer, memory_world, on_all, two_placements, until
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, MemoryTransport, UpdateOptions
 from async_eplb.errors import CommitFailed
@@ -92,8 +92,7 @@ async def lose_a_rank(ranks: Ranks, new: ExpertPlacement) -> None:
     """All ranks give each other up."""
     for rank in ranks:
         rank.transport.die()
-    while not all("lost" in repr(rank.updater) for rank in ranks):
-        await anyio.sleep(0.001)
+    await until(lambda: all("lost" in repr(rank.updater) for rank in ranks))
     await recover(ranks)
     await update(ranks, new)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
+import anyio
 import numpy as np
 import torch
 import trio.testing
@@ -124,6 +125,12 @@ async def memory_world(
             yield ranks
         finally:
             stop.set()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return once something holds; it is looked at after each millisecond, which takes no time under virtual clocks."""
+    while not holds():  # noqa: ASYNC110 - what is waited for has no event
+        await anyio.sleep(0.001)
 
 
 async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Moments of an update, in virtual time, at which tests cancel or leave it: one for each state of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,7 +50,7 @@ class SlowUpdate:
         """
         logged: list[tuple[float, tuple[Any, ...]]] = []
 
-        def note(_logger: object, _level: str, event: dict[str, Any]) -> dict[str, Any]:
+        def note(_logger: object, _level: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
             logged.append((anyio.current_time(), (event["event"], event.get("layer"))))
             raise structlog.DropEvent
 

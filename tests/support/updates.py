@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.plan import LayerPlan, Planner, PostedUpdate, UpdatePlan, plan_update
 
-PLANNERS = [Planner(sources, max_peers) for sources in ("chunked", "balanced", "relayed") for max_peers in (None, 1, 2)]
+PLANNERS = [Planner(sources) for sources in ("chunked", "balanced", "relayed")]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import CapturingLogger
-from support.helpers import memory_world, on_all, together
+from support.helpers import memory_world, on_all, together, until
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
 from async_eplb.errors import UpdateAborted, UpdateStalled
@@ -201,8 +201,7 @@ def test_patience_with_steps_begins_when_a_layer_is_agreed() -> None:
             start = anyio.current_time()
             handles = [rank.updater.begin(NEW, layers=[0]) for rank in ranks]
             with anyio.fail_after(20.0):
-                while ranks[0].updater.outlook.agreed < 1:
-                    await anyio.sleep(0.001)
+                await until(lambda: ranks[0].updater.outlook.agreed == 1)
             assert anyio.current_time() > start + 4.0
             await anyio.sleep(2 * OPTIONS.progress_timeout_s - 2.0)
 

@@ -1,4 +1,4 @@
-"""What one rank sends, receives and copies for one layer: the values that every planner returns.
+"""Values that describe what one rank sends, receives and copies for one layer.
 
 The small ones are named tuples: an update has thousands, and they are made for half of a dataclass's cost.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class SlotSource(Enum):
-    """Where the new content of a slot comes from; the first that fits, in this order.
+    """Where the new content of a slot comes from. If several apply, the first in this order is meant.
 
     A slot whose expert crosses nodes once and is passed on inside the node is SAME_NODE where it is passed on to.
     """
