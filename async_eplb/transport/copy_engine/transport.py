@@ -2,7 +2,7 @@
 
 Each rank exports the allocations that its live weights are in, once, when it opens; the others map them. A receive is
 then a copy from the mapping to staging, behind the transfer stream, which goes on meanwhile. While the model serves, it
-needs nothing of the peer but its earlier grant of the layer (:attr:`LaunchRule.GRANTED`, rule 11). So it cannot
+needs nothing of the peer but its earlier word that the layer may be read (:attr:`LaunchRule.GRANTED`). So it cannot
 deadlock with anything that the model runs. While no rank serves, all take turns at what they read (:mod:`.turns`).
 """
 
