@@ -32,7 +32,7 @@ def test_what_ranks_must_agree_on() -> None:
     """Plain values by name; the planner is its fields."""
     assert UpdateOptions().wire() == {
         "verify": "off",
-        "planner": {"sources": "chunked", "max_peers": None},
+        "planner": {"sources": "chunked"},
         "staging_depth": 2,
         "operations_per_group": 256,
     }
@@ -50,7 +50,7 @@ def test_the_wire_form_is_json() -> None:
     """Equal options have equal text."""
     text = json.dumps(UpdateOptions(planner=Planner("relayed")).wire(), sort_keys=True)
     assert text == (
-        '{"operations_per_group": 256, "planner": {"max_peers": null, "sources": "relayed"}, '
+        '{"operations_per_group": 256, "planner": {"sources": "relayed"}, '
         '"staging_depth": 2, "verify": "off"}'
     )
 

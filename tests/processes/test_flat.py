@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -39,9 +40,11 @@ async def update(ranks: Ranks, new: ExpertPlacement) -> list[Any]:
 
 
 async def recover(ranks: Ranks) -> None:
-    """Recover all ranks."""
-    outcomes = await on_all(ranks, ExpertUpdater.recover, MemoryTransport.world(len(ranks), SCHEDULE))
+    """Recover all ranks, over new transports."""
+    transports = MemoryTransport.world(len(ranks), SCHEDULE)
+    outcomes = await on_all(ranks, ExpertUpdater.recover, transports)
     assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    ranks[:] = [replace(rank, transport=transport) for rank, transport in zip(ranks, transports, strict=True)]
 
 
 async def cancel(ranks: Ranks, new: ExpertPlacement) -> None:
