@@ -50,8 +50,7 @@ def test_the_wire_form_is_json() -> None:
     """Equal options have equal text."""
     text = json.dumps(UpdateOptions(planner=Planner("relayed")).wire(), sort_keys=True)
     assert text == (
-        '{"operations_per_group": 256, "planner": {"sources": "relayed"}, '
-        '"staging_depth": 2, "verify": "off"}'
+        '{"operations_per_group": 256, "planner": {"sources": "relayed"}, "staging_depth": 2, "verify": "off"}'
     )
 
 
