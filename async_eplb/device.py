@@ -1,7 +1,7 @@
 """The order of work on a device: all code that uses streams and events.
 
 The current stream is a property of a thread. So the context managers here are entered only in synchronous code,
-which the workers run in threads of their own; nothing is awaited inside them.
+which the workers run in threads of their own; nothing is awaited inside them (rule 6 of docs/design.md).
 """
 
 import time
@@ -142,6 +142,7 @@ class CudaDevice:
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    # Rule 4: an event is recorded before anybody has it, for a wait on an unrecorded one does nothing.
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

@@ -77,6 +77,7 @@ class ExpertMap:
         def table(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
+        # Rule 7: these are all the tables there will ever be; rows are replaced in place.
         self.physical_to_logical_map = table(layers, placement.num_physical_experts)
         self.logical_to_all_physical_map = table(layers, logical, self.max_replicas)
         self.logical_replica_count = table(layers, logical)
@@ -112,7 +113,8 @@ class ExpertMap:
         unpadded = replicas[:, : max(1, counts.max(initial=0))]  # [logical, most replicas in this layer]
         dispatch = dispatch_map(unpadded, self._topology, self._rank, seed=self._seed + layer)  # [logical]
         values = (row, replicas, counts, dispatch)
-        # One block of memory, so that it is pinned once.
+        # One block of memory, so that it is pinned once. It is not used again before the device has read it (rule 14):
+        # torch's allocator of pinned memory sees to that.
         together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
         if self.physical_to_logical_map.is_cuda:
             together = together.pin_memory()

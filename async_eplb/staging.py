@@ -50,7 +50,7 @@ class StagingBuffer:
         self.index = index
         self.state = BufferState.FREE
         self.consumed: DeviceEvent = device.record()
-        """Recorded after the last copies that read this buffer; its next filling waits for this event."""
+        """Recorded after the last copies that read this buffer; its next filling waits for this event (rule 5)."""
         self.slot_nbytes: tuple[int, ...] = ()
         """Bytes of a slot in each tensor."""
         self.spare: Tensor = memory[:0]
@@ -129,6 +129,7 @@ class StagingPool:
             raise EplbError(f"staging cannot be resized while it is in use: {self.buffers}")
         if layer_nbytes * self._depth <= self.nbytes:
             return
+        # Rule 10 is broken here, but only while nothing of an update is under way.
         for buffer in self.buffers:
             buffer.consumed.synchronize()
         with self._device.transferring():  # waits for transfers that a failed update has still under way

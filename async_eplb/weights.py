@@ -152,6 +152,7 @@ def _require_disjoint(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str])
 
 
 def _byte_view(tensor: Tensor) -> Tensor:
+    # Rule 8: bytes of the storage, whatever the dtype; torch cannot view every dtype as another.
     size = tensor.element_size()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
         tensor.untyped_storage(),

@@ -71,7 +71,7 @@ class CopyCommit:
             alike = [copy for copy in self.copies if copy[0].dtype is dtype]
             if alike:
                 torch._foreach_copy_([live for live, _ in alike], [staged for _, staged in alike])
-        self.expert_map.publish(self.row, self.maps)
+        self.expert_map.publish(self.row, self.maps)  # rule 2: on the stream of the copies, right after them
         return sum(live.nbytes for live, _ in self.copies)
 
 

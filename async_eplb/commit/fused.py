@@ -85,7 +85,7 @@ class FusedCommitter:
     """Copies all slots and tensors of a layer and publishes its maps in one launch.
 
     The constructor launches the kernel once, on a counter of its own: this compiles it, or loads it from Triton's
-    cache, so that no commit waits for that.
+    cache, so that no commit waits for that (rule 3).
     """
 
     def __init__(self, weights: ExpertWeights, expert_map: ExpertMap) -> None:

@@ -66,7 +66,7 @@ def committed_slots(plan: LayerPlan) -> list[tuple[int, int]]:
 class CommitTables:
     """Makes the tables of one updater's layers.
 
-    :param weights: live weights; their addresses stay
+    :param weights: live weights; their addresses stay (rule 7)
     :param expert_map: published maps; their addresses stay
     """
 

@@ -30,7 +30,7 @@ class Verify(Enum):
 class Verifier:
     """Writes and compares the verification column of live weights.
 
-    The constructor allocates the column on the device, once, since the addresses of weights must not change;
+    The constructor allocates the column on the device, once, since the addresses of weights must not change (rule 7);
     :attr:`weights` are the live weights with the column.
 
     :param weights: live weights without the column
@@ -75,7 +75,7 @@ class Verifier:
                 column[:, 1].index_copy_(0, places.to(column.device), sums)
 
     def check(self, row: int, experts: dict[int, int], content: Mapping[int, Sequence[Tensor]], where: str) -> None:
-        """Compare slots with their column. Blocks until the current stream has read them.
+        """Compare slots with their column. Blocks until the current stream has read them, so not in a step (rule 3).
 
         :param experts: slot → the logical expert that it must hold
         :param content: slot → its bytes, uint8 ``[bytes]`` for each of the weights' tensors, the column last

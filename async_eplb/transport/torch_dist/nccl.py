@@ -123,7 +123,7 @@ class NcclLink:
         until_passed(event, deadline)
         with self._device.transferring():
             for work in works:
-                work.wait()  # does not wait any more, but raises
+                work.wait()  # rule 12: this does not wait any more, but raises
 
     def _post(self, posts: Posts) -> Work | None:
         sends, packing, recvs, unpacking = posts
