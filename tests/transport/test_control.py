@@ -1,4 +1,4 @@
-"""Control rounds over gloo, between threads of one process: ranks that are a round ahead learn which rank is missing."""
+"""Control rounds over gloo, between threads of a process: ranks that are a round ahead learn which rank is missing."""
 
 import threading
 from collections.abc import Sequence
