@@ -15,9 +15,9 @@ from async_eplb.report.text import in_bytes
 from async_eplb.simulate import CLUSTERS, MODELS, VARIANTS, UpdateCase, UpdateCosts, compare_plans
 
 _DESCRIPTION = """\
-Plan a real update for a cluster that need not be there, and say what a model of its links makes of
-it. Experts' loads are drawn, a policy places the experts; then loads drift, the policy places them
-again, and the update between both placements is planned in several ways:
+Plan a real update for a cluster that need not be there, and predict its time by a model of the
+cluster's links. Experts' loads are drawn, a policy places the experts; then loads drift, the policy
+places them again, and the update between both placements is planned in several ways:
 
   reference  sources as serving engines choose them
   balanced   the busiest sender sends as little as it can

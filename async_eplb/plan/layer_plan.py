@@ -54,7 +54,7 @@ class FanOut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one rank does for one layer; the orders are part of the contract.
+    """The plan of one layer for one rank; the orders of its entries are part of the contract.
 
     :param slot_sources: one for each local slot
     :param local_copies: SAME_GPU slots, in slot order

@@ -84,7 +84,7 @@ def _even_out(needs: Needs, holder: npt.NDArray[np.intp], crosses: Bools, load: 
     """
     fixed = needs.count == 1  # [needs]: no choice
     within, across = (  # both [layers, ranks]
-        _count(load.shape, needs.layer[rows], needs.holder_rank[needs.first[rows]])
+        _count(load.shape, needs.layer[rows], needs.holders.rank[needs.first[rows]])
         for rows in (np.flatnonzero(fixed & needs.same_node), np.flatnonzero(fixed & crosses))
     )
     free_crossing, free = np.flatnonzero(crosses & ~fixed), np.flatnonzero((crosses | needs.same_node) & ~fixed)
@@ -97,7 +97,7 @@ def _choices(
     needs: Needs, holder: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp], Ints, Ints]:
     """Return the holders of some needs, and which there are, as :func:`balanced` takes them."""
-    return holder[rows], needs.first[rows], needs.count[rows], needs.layer[rows], needs.holder_rank
+    return holder[rows], needs.first[rows], needs.count[rows], needs.layer[rows], needs.holders.rank
 
 
 def _count(shape: tuple[int, ...], layer: Ints, rank: Ints) -> npt.NDArray[np.int64]:

@@ -48,12 +48,22 @@ class Transfers:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Holders:
+    """All ranks that hold an expert before an update, ascending by (layer, expert, rank). Columns are ``[holders]``.
+
+    :param slot: lowest slot of the rank that has the expert
+    """
+
+    rank: Ints
+    slot: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Needs:
     """All receives that an update needs, one for each (layer, expert, rank), and the ranks that may send each.
 
-    Columns of needs have shape ``[needs]`` and are in the order in which transfers are posted. The ranks that hold
-    the expert where it may come from, its own node if any rank there does, are the ``count`` entries from ``first``
-    of the columns ``holder_rank`` and ``holder_slot`` (its lowest slot), ``[holders]``.
+    Columns have shape ``[needs]`` and are in the order in which transfers are posted. The ranks that may send the
+    expert, those of the own node if any of them holds it, are the ``count`` entries from ``first`` of ``holders``.
     """
 
     layer: Ints
@@ -63,16 +73,15 @@ class Needs:
     same_node: Bools
     first: npt.NDArray[np.intp]
     count: npt.NDArray[np.intp]
-    holder_rank: Ints
-    holder_slot: Ints
+    holders: Holders
 
     def served_by(self, holder: npt.NDArray[np.intp]) -> Transfers:
         """Return the transfers if each need is served by this holder, ``[needs]``."""
         return Transfers(
             layer=self.layer,
             logical_expert=self.logical_expert,
-            src_rank=self.holder_rank[holder],
-            src_slot=self.holder_slot[holder],
+            src_rank=self.holders.rank[holder],
+            src_slot=self.holders.slot[holder],
             dst_rank=self.rank,
             dst_slot=self.slot,
             same_node=self.same_node,
@@ -116,8 +125,7 @@ def find_needs(old: Ints, new: Ints, topology: EPTopology) -> Needs:
         same_node=same_node,
         first=first,
         count=count,
-        holder_rank=held_key % topology.num_ranks,
-        holder_slot=held_slot,
+        holders=Holders(held_key % topology.num_ranks, held_slot),
     )
     _require_holders(needs)
     return needs

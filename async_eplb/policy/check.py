@@ -95,7 +95,7 @@ def require_policy_output(
     """Return a policy's output, if it is a placement that weights can be moved to from the current one.
 
     :param policy: its ``repr`` names it in the message
-    :raises InvalidPolicyOutput: if not; the cause says why
+    :raises InvalidPolicyOutput: if not; its cause has the reason
     """
     name = repr(policy)
     if not isinstance(output, ExpertPlacement):

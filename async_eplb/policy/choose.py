@@ -1,4 +1,4 @@
-"""Whether a rebalance pays: which layers of a candidate placement to move to, if any, with the estimate behind it."""
+"""Decide whether a rebalance pays: which layers of a candidate placement to move to, if any, and by what estimate."""
 
 import math
 from dataclasses import dataclass, fields
@@ -27,7 +27,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceTerms:
-    """What a rebalance costs and brings.
+    """Terms by which the costs of a rebalance are weighed against its gain.
 
     :param expert_nbytes: of one expert of one layer
     :param link_bytes_per_s: what a rank receives in a second, over its slowest link
@@ -59,7 +59,7 @@ class RebalanceTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceDecision:
-    """Where to move, and the estimate that says so.
+    """The outcome of :func:`choose`: the placement to move to, and the estimate that led to it.
 
     :param placement: to move to; the current one if it does not pay
     :param reason: why
@@ -139,15 +139,17 @@ def choose(
     """
     require_complete(current, topology)
     require_same_kind(candidate, current, topology)
-    before = balancedness(load, current, topology, objective)
-    peak, new_peak = (rank_costs(load, p, topology, objective).max(axis=1) for p in (current, candidate))
+    before = balancedness(load, current, topology, objective)  # [layers]
+    peak, new_peak = (
+        rank_costs(load, p, topology, objective).max(axis=1) for p in (current, candidate)
+    )  # both [layers]
     changed = np.isin(np.arange(current.num_layers), candidate.changed_layers(current))
     worse = before < terms.balanced_at
-    moves = changed & worse & (new_peak < peak)
+    moves = changed & worse & (new_peak < peak)  # [layers]
     layers = tuple(int(layer) for layer in np.flatnonzero(moves))
     placement = current.with_layers(candidate, layers)
-    received = receives(current, placement, topology)
-    saved = np.divide(peak - new_peak, peak, out=np.zeros(len(peak)), where=moves)
+    received = receives(current, placement, topology)  # [layers, ranks]
+    saved = np.divide(peak - new_peak, peak, out=np.zeros(len(peak)), where=moves)  # [layers]: share of a layer's step
     saved_s_per_step = float(saved.sum()) * terms.layer_step_s
     transfer_s = float(received.max(axis=1).sum()) * terms.expert_nbytes / terms.link_bytes_per_s
     lost_s = transfer_s * terms.slowdown

@@ -13,7 +13,7 @@ from async_eplb.simulate.models import Model
 from async_eplb.topology import EPTopology
 
 _SPARE = 1.125
-"""Slots for each expert, where it is not said: one in nine is spare, as DeepSeek-V3 is served with 288 for 256."""
+"""Slots for each expert by default: one in nine is spare, as DeepSeek-V3 is served with 288 for 256."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def lower_bounds(needs: Needs, num_layers: int, topology: EPTopology, cluster: C
     # A crossing is one expert of a layer that goes to one node, where ``takers`` ranks need it.
     _, first, takers = np.unique(key, return_index=True, return_counts=True)  # [crossings]
     crossing = far[first]
-    layer, holder = needs.layer[crossing], needs.holder_rank[needs.first[crossing]]  # [crossings]
+    layer, holder = needs.layer[crossing], needs.holders.rank[needs.first[crossing]]  # [crossings]
     into_node = _counts(layer, node[first], num_layers, topology.num_nodes)  # [layers, nodes]
     alone, held_once = takers == 1, needs.count[crossing] == 1  # [crossings]
     in_alone = _counts(layer[alone], needs.rank[crossing][alone], num_layers, num_ranks)  # [layers, ranks]

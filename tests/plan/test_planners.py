@@ -1,4 +1,4 @@
-"""What the planners promise of sources and crossings; and updates with each of them."""
+"""Planners keep their promises of sources and crossings; updates with each of them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -130,7 +130,7 @@ class Served:
         return cls(tuple(kept), Counter(here.src_rank[here.relayed].tolist()))
 
     def fit(self, across: int, in_all: int) -> bool:
-        """Whether no rank must send more than so many across nodes, and in all: by the flow that gets through."""
+        """Return whether no rank must send more than so many across nodes, and in all: by a maximum flow."""
         if max(self.passed_on.values(), default=0) > in_all:
             return False
         ranks = sorted({rank for _, holders in self.choices for rank in holders})

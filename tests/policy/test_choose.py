@@ -1,4 +1,4 @@
-"""Whether a rebalance pays."""
+"""Decisions whether a rebalance pays."""
 
 import pytest
 

@@ -187,7 +187,7 @@ def test_a_missing_extra_is_named(
 
 
 def test_relabelling_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says which."""
+    """The error names it."""
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     placement = ExpertPlacement.from_mapping(np.array([[0, 1]]))
     with pytest.raises(MissingExtra) as caught:
