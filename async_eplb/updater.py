@@ -1,12 +1,10 @@
 """The façade: move live expert weights to a new placement, alone or while the model serves."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
-from itertools import count
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from anyio import CancelScope, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 
 from async_eplb.agreement.outlook import Outlook
@@ -15,26 +13,25 @@ from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
 from async_eplb.device import Device, DeviceEvent, device_for
-from async_eplb.errors import BusyUpdater, ClosedUpdater, EplbError
+from async_eplb.errors import BusyUpdater, ClosedUpdater
 from async_eplb.events.emit import Logger, default_logger
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.reopen import reopen
-from async_eplb.recovery.state import RankState, Recovery
+from async_eplb.recovery.state import Attempts, Recovery
 from async_eplb.recovery.weight_source import WeightSource
-from async_eplb.staging import StagingBuffer, StagingPool
+from async_eplb.staging import StagingBuffer
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
-from async_eplb.update.admission import Request, admit, admit_rank
+from async_eplb.update.admission import Request, admit_rank
 from async_eplb.update.demands import RebalanceDemands
 from async_eplb.update.handle import UpdateHandle
-from async_eplb.update.life import LifeState
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
 from async_eplb.update.session import Session
-from async_eplb.update.summary import Totals, UpdaterStatistics, UpdateSummary
+from async_eplb.update.summary import UpdaterStatistics, UpdateSummary
 from async_eplb.verify.audit import AuditReport, audit_replicas
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import OtherWorkers, ThreadWorkers, Workers
@@ -89,10 +86,7 @@ class ExpertUpdater:
 
     @classmethod
     def of(cls, rank: Rank, placement: ExpertPlacement, transport: Transport) -> Self:
-        """Return an updater of a rank whose parts were chosen one by one, such as with another committer.
-
-        :param rank: from :func:`async_eplb.update.admission.admit_rank`
-        """
+        """Return an updater of a rank from ``admit_rank``, some of whose parts were replaced, such as its committer."""
         updater = cls.__new__(cls)
         updater._wire(rank, placement, transport)
         return updater
@@ -101,18 +95,17 @@ class ExpertUpdater:
         self._rank = rank
         self.run_id = transport.run_id
         """Names this updater's life in logs; equal on all its ranks."""
-        self._state = RankState(placement)
-        self._pool = StagingPool(self.options.staging_depth, self.device)
-        agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
+        agreement = Agreement(lead=rank.options.lead, max_step_skew=rank.options.max_step_skew)
         self._shared = SharedAgreement(agreement)
-        self._session = Session(self._rank, self._shared, transport)
+        self._session = Session(rank, placement, self._shared, transport)
         self._stepper = Stepper(self._shared, rank.logger, rank.number, self._session.execute)
-        self._totals = Totals()
-        self.demands = RebalanceDemands(self._shared, lambda: self._closed)
+        self._attempts = Attempts()
+        self.demands = RebalanceDemands(self._shared, lambda: self._session.closed)
         """For a rebalancer: when all ranks make the next rebalance."""
 
     def __repr__(self) -> str:
-        state = f"closed: {self._closed}" if self._closed else "updating" if self._session.running else "idle"
+        closed = self._session.closed
+        state = f"closed: {closed}" if closed else "updating" if self.running else "idle"
         return f"<ExpertUpdater rank {self.rank} of {self.topology.num_ranks}, {state}>"
 
     @property
@@ -143,8 +136,7 @@ class ExpertUpdater:
     @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
-        run = self._session.running
-        return self._state.placement if run is None else _reached(self._state.placement, run)
+        return self._session.placement
 
     @property
     def running(self) -> UpdateRun | None:
@@ -154,39 +146,21 @@ class ExpertUpdater:
     @property
     def failed(self) -> UpdateRun | None:
         """The last update, if it failed and must be recovered from; it keeps staging until then."""
-        return self._state.failed_run
+        return self._session.state.failed_run
 
     @property
     def staging(self) -> tuple[StagingBuffer, ...]:
         """Staging buffers and their states."""
-        return self._pool.buffers
+        return self._session.pool.buffers
 
     @property
     def outlook(self) -> Outlook:
         """What is agreed on at this moment, and where this rank stands."""
         return self._shared.outlook
 
-    @property
-    def held(self) -> EplbError | None:
-        """Why this rank must pass no boundary before it recovers; None if it may."""
-        return self._shared.held
-
     def statistics(self) -> UpdaterStatistics:
         """Return what this updater has done so far."""
-        run, outlook, stepper = self._session.running, self._shared.outlook, self._stepper
-        return UpdaterStatistics(
-            generation=outlook.generation,
-            updating=run is not None,
-            num_updates_finished=self._totals.num_finished,
-            num_updates_failed=self._totals.num_failed,
-            num_layers_committed=self._totals.num_layers + (0 if run is None else len(run.journal.landed)),
-            step=outlook.step,
-            lead=outlook.lead,
-            num_rounds=self._shared.num_rounds,
-            num_fence_waits=stepper.num_waits,
-            fence_wait_ms=stepper.wait_ms,
-            longest_step_ms=stepper.longest_ms,
-        )
+        return self._session.statistics(self._stepper)
 
     async def __aenter__(self) -> Self:
         await self._session.open()
@@ -216,7 +190,7 @@ class ExpertUpdater:
             early says which layers were committed
         """
         run = self._begin(Mode.EXCLUSIVE, new_placement, layers, after=after)
-        await _join(run)
+        await run.join()
         return run.summary()
 
     async def stream(
@@ -227,18 +201,9 @@ class ExpertUpdater:
         Leaving the loop early cancels the update (close the iterator, as with ``contextlib.aclosing``).
         """
         run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
-        landed = run.journal.landed
-        try:
-            for index in count():
-                await self._shared.until(lambda index=index: len(landed) > index or run.finished.is_set())  # type: ignore[misc]
-                if len(landed) <= index:
-                    break
-                yield landed[index]
-        finally:
-            if not run.finished.is_set():
-                run.cancel()
-            await _join(run)
-        run.summary()
+        async with aclosing(run.landings()) as landings:
+            async for committed in landings:
+                yield committed
 
     def begin(
         self,
@@ -328,7 +293,7 @@ class ExpertUpdater:
         """
         self._session.life.require_entered(f"{self!r} cannot recover")
         with self._stepper.standing("recovering"):
-            return await reopen(self._rank, self._state, self._session, self._shared, surviving_group, source)
+            return await reopen(self._rank, self._session, self._shared, self._attempts, surviving_group, source)
 
     async def audit(self, group: Transport) -> AuditReport:
         """Compare the bytes of all replicas of all experts across ranks; all ranks call this together.
@@ -340,24 +305,19 @@ class ExpertUpdater:
         :raises ClosedUpdater: if this updater is not open
         """
         self._session.life.require_entered(f"{self!r} cannot audit")
-        if self._session.running is not None:
+        if self.running is not None:
             raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
         return await audit_replicas(
             self._rank.live,
-            self._state.placement,
+            self.placement,
             self.topology,
-            members=[rank for rank in range(self.topology.num_ranks) if rank not in self._state.gone],
+            members=[rank for rank in range(self.topology.num_ranks) if rank not in self._session.state.gone],
             rank=self.rank,
             group=group,
             device=self._rank.device,
             workers=OtherWorkers(self._rank.workers, "audit"),  # this updater's own rounds go on
             control_timeout_s=self.options.control_timeout_s,
         )
-
-    @property
-    def _closed(self) -> str:
-        """Why no update can begin; empty if one can."""
-        return self._session.life.reason or self._shared.faults.no_more_rounds
 
     def _begin(
         self,
@@ -368,43 +328,18 @@ class ExpertUpdater:
         max_nbytes_per_step: int | None = None,
         after: DeviceEvent | None = None,
     ) -> UpdateRun:
-        if self._closed:
+        if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot update")
-        if self._session.running is not None:
-            raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
-        request = Request(
-            mode=mode,
-            new=new_placement,
-            layers=layers,
-            max_nbytes_per_step=max_nbytes_per_step,
-            after=after or self._rank.device.record(),
+        after = after or self.device.record()
+        return self._session.begin(
+            Request(mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
         )
-        update = admit(
-            request,
-            self._rank,
-            self._state.placement,
-            transport=self._session.transport,
-            gone=self._state.gone,
-            generation=self._shared.outlook.generation + 1,
-        )
-        run = UpdateRun(self._rank, update, transport=self._session.transport, shared=self._shared, pool=self._pool)
-        self._session.start(run, self._conclude)
-        return run
-
-    def _conclude(self, run: UpdateRun) -> None:
-        """Keep what an update has done, and what it left broken."""
-        self._state.placement = _reached(self._state.placement, run)
-        self._totals.add(len(run.journal.landed), failed=run.error is not None)
-        if run.needs_recovery:
-            reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
-            self._session.life.enter(LifeState.BROKEN, reason)
-            self._state.failed_run = run
 
     @asynccontextmanager
     async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:
-        if self._closed:
+        if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
         with self._stepper.standing(reason):
             try:
@@ -412,19 +347,3 @@ class ExpertUpdater:
                 yield
             finally:
                 await self._session.stand_no_more()
-
-
-def _reached(placement: ExpertPlacement, run: UpdateRun) -> ExpertPlacement:
-    """Return the placement after what a run has committed."""
-    return placement.with_layers(run.update.new, run.progress.committed_rows)
-
-
-async def _join(run: UpdateRun) -> None:
-    """Wait for the end of an update; if this is cancelled, for the end of the cancelled update."""
-    try:
-        await run.finished.wait()
-    except get_cancelled_exc_class():
-        run.cancel()
-        with CancelScope(shield=True):
-            await run.finished.wait()
-        raise

@@ -19,6 +19,7 @@ class Outlook:
     :param standing: this rank makes no steps at present
     :param step: boundaries passed
     :param lead: boundaries from the last one passed to a new fence
+    :param held: why this rank must pass no boundary before it recovers; None if it may
     """
 
     generation: int
@@ -31,6 +32,7 @@ class Outlook:
     standing: bool
     step: int
     lead: int
+    held: EplbError | None
 
 
 @dataclass(frozen=True, slots=True)

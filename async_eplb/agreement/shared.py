@@ -41,8 +41,7 @@ class SharedAgreement:
         self.ballots: tuple[Ballot, ...] = ()
         """Of all ranks in the last round, in the order of :attr:`Agreement.members`."""
         self.faults = PeerFaults()
-        self.held: EplbError | None = None
-        """Why this rank must not serve before it recovers."""
+        self._held: EplbError | None = None
         self.taken = 0
         """Waves of the update whose commit has begun, or will without fail: their decision is taken."""
         self.outlook = self._look()
@@ -172,12 +171,12 @@ class SharedAgreement:
 
     def hold(self, error: EplbError) -> None:
         """Let no boundary pass from here on; ``error`` is raised there."""
-        with self._lock:
+        with self._changing():
             self._hold(error)
 
     def hold_before(self, index: int, error: EplbError) -> bool:
         """Hold, unless the wave's commit is taken; return whether this rank is held, so that it is never taken."""
-        with self._lock:
+        with self._changing():
             if self.taken > index:
                 return False
             self._hold(error)
@@ -190,7 +189,7 @@ class SharedAgreement:
             self._numbered = False
             self._alarm = math.inf
             self.in_doubt = False
-            self.held = None
+            self._held = None
             self.faults = PeerFaults()
         self.ring()
 
@@ -204,7 +203,7 @@ class SharedAgreement:
         """Return what is due before the next boundary, or ``for_good`` at any boundary to come."""
         with self._lock:
             boundaries = self._agreement.boundaries
-            if not boundaries.standing or self.held is not None:
+            if not boundaries.standing or self._held is not None:
                 return None
             return self._take(boundaries.due_ever() if for_good else boundaries.due_next())
 
@@ -220,7 +219,7 @@ class SharedAgreement:
         return self._agreement.named(place for place, ballot in enumerate(self.ballots) if ballot.staged < staged)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once ``holds`` does; it is looked at now and whenever there is something new."""
+        """Return once ``holds`` does; it is looked at now and after each ring."""
         await self.news.until(holds)
 
     async def until_step(self, number: int, *, unless: Callable[[], bool]) -> None:
@@ -233,7 +232,7 @@ class SharedAgreement:
 
     def may_pass(self) -> bool:
         """Return whether the next boundary can be passed, or never will be."""
-        return self._agreement.boundaries.may_pass() or self.faults.lost is not None or self.held is not None
+        return self._agreement.boundaries.may_pass() or self.faults.lost is not None or self._held is not None
 
     def try_pass(self, number: int | None) -> tuple[bool, Decision | None]:
         """Pass the next boundary unless a fence stands there; return whether it was passed, and what is due.
@@ -265,10 +264,7 @@ class SharedAgreement:
             self._agreement.lead.waited()
 
     def wait_for_result(self) -> None:
-        """Block the calling thread until the next boundary may be passed or never will be.
-
-        This ends: a control round has a deadline of its own.
-        """
+        """Block until the next boundary may be passed or never will be; this ends, for a round has a deadline."""
         with self._lock:
             self._lock.wait_for(self.may_pass)
 
@@ -285,6 +281,7 @@ class SharedAgreement:
             standing=boundaries.standing,
             step=boundaries.step,
             lead=agreement.lead.boundaries,
+            held=self._held,
         )
 
     @contextmanager
@@ -317,15 +314,15 @@ class SharedAgreement:
         return decision
 
     def _hold(self, error: EplbError) -> None:
-        if self.held is None or isinstance(error, CommitFailed):
-            self.held = error
+        if self._held is None or isinstance(error, CommitFailed):
+            self._held = error
         self._lock.notify_all()
 
     def _require_no_doubt(self) -> None:
         # Agreement rule 6: behind a fence whose round was lost, a peer may have committed.
         boundaries, lost = self._agreement.boundaries, self.faults.lost
-        if self.held is not None:
-            raise self.held
+        if self._held is not None:
+            raise self._held
         at_once = self.in_doubt and not boundaries.fence
         if lost is not None and (at_once or not boundaries.may_pass()):
             boundary = boundaries.fence or boundaries.step + 1

@@ -166,7 +166,7 @@ class Checker:
     @staticmethod
     def _half_committed(watched: Watched) -> set[int]:
         """Return the layer whose commit failed on this rank, if there is one."""
-        error = watched.updater.held
+        error = watched.updater.outlook.held
         return set() if error is None else {getattr(error, "layer", -1)}
 
     def _check_change(self, watched: Watched) -> None:

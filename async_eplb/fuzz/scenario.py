@@ -72,6 +72,20 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """Options of the updaters of a world.
+
+    :param sources: of the planner
+    """
+
+    staging_depth: int = 2
+    lead: int = 2
+    operations_per_group: int = 256
+    verify: str = "checksum"
+    sources: str = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """One world and what happens in it; equal scenarios give equal runs.
 
@@ -81,7 +95,6 @@ class Scenario:
     :param idle_every: forward passes between two times in ``ExpertUpdater.idle``; 0 for never
     :param numbered: ranks pass the number of the step to ``ExpertUpdater.step``
     :param by_policy: placements are a policy's for a random load; otherwise they are random themselves
-    :param sources: of the planner
     """
 
     seed: int
@@ -95,13 +108,9 @@ class Scenario:
     idle_every: int = 0
     numbered: bool = False
     by_policy: bool = False
-    staging_depth: int = 2
-    lead: int = 2
-    operations_per_group: int = 256
-    verify: str = "checksum"
+    tuning: Tuning = Tuning()
     launch_rule: LaunchRule = LaunchRule.AT_ONCE
     reorder: bool = False
-    sources: str = "chunked"
     troubles: tuple[Trouble, ...] = ()
 
     def to_json(self) -> str:
@@ -116,6 +125,7 @@ class Scenario:
         """
         try:
             values: dict[str, Any] = json.loads(text)
+            values["tuning"] = Tuning(**values["tuning"])
             values["launch_rule"] = LaunchRule(values["launch_rule"])
             values["troubles"] = tuple(
                 Trouble(**{**trouble, "mishap": Mishap(trouble["mishap"])}) for trouble in values["troubles"]
@@ -148,10 +158,12 @@ def scenario_for(seed: int) -> Scenario:
         idle_every=rng.choice((0, 0, 3, 8)),
         numbered=rng.random() < 0.5,  # noqa: PLR2004 - a share
         by_policy=rng.random() < 0.3,  # noqa: PLR2004 - a share
-        staging_depth=rng.choice((1, 2, 2, 3)),
-        lead=rng.choice((1, 1, 2, 4)),
-        operations_per_group=rng.choice((4, 8, 256)),
-        verify="checksum" if corrupt else rng.choice(("off", "canary", "checksum")),
+        tuning=Tuning(
+            staging_depth=rng.choice((1, 2, 2, 3)),
+            lead=rng.choice((1, 1, 2, 4)),
+            operations_per_group=rng.choice((4, 8, 256)),
+            verify="checksum" if corrupt else rng.choice(("off", "canary", "checksum")),
+        ),
         launch_rule=rng.choice(tuple(LaunchRule)),
         reorder=rng.random() < 0.3,  # noqa: PLR2004 - a share
         troubles=troubles,
@@ -167,7 +179,7 @@ def _relaying(scenario: Scenario, rng: random.Random) -> Scenario:
         num_nodes=2,
         num_experts=rng.randint(2 * scenario.num_slots, 3 * scenario.num_slots),
         launch_rule=rng.choice((LaunchRule.AT_ONCE, LaunchRule.ORDERED)),
-        sources="relayed",
+        tuning=replace(scenario.tuning, sources="relayed"),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from async_eplb.agreement.rules import LaunchRule
-from async_eplb.fuzz.scenario import Scenario
+from async_eplb.fuzz.scenario import Scenario, Tuning
 
 _OTHER_SEEDS = 3
 """Other seeds that are tried for each smaller scenario, since events have another order in it."""
@@ -47,16 +47,25 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
         layers = scenario.num_layers - 1
         troubles = tuple(replace(trouble, layer=min(trouble.layer, layers - 1)) for trouble in scenario.troubles)
         yield replace(scenario, num_layers=layers, troubles=troubles)
-    simplest = Scenario(scenario.seed)
-    for option in ("sources", "idle_every", "reorder", "by_policy", "numbered", "num_nodes", "operations_per_group"):
-        if getattr(scenario, option) != getattr(simplest, option):
-            yield replace(scenario, **{option: getattr(simplest, option)})
+    yield from _plainer(scenario)
     if scenario.launch_rule is not LaunchRule.AT_ONCE:
         yield replace(scenario, launch_rule=LaunchRule.AT_ONCE)
     if scenario.serving:
         yield replace(scenario, serving=False)
-    if scenario.verify != "off":
-        yield replace(scenario, verify="off")
+    if scenario.tuning.verify != "off":
+        yield replace(scenario, tuning=replace(scenario.tuning, verify="off"))
+
+
+def _plainer(scenario: Scenario) -> Iterator[Scenario]:
+    """Yield scenarios with one value as it is by default."""
+    for option in ("sources", "operations_per_group"):
+        plain = getattr(Tuning(), option)
+        if getattr(scenario.tuning, option) != plain:
+            yield replace(scenario, tuning=replace(scenario.tuning, **{option: plain}))
+    for option in ("idle_every", "reorder", "by_policy", "numbered", "num_nodes"):
+        plain = getattr(Scenario(scenario.seed), option)
+        if getattr(scenario, option) != plain:
+            yield replace(scenario, **{option: plain})
 
 
 def _with_ranks(scenario: Scenario, num_ranks: int) -> Scenario:

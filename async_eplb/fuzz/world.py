@@ -22,6 +22,7 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import Planner
 from async_eplb.policy import Global
 from async_eplb.recovery.survivors import on_survivors
+from async_eplb.staging import BufferState
 from async_eplb.testing.sample_model import random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
@@ -82,11 +83,11 @@ class SimulatedWorld:
             transport=transport,
             on_commit=lambda _layer: None,
             options=UpdateOptions(
-                verify=scenario.verify,
-                planner=Planner(scenario.sources),
-                staging_depth=scenario.staging_depth,
-                operations_per_group=scenario.operations_per_group,
-                lead=scenario.lead,
+                verify=scenario.tuning.verify,
+                planner=Planner(scenario.tuning.sources),
+                staging_depth=scenario.tuning.staging_depth,
+                operations_per_group=scenario.tuning.operations_per_group,
+                lead=scenario.tuning.lead,
                 transfer_timeout_s=TRANSFER_TIMEOUT_S,
                 control_timeout_s=CONTROL_TIMEOUT_S,
                 progress_timeout_s=PROGRESS_TIMEOUT_S,
@@ -245,10 +246,8 @@ class SimulatedWorld:
             self.checker.check_layers(rank.watched)
             if rank.watched.map.tolist() != placement.physical_to_logical_map.tolist():
                 raise Violation(Invariant.RECOVERED, f"rank {rank.number} publishes another map than its placement")
-            if not rank.updater._pool.all_free:
-                raise Violation(
-                    Invariant.ONE_STATE, f"rank {rank.number} has staging in use: {rank.updater._pool.buffers}"
-                )
+            if any(buffer.state is not BufferState.FREE for buffer in rank.updater.staging):
+                raise Violation(Invariant.ONE_STATE, f"rank {rank.number} has staging in use: {rank.updater.staging}")
             if enough:
                 self.checker.check_replicas(rank.watched)
 

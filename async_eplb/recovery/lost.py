@@ -8,12 +8,12 @@ from torch import Tensor
 
 from async_eplb.errors import CommitFailed, EplbError, InvalidWeightSource
 from async_eplb.placement import ExpertPlacement
-from async_eplb.recovery.state import RankState
 from async_eplb.recovery.survivors import Home, by_layer, vacated, with_homes
 from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
 from async_eplb.update.rank import Rank
+from async_eplb.update.state import RankState
 from async_eplb.workers import Work
 
 
@@ -27,7 +27,13 @@ def publish(rank: Rank, placement: ExpertPlacement, row: int) -> None:
 
 
 async def fetch_lost(
-    rank: Rank, state: RankState, control: ControlGroup, source: WeightSource | None, *, step: int
+    rank: Rank,
+    state: RankState,
+    homes: Sequence[Home],
+    control: ControlGroup,
+    source: WeightSource | None,
+    *,
+    step: int,
 ) -> dict[int, tuple[int, ...]]:
     """Load experts that nobody holds into slots that can be spared, layer by layer.
 
@@ -38,7 +44,7 @@ async def fetch_lost(
     able = all(row[0] for row in await hold_round(control, [int(source is not None)]))
     if source is None or not able:
         return loaded
-    for layer, found in by_layer(state.attempt.homes).items():
+    for layer, found in by_layer(homes).items():
         mine = [home for home in found if rank.topology.rank_of(home.physical_expert) == rank.number]
         contents: list[tuple[Home, list[Tensor]]] = []
         failure: EplbError | None = None

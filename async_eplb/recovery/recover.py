@@ -7,16 +7,18 @@ happened on other ranks: each tells the others what it has, and all draw the sam
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from async_eplb.agreement.outlook import Outlook
 from async_eplb.errors import PlacementDisagreement, RankMismatch
 from async_eplb.recovery.lost import fetch_lost, publish
 from async_eplb.recovery.roll_forward import roll_forward
-from async_eplb.recovery.state import Attempt, RankState, Recovery
+from async_eplb.recovery.state import Attempt, Attempts, Recovery
 from async_eplb.recovery.survivors import homes, vacated, without_ranks
 from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.update.rank import Rank
+from async_eplb.update.state import RankState
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +51,25 @@ class Facts:
 
 
 async def recover(
-    rank: Rank, state: RankState, control: ControlGroup, source: WeightSource | None, *, step: int, generation: int
+    rank: Rank,
+    state: RankState,
+    attempts: Attempts,
+    control: ControlGroup,
+    source: WeightSource | None,
+    *,
+    outlook: Outlook,
 ) -> Recovery:
     """Bring survivors to the same layers; returns when all of them are there.
 
-    :param state: of this rank, changed as far as the recovery comes
+    :param state: of this rank, changed as far as the recovery comes, as are ``attempts``
     :param control: of the survivors
-    :param step: boundaries that this rank has passed
-    :param generation: updates that it has begun
     :raises RankMismatch: if survivors are not in rank order in their transport
     :raises Unrecoverable: if one has committed a layer that another has no bytes of
     :raises PlacementDisagreement: if they serve different placements all the same
     :raises BrokenControlGroup: if one is lost meanwhile; recover without it
     """
-    own = Facts(rank.number, step, generation, state.attempt.number, state.attempt.complete, _generations(rank, state))
+    latest_here, generations = attempts.latest, _generations(rank, state)
+    own = Facts(rank.number, outlook.step, outlook.generation, latest_here.number, latest_here.complete, generations)
     facts = [Facts.from_row(row) for row in await hold_round(control, own.to_row())]
     members = tuple(each.rank for each in facts)
     if sorted(set(members)) != list(members):
@@ -73,15 +80,15 @@ async def recover(
         )
     control = RenumberedControlGroup(control, members)
     latest = max(each.attempt for each in facts)
-    _catch_up(rank, state, latest)
+    _catch_up(rank, state, attempts, latest)
     goal = [max(column) for column in zip(*(each.layer_generations for each in facts), strict=True)]
     rolled = await roll_forward(rank, state, control, members, goal)
     gone = [number for number in range(rank.topology.num_ranks) if number not in members]
     remaining = without_ranks(state.placement, rank.topology, gone)
     if all(each.attempt == latest for each in facts) and not all(each.complete for each in facts):
-        remaining = vacated(remaining, state.attempt.homes)  # some ranks may have written there, others not
+        remaining = vacated(remaining, attempts.latest.homes)  # some ranks may have written there, others not
     attempt = Attempt(latest + 1, homes(remaining, rank.topology, gone), remaining)
-    state.attempt = replace(state.attempt, proposed=attempt)
+    attempts.latest = replace(attempts.latest, proposed=attempt)
     digests = tuple(row[0] for row in await hold_round(control, [int.from_bytes(remaining.digest()[:8]) >> 1]))
     if len(set(digests)) > 1:
         raise PlacementDisagreement(
@@ -89,9 +96,9 @@ async def recover(
             digests=digests,
             ranks=members,
         )
-    _begin_attempt(rank, state, attempt)
-    loaded = await fetch_lost(rank, state, control, source, step=step)
-    state.attempt = replace(state.attempt, complete=True)
+    _begin_attempt(rank, state, attempts, attempt)
+    loaded = await fetch_lost(rank, state, attempts.latest.homes, control, source, step=outlook.step)
+    attempts.latest = replace(attempts.latest, complete=True)
     return Recovery(
         ranks=members,
         generation=max(each.generation for each in facts),
@@ -112,20 +119,20 @@ def _generations(rank: Rank, state: RankState) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _catch_up(rank: Rank, state: RankState, latest: int) -> None:
+def _catch_up(rank: Rank, state: RankState, attempts: Attempts, latest: int) -> None:
     """Begin the attempt that this rank has proposed too, if others know that all have; none of them has got further.
 
     A rank that knows has seen that this one proposed the same, and waits for it before it writes an expert.
     """
-    proposed = state.attempt.proposed
+    proposed = attempts.latest.proposed
     if proposed is not None and proposed.number == latest:
-        _begin_attempt(rank, state, proposed)
+        _begin_attempt(rank, state, attempts, proposed)
 
 
-def _begin_attempt(rank: Rank, state: RankState, attempt: Attempt) -> None:
+def _begin_attempt(rank: Rank, state: RankState, attempts: Attempts, attempt: Attempt) -> None:
     """Serve what all survivors have; slots where experts are loaded later may be empty by now."""
     placement = attempt.placement or state.placement
     for row in placement.changed_layers(state.placement):
         publish(rank, placement, row)
     state.placement = placement
-    state.attempt = attempt
+    attempts.latest = attempt

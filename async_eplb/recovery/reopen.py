@@ -8,7 +8,7 @@ from anyio import CancelScope
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BusyTransport, ClosedUpdater, EplbError
 from async_eplb.recovery.recover import recover
-from async_eplb.recovery.state import RankState, Recovery
+from async_eplb.recovery.state import Attempts, Recovery
 from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.transport.base import Transport
 from async_eplb.transport.renumbered import RenumberedControlGroup, RenumberedTransport
@@ -18,25 +18,24 @@ from async_eplb.update.session import Session
 
 async def reopen(
     rank: Rank,
-    state: RankState,
     session: Session,
     shared: SharedAgreement,
+    attempts: Attempts,
     surviving_group: Transport,
     source: WeightSource | None,
 ) -> Recovery:
     """End what is under way, recover over another transport, and go on with it. Not cancelled.
 
-    :param state: changed as far as the recovery comes, also if it fails
+    :param attempts: of this rank, changed as far as the recovery comes, also if it fails
     :param surviving_group: an unused transport between the survivors
     :raises EplbError: as :func:`recover`; no boundary passes then
     """
     with CancelScope(shield=True):
-        num_ranks = rank.topology.num_ranks
+        state, num_ranks = session.state, rank.topology.num_ranks
         async with _holding_back(rank, shared, surviving_group):
             await session.disconnect()
             control = await session.open_transport(surviving_group)
-            outlook = shared.outlook
-            recovery = await recover(rank, state, control, source, step=outlook.step, generation=outlook.generation)
+            recovery = await recover(rank, state, attempts, control, source, outlook=shared.outlook)
         state.failed_run = None
         state.gone = tuple(number for number in range(num_ranks) if number not in recovery.ranks)
         shared.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)

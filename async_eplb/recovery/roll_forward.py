@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 
 from async_eplb.errors import Unrecoverable
-from async_eplb.recovery.state import RankState
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
+from async_eplb.update.state import RankState
 
 
 async def roll_forward(

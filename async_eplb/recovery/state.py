@@ -1,10 +1,9 @@
-"""What updates and failures have left on one rank, and what a recovery did."""
+"""What a recovery did, and where it came to if it was interrupted."""
 
 from dataclasses import dataclass, field
 
 from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.survivors import Home
-from async_eplb.update.run import UpdateRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +48,10 @@ class Attempt:
 
 
 @dataclass(slots=True)
-class RankState:
-    """What one rank has between updates.
+class Attempts:
+    """One rank's recoveries.
 
-    :param placement: that the live weights have, whether a recovery is complete or not
-    :param gone: ranks that were lost and recovered from
-    :param failed_run: the last update, if it failed in a way that needs a recovery; with the staging that it kept
-    :param attempt: where the last recovery put lost experts, or began to
+    :param latest: where the last one put lost experts, or began to
     """
 
-    placement: ExpertPlacement
-    gone: tuple[int, ...] = ()
-    failed_run: UpdateRun | None = None
-    attempt: Attempt = field(default_factory=Attempt)
+    latest: Attempt = field(default_factory=Attempt)

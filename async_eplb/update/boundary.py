@@ -1,5 +1,6 @@
 """What is done at a step boundary: waves that are due are committed, then parts of transfers are launched."""
 
+from collections import deque
 from functools import partial
 
 from async_eplb.agreement.ballot import Decision
@@ -26,7 +27,7 @@ class Boundary:
         self._progress = progress
         self._shared = shared
         self._failure = failure
-        self._launchable: list[tuple[Hop, PreparedExchange]] = []
+        self._launchable: deque[tuple[Hop, PreparedExchange]] = deque()
         self._num_parts_launched = 0
 
     def offer(self, layer: LayerInFlight) -> int:
@@ -59,7 +60,7 @@ class Boundary:
             self._failure.fail(failure)
         try:
             while self._num_parts_launched < decision.parts_launched and self._failure.error is None:
-                self._stages.launch(*self._launchable[self._num_parts_launched])
+                self._stages.launch(*self._launchable.popleft())
                 self._num_parts_launched += 1
         except Exception as error:  # noqa: BLE001 - the update fails, serving does not
             self._failure.fail(error)

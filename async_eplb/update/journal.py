@@ -115,6 +115,7 @@ class Journal:
 
     def transferred(self, layer: LayerInFlight) -> None:
         """Log that a layer is staged. Where two layers moved at once, their time counts once, for the earlier one."""
+        turn_s = max(layer.turn_s, self._last_staged_s)
         event = transfer_event(
             layer.planned.plan,
             self._rank.topology,
@@ -123,11 +124,11 @@ class Journal:
             generation=self._update.generation,
             step=self._shared.outlook.step,
             expert_nbytes=sum(self._rank.weights.slot_nbytes(layer.planned.row)),
-            ms=(layer.staged_s - max(layer.turn_s, self._last_staged_s)) * 1e3,
+            ms=_ms_since(turn_s),
         )
-        self._last_staged_s = layer.staged_s
         self._tally.add_transfer(event)
         self._emit(event)
+        layer.staged_s = self._last_staged_s = current_time()
 
     def commit_turn_s(self, began_s: float) -> float:
         """Return when a commit's turn came: when it began, or when the one before was done on the device."""
@@ -135,7 +136,6 @@ class Journal:
 
     def committed(self, layer: LayerInFlight, turn_s: float) -> LayerCommitted:
         """Log that a commit is done on the device."""
-        now_s = current_time()
         counts = layer.planned.plan.source_counts
         moved = {source: count for source, count in counts.items() if count and source in MOVING}
         event = LayerCommitted(
@@ -143,18 +143,18 @@ class Journal:
             rank=self._rank.number,
             layer=layer.planned.row,
             step=layer.step,
-            duration_ms=(now_s - turn_s) * 1e3,
+            duration_ms=_ms_since(turn_s),
             copy_ms=layer.copy_ms,
             wait_ms=(turn_s - layer.staged_s) * 1e3,
             num_slots=sum(moved.values()),
             nbytes=layer.nbytes,
         )
-        self._last_committed_s = now_s
         self._tally.commit_ms += event.duration_ms
         self._tally.wait_ms += event.wait_ms
         for source, count in moved.items():
             self._tally.nbytes_by_source[source] += layer.nbytes // event.num_slots * count
         self._emit(event)
+        self._last_committed_s = current_time()
         self.landed.append(event)
         return event
 

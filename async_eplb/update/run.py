@@ -4,12 +4,16 @@ An update runs in a task of its own, shielded: its caller may be cancelled at an
 another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank (rule 9).
 """
 
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
+from functools import partial
+from itertools import count
 
-from anyio import CancelScope, Event, create_task_group, current_time, move_on_after
+from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import UpdateCancelled, UpdateNotBegun, UpdateStalled
+from async_eplb.events.schema import LayerCommitted
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport.base import Transport
 from async_eplb.update.admission import Update
@@ -81,6 +85,34 @@ class UpdateRun:
             await self._stages.settle()
         self.duration_ms = (current_time() - began_s) * 1e3
         self._conclude()
+
+    async def join(self) -> None:
+        """Wait for the end of the update; if this is cancelled, for the end of the cancelled update."""
+        try:
+            await self.finished.wait()
+        except get_cancelled_exc_class():
+            self.cancel()
+            with CancelScope(shield=True):
+                await self.finished.wait()
+            raise
+
+    async def landings(self) -> AsyncGenerator[LayerCommitted, None]:
+        """Yield each layer as it lands on this rank; cancel the update if the generator is closed before its end."""
+        landed = self.journal.landed
+        try:
+            for index in count():
+                await self._shared.until(partial(self._has_landed, index))
+                if len(landed) <= index:
+                    break
+                yield landed[index]
+        finally:
+            if not self.finished.is_set():
+                self.cancel()
+            await self.join()
+        self.summary()
+
+    def _has_landed(self, index: int) -> bool:
+        return len(self.journal.landed) > index or self.finished.is_set()
 
     def log_end(self) -> None:
         """Log how the update ended; what the caller's logger raises is raised to the caller."""

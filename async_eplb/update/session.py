@@ -23,12 +23,18 @@ from anyio.lowlevel import checkpoint
 
 from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.agreement.steps import Stepper
 from async_eplb.device import DeviceEvent
-from async_eplb.errors import UpdateAborted
+from async_eplb.errors import BusyUpdater, UpdateAborted
+from async_eplb.placement import ExpertPlacement
+from async_eplb.staging import StagingPool
 from async_eplb.transport.base import ControlGroup, Transport
+from async_eplb.update.admission import Request, admit
 from async_eplb.update.life import Life, LifeState
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
+from async_eplb.update.state import RankState
+from async_eplb.update.summary import UpdaterStatistics
 from async_eplb.workers import Doorbell
 
 
@@ -38,8 +44,10 @@ class Session:
     :param transport: an unused one; another takes its place in a recovery
     """
 
-    def __init__(self, rank: Rank, shared: SharedAgreement, transport: Transport) -> None:
+    def __init__(self, rank: Rank, placement: ExpertPlacement, shared: SharedAgreement, transport: Transport) -> None:
         self.transport = transport
+        self.state = RankState(placement)
+        self.pool = StagingPool(rank.options.staging_depth, rank.device)
         self.running: UpdateRun | None = None
         self.life = Life()
         self._rank = rank
@@ -107,13 +115,53 @@ class Session:
         await self._rounds_ended.wait()
         await self.transport.aclose()
 
-    def start(self, run: UpdateRun, conclude: Callable[[UpdateRun], None]) -> None:
-        """Run an update in the background, and then ``conclude`` it.
+    @property
+    def closed(self) -> str:
+        """Why no update can begin; empty if one can."""
+        return self.life.reason or self._shared.faults.no_more_rounds
 
-        :param conclude: called before those who wait for the update know of its end
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The placement that the live weights have, as far as committed."""
+        run, placement = self.running, self.state.placement
+        return placement if run is None else placement.with_layers(run.update.new, run.progress.committed_rows)
+
+    def statistics(self, stepper: Stepper) -> UpdaterStatistics:
+        """Return what the updater has done so far."""
+        run, outlook, totals = self.running, self._shared.outlook, self.state.totals
+        return UpdaterStatistics(
+            generation=outlook.generation,
+            updating=run is not None,
+            num_updates_finished=totals.num_finished,
+            num_updates_failed=totals.num_failed,
+            num_layers_committed=totals.num_layers + (0 if run is None else len(run.journal.landed)),
+            step=outlook.step,
+            lead=outlook.lead,
+            num_rounds=self._shared.num_rounds,
+            num_fence_waits=stepper.num_waits,
+            fence_wait_ms=stepper.wait_ms,
+            longest_step_ms=stepper.longest_ms,
+        )
+
+    def begin(self, request: Request) -> UpdateRun:
+        """Begin an update in the background.
+
+        :raises EplbError: if the request is refused; nothing has changed
         """
+        if self.running is not None:
+            raise BusyUpdater(f"rank {self._rank.number}: wait for the running update before the next one")
+        update = admit(
+            request,
+            self._rank,
+            self.state.placement,
+            transport=self.transport,
+            gone=self.state.gone,
+            generation=self._shared.outlook.generation + 1,
+        )
+        run = UpdateRun(self._rank, update, transport=self.transport, shared=self._shared, pool=self.pool)
         self.running = run
-        self._start(self._run, run, conclude)
+        self._start(self._run, run)
+        return run
 
     def stand(self, after: DeviceEvent, *, for_good: bool = False) -> None:
         """From now on, do what is due although this rank makes no steps (agreement rule 8).
@@ -151,9 +199,15 @@ class Session:
 
         self._tasks.start_soon(shielded)
 
-    async def _run(self, run: UpdateRun, conclude: Callable[[UpdateRun], None]) -> None:
+    async def _run(self, run: UpdateRun) -> None:
+        """Run an update to its end, and keep what it has done and what it left broken."""
         await run.run()
-        conclude(run)
+        self.state.placement = self.placement
+        self.state.totals.add(len(run.journal.landed), failed=run.error is not None)
+        if run.needs_recovery:
+            reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
+            self.life.enter(LifeState.BROKEN, reason)
+            self.state.failed_run = run
         self.running = None
         run.log_end()
         run.finished.set()

@@ -175,7 +175,6 @@ class LayerStages:
         if self._rank.verifier.mode is not Verify.OFF:
             await self._rank.workers.run(Work.CHECK, lambda: self._check_staged(layer))
         layer.buffer.enter(BufferState.STAGED)
-        layer.staged_s = current_time()
         self._journal.transferred(layer)
 
     @contextmanager

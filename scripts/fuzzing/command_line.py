@@ -70,6 +70,6 @@ def _idle() -> Iterator[None]:
         patch.object(fuzz, "_tallies", reached),
         patch.object(fuzz, "simulate", reached),
         patch.object(report, "_draw", reached),
-        patch.object(simulate, "simulate", reached),
+        patch.object(simulate, "compare_plans", reached),
     ):
         yield

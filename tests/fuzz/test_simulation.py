@@ -13,11 +13,11 @@ from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.commit.committer import CopyCommit
-from async_eplb.fuzz import Invariant, Mishap, Scenario, Trouble, scenario_for, simulate
-from async_eplb.recovery.state import RankState
+from async_eplb.fuzz import Invariant, Mishap, Scenario, Trouble, Tuning, scenario_for, simulate
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport import Exchange
 from async_eplb.update.exchange import exchanges
+from async_eplb.update.state import RankState
 
 FOUND = {
     "staging had no buffers after an allocation failed": Scenario(
@@ -28,16 +28,14 @@ FOUND = {
         num_slots=3,
         serving=True,
         idle_every=3,
-        staging_depth=3,
-        verify="off",
+        tuning=Tuning(staging_depth=3, verify="off"),
         troubles=(Trouble(Mishap.FAIL_WORK, 1, work="commit"),),
     ),
     "an update whose last commit finished after a rank was lost never ended": Scenario(
         1000088,
         num_layers=4,
         serving=True,
-        staging_depth=3,
-        lead=4,
+        tuning=Tuning(staging_depth=3, lead=4),
         troubles=(Trouble(Mishap.KILL, 0, event=708),),
     ),
     "a step that waited when its update had failed was not told of the round that let it go on": Scenario(
@@ -98,7 +96,7 @@ def test_all_mishaps_are_drawn() -> None:
     assert (
         {scenario.num_ranks for scenario in scenarios} == {scenario.num_layers for scenario in scenarios} == {2, 3, 4}
     )
-    assert {scenario.sources for scenario in scenarios} == {"chunked", "relayed"}
+    assert {scenario.tuning.sources for scenario in scenarios} == {"chunked", "relayed"}
 
 
 @pytest.mark.parametrize("scenario", FOUND.values(), ids=FOUND)

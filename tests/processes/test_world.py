@@ -107,8 +107,10 @@ def hold(world: WorldRank) -> None:
 
 def test_a_world_whose_owner_is_killed_leaves_no_process() -> None:
     """Its output ends, which it does when the last process that could write there is gone."""
-    code = "from async_eplb.testing import run_world; import test_world; run_world(test_world.hold, 2)"
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent, text=True)
+    code = "import sys; sys.path.append('processes'); import test_world as t; t.run_world(t.hold, 2)"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True
+    )
     assert owner.stdout is not None
     with owner, owner.stdout:
         try:
