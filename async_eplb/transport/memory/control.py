@@ -45,7 +45,8 @@ class MemoryControlGroup:
         self._round += 1
         this = world.rounds.setdefault(number, Round())
         rows = this.rows
-        rows[self._rank] = list(row)
+        if self._rank not in world.dead:
+            rows[self._rank] = list(row)
         for rank, wake in world.wakes.items():
             if rank not in rows:
                 wake()
