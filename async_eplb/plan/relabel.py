@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from einops import rearrange, reduce
+from einops import rearrange
 
 from async_eplb.errors import MissingExtra
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
@@ -70,18 +70,14 @@ def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign)
     num_nodes, per_node = topology.num_nodes, topology.num_ranks_per_node
     num_experts = max(int(held.max()), int(wanted.max())) + 1
     holds, wants = _membership(held, num_experts), _membership(wanted, num_experts)  # [ranks, experts]
-    node_holds = reduce(holds, "(nodes ranks) experts -> nodes experts", "any", nodes=num_nodes)
+    node_holds = holds.reshape(num_nodes, per_node, num_experts).any(axis=1)  # [nodes, experts]
     of_new = wants.T.astype(np.float32)  # [experts, new ranks]; products of integers would take much longer
     kept = holds.astype(np.float32) @ of_new  # [ranks, new ranks]: experts that a rank keeps as a new rank
     near = node_holds.astype(np.float32) @ of_new  # [nodes, new ranks]: experts of a new rank that the node holds
     near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2, dtype=np.float64)  # [nodes, new nodes]
-    blocks = rearrange(
-        kept,
-        "(nodes ranks) (new_nodes new_ranks) -> nodes new_nodes ranks new_ranks",
-        nodes=num_nodes,
-        ranks=per_node,
-        new_nodes=num_nodes,
-    )
+    blocks = kept.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(
+        1, 2
+    )  # [nodes, nodes, ranks, ranks]
     weight = held.size + 1  # more than all receives: experts that stay on their node count first
     of_node = np.arange(num_nodes)
     # [nodes, new nodes]: at most what is kept by the best places of a node's ranks; exact where ``known``
@@ -111,7 +107,7 @@ def _keep_slots(held: Ints, wanted: Ints) -> Ints:
     (held_order, held_key), (order, key) = _numbered(held), _numbered(wanted)  # all [ranks, slots], in ranked order
     # A replica stays where both have its number: as many of an expert as it has replicas on the rank in both.
     stays, placed = np.isin(held_key, key, assume_unique=True), np.isin(key, held_key, assume_unique=True)
-    ranked = np.take_along_axis(wanted, order, axis=1)  # [ranks, slots], ascending
+    ranked = wanted[np.arange(len(held))[:, None], order]  # [ranks, slots], ascending
     result = np.empty_like(wanted)
     free = np.ones(held.shape, dtype=np.bool_)
     rank, place = np.nonzero(stays)  # [staying]

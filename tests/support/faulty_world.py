@@ -240,6 +240,7 @@ class _Rank:
         self.topology = EPTopology(self.accident.num_ranks, 1, 3)
         self.num_experts = 2 * self.accident.num_ranks
         async with self._updater() as updater:
+            await anyio.to_thread.run_sync(dist.barrier)  # the accident meets ranks that are all connected
             error, detected_s = await self._update_until_error(updater)
             num_steps, in_doubt = await self._serve_on(updater)
             named = getattr(error, "missing", ()) or getattr(error, "ranks", ())
