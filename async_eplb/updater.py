@@ -82,26 +82,20 @@ class ExpertUpdater:
             workers=workers or ThreadWorkers(),
             device=device or device_for(weights.device),
         )
-        self._wire(admitted, placement, transport)
-
-    @classmethod
-    def of(cls, rank: Rank, placement: ExpertPlacement, transport: Transport) -> Self:
-        """Return an updater of a rank from ``admit_rank``, some of whose parts were replaced, such as its committer."""
-        updater = cls.__new__(cls)
-        updater._wire(rank, placement, transport)
-        return updater
-
-    def _wire(self, rank: Rank, placement: ExpertPlacement, transport: Transport) -> None:
-        self._rank = rank
+        self._rank = self._equipped(admitted)
         self.run_id = transport.run_id
         """Names this updater's life in logs; equal on all its ranks."""
-        agreement = Agreement(lead=rank.options.lead, max_step_skew=rank.options.max_step_skew)
+        agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
         self._shared = SharedAgreement(agreement)
-        self._session = Session(rank, placement, self._shared, transport)
-        self._stepper = Stepper(self._shared, rank.logger, rank.number, self._session.execute)
+        self._session = Session(self._rank, placement, self._shared, transport)
+        self._stepper = Stepper(self._shared, self._rank.logger, rank, self._session.execute)
         self._attempts = Attempts()
         self.demands = RebalanceDemands(self._shared, lambda: self._session.closed)
         """For a rebalancer: when all ranks make the next rebalance."""
+
+    def _equipped(self, rank: Rank) -> Rank:
+        """Return the rank, some of whose parts a subclass may replace, such as its committer."""
+        return rank
 
     def __repr__(self) -> str:
         closed = self._session.closed
@@ -155,7 +149,7 @@ class ExpertUpdater:
 
     @property
     def outlook(self) -> Outlook:
-        """What is agreed on at this moment, and where this rank stands."""
+        """The agreement at this moment: what is agreed on, and how many boundaries this rank has passed."""
         return self._shared.outlook
 
     def statistics(self) -> UpdaterStatistics:
@@ -219,7 +213,7 @@ class ExpertUpdater:
         :meth:`step`, on every rank at the same boundary.
 
         :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most, on average;
-            not heeded while this rank makes no steps
+            without effect while this rank makes no steps
         :param after: work on the device that wrote live weights last; without it, what this thread's current stream
             has now
         :raises EplbError: as :meth:`update`, for what is refused
@@ -270,7 +264,7 @@ class ExpertUpdater:
         :param after: as for :meth:`idle`
         :raises BusyUpdater: if this rank stands already
         """
-        async with self._standing("paused", after):
+        async with self._standing("paused", after):  # rule 16
             if self._session.running is not None:
                 await self._session.running.finished.wait()
             yield

@@ -1,6 +1,7 @@
 """Synchronous engines: the same updater behind blocking calls."""
 
 import threading
+from inspect import signature
 
 from support.helpers import (
     TINY,
@@ -46,3 +47,14 @@ def test_synchronous_engines_use_the_same_updater() -> None:
     assert outcome == [(0, 1, 2), True, (0, 1, 2)]
     assert TINY.wrong_slots(tensors, new, topology, 0) == []
     assert isinstance(updater.updater, ExpertUpdater)
+
+
+def test_both_facades_have_the_same_face() -> None:
+    """The same parameters, and one more; the same properties; and the methods that callers of either use."""
+    plain, synchronous = (dict(signature(kind).parameters) for kind in (ExpertUpdater, SyncUpdater))
+    assert synchronous.pop("backend").default == "asyncio"
+    assert synchronous == plain
+    properties = {name for name, value in vars(SyncUpdater).items() if isinstance(value, property)}
+    internal = {"running", "failed", "staging", "outlook"}
+    assert properties | internal >= {name for name, value in vars(ExpertUpdater).items() if isinstance(value, property)}
+    assert {"update", "begin", "step", "idle", "paused", "recover", "audit", "statistics"} <= set(vars(SyncUpdater))

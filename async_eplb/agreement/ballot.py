@@ -1,4 +1,4 @@
-"""What ranks tell each other in a round, and what a round decides.
+"""The messages of a control round, and the result of a round.
 
 Counts are prefix lengths in update order, in waves: the minimum over ranks holds everywhere. A wave is one layer, until
 several are staged together.
@@ -91,7 +91,7 @@ _STATUSES = {int(status): status for status in Status}
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one round decided, the same on every rank that the round counts for.
+    """The result of one round, the same on every rank that the round counts for.
 
     :param boundary: the step boundary of what was decided; 0 if nothing was, or if it holds at once
     :param agreed: waves that may be committed, in all rounds so far

@@ -28,7 +28,7 @@ class Boundaries:
     decisions: tuple[Decision, ...] = ()
 
     def clear(self) -> None:
-        """Forget what was due, before another update begins."""
+        """Drop all decisions, before another update begins."""
         self.fence_wanted, self.stood_before, self.decisions = False, 0, ()
 
     def put_up_fence(self, lead: int) -> None:

@@ -1,4 +1,4 @@
-"""What ballots of one round must have in common."""
+"""Checks of the ballots of one round: all are of the same update, and from ranks at about the same step."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What tasks of the event loop see of the agreement: frozen values, replaced whole after each round and step."""
+"""The agreement as tasks of the event loop see it: frozen values, replaced whole after each round and step."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from async_eplb.errors import BrokenControlGroup, EplbError
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What is agreed on, as the last round or step left it; replaced whole, so that any thread reads one moment of it.
+    """The agreement as the last round or step left it; replaced whole, so that any thread reads one moment of it.
 
     :param generation: updates begun
     :param agreed: waves that are staged everywhere
@@ -37,7 +37,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class PeerFaults:
-    """What ballots told of other ranks that ends the running update, or all of them.
+    """Faults of other ranks that ballots showed, or missing ballots; they end the running update, or all updates.
 
     :param error: what this rank found wrong in the ballots of the running update
     :param lost: why there are no more rounds, if a rank did not answer

@@ -2,7 +2,7 @@
 
 Control rounds go on from open to close. In each, every rank gives a :class:`Ballot` and sees all of them, so that
 all ranks draw the same :class:`Verdict`. Counts in ballots are prefix lengths in update order; the minimum over
-ranks holds everywhere. The numbered rules are those of docs/design.md, "Agreement".
+ranks holds everywhere. Comments cite the rules of docs/design.md.
 
 How a decision gets its step, while the model serves: a round that shows new waves staged everywhere makes every
 rank put a *fence* in its next ballot, a boundary that it promises not to pass before that round's result is known.
@@ -52,7 +52,7 @@ class Counts:
 
 @dataclass(slots=True)
 class Agreed:
-    """What is agreed on of one update, and this rank's own counts; replaced whole when the next one begins.
+    """The state of one update: what is agreed on, and this rank's own counts. Each update gets a new one.
 
     :param limit: waves of the update, fewer after a cancellation
     :param window: waves that can be staged and not yet agreed, the depth of the staging pool
@@ -253,7 +253,7 @@ class Agreement:
         failed, cancelled = self._ranks(ballots, Status.FAILED), self._ranks(ballots, Status.CANCEL)
         update.seen = Counts.least(ballots)
         boundary = 0
-        if failed:  # rule 5: what was agreed stays agreed, and nothing is added
+        if failed:  # agreement rule 5: what was agreed stays agreed, and nothing is added
             update.over = True
             return self._verdict(failed=failed, cancelled=cancelled)
         if cancelled and not update.ending:
@@ -267,7 +267,7 @@ class Agreement:
         self.boundaries.fence_wanted = update.mode is Mode.SERVING and (
             self._is_more_ready() or self._is_out_of_reach(ballots)
         )
-        update.over = update.seen.finished >= update.limit  # rule 7
+        update.over = update.seen.finished >= update.limit  # agreement rule 7
         return self._verdict(boundary, cancelled=cancelled)
 
     def _decide_for_a_boundary(self, ballots: Sequence[Ballot]) -> int:
@@ -278,7 +278,7 @@ class Agreement:
         fences = [ballot.fence for ballot in ballots]
         if not all(fences) or not (self._is_more_ready() or max(fences) < self.boundaries.last):
             return 0
-        boundary = max(fences)  # rule 1: no rank can have passed it
+        boundary = max(fences)  # agreement rule 1: no rank can have passed it
         self._agree(boundary, *self._everywhere())
         return boundary
 
@@ -309,8 +309,8 @@ class Agreement:
         return max(staged, update.agreed), max(launchable, update.launched)
 
     def _move_decisions_forward(self, ballots: Sequence[Ballot]) -> int:
-        """Let what was agreed before the end be due where all ranks stand; return that boundary, 0 if they do not."""
-        # Rule 8: nobody steps to the boundaries that were decided for.
+        """Make what was agreed before the end due where all ranks stand; return that boundary, 0 if they do not."""
+        # Agreement rule 8: nobody steps to the boundaries that were decided for.
         fences = [ballot.fence for ballot in ballots]
         here = max(fences) if all(fences) else self.boundaries.last
         moves = here < self.boundaries.last
@@ -334,7 +334,7 @@ class Agreement:
         update = self.update
         if self.launch_rule.needs_grant or (self.launch_rule.needs_order and update.mode is Mode.SERVING):
             return max(update.launched, update.agreed)
-        return update.agreed + update.window  # rule 9 of correctness: no buffer, no transfer
+        return update.agreed + update.window  # rule 9: no buffer, no transfer
 
     def _pending_status(self) -> Status:
         """Return the status; a cancellation only until some round has shown one."""

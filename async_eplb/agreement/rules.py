@@ -1,4 +1,4 @@
-"""Who runs beside an update, and when a transfer may begin."""
+"""The modes of an update, and the rules by which transfers are launched."""
 
 from enum import Enum
 

@@ -56,7 +56,7 @@ class SharedAgreement:
         self._agreement.launch_rule = launch_rule
 
     def ring(self) -> None:
-        """Let the event loop look again."""
+        """Wake the event loop, so that waiting tasks check their conditions."""
         if self._doorbell is not None:
             self._doorbell.ring()
 
@@ -106,7 +106,7 @@ class SharedAgreement:
         return not verdict.gone
 
     def lose(self, error: BrokenControlGroup) -> None:
-        """Record that a rank did not answer, so that no more rounds are held."""
+        """Record that a rank did not answer. No control round follows."""
         with self._changing():
             self.faults = replace(self.faults, lost=error)
             self.in_doubt = self._agreement.is_in_doubt()  # agreement rule 6
@@ -155,7 +155,7 @@ class SharedAgreement:
         self._wake()
 
     def fail(self, *, alone: bool = False) -> None:
-        """Let all ranks know that this one cannot go on; ``alone``: do not wait until they do."""
+        """Give FAILED in all ballots from now on; ``alone``: the update is over here before the others know."""
         with self._changing():
             self._agreement.fail()
             if alone:
@@ -170,12 +170,12 @@ class SharedAgreement:
         self._wake()
 
     def hold(self, error: EplbError) -> None:
-        """Let no boundary pass from here on; ``error`` is raised there."""
+        """Raise ``error`` at every boundary from now on, until a recovery."""
         with self._changing():
             self._hold(error)
 
     def hold_before(self, index: int, error: EplbError) -> bool:
-        """Hold, unless the wave's commit is taken; return whether this rank is held, so that it is never taken."""
+        """Do the same unless the commit of a wave has begun; return whether it was done, so that it never begins."""
         with self._changing():
             if self.taken > index:
                 return False
@@ -183,7 +183,7 @@ class SharedAgreement:
             return True
 
     def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
-        """Forget all that went wrong and go on with the remaining ranks; no rounds are held meanwhile."""
+        """Go on with the remaining ranks, as after opening; no control rounds run meanwhile."""
         with self._changing():
             self._agreement.restart(members, generation=generation, step=step)
             self._numbered = False
@@ -194,7 +194,7 @@ class SharedAgreement:
         self.ring()
 
     def set_standing(self, *, standing: bool) -> None:
-        """Let this rank make no steps from now on, or make them again."""
+        """Record that this rank makes no steps from now on, or makes them again."""
         with self._changing():
             self._agreement.boundaries.standing = standing
         self.ring()
@@ -286,7 +286,7 @@ class SharedAgreement:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the lock; what was changed inside is in the outlook when it is given back."""
+        """Lock the agreement for the body, and then publish what it changed as the outlook."""
         with self._lock:
             yield
             self.outlook = self._look()

@@ -26,7 +26,7 @@ class Stepper:
         self._execute = execute
         self._stepping = False
         self.standing_for = ""
-        """What this rank does instead of steps at present; empty if it makes steps."""
+        """Reason why this rank makes no steps at present; empty if it makes steps."""
         self.num_waits = 0
         self.wait_ms = 0.0
         self.longest_ms = 0.0
@@ -35,7 +35,7 @@ class Stepper:
         """Pass the next boundary; at a fence, wait as a task does."""
         with self._one_at_a_time() as start:
             waited = False
-            while not self._try(number):
+            while not self._try(number):  # agreement rule 2: it waits for control threads only
                 await self._shared.until(self._shared.may_pass)
                 waited = True
             if waited:

@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import anyio
 import torch
@@ -13,8 +13,13 @@ from async_eplb.commit.committer import Committer, PreparedCommit
 from async_eplb.device import CpuDevice, DeviceEvent
 from async_eplb.expert_map import LayerMaps
 from async_eplb.fuzz.scenario import Mishap, Trouble
+from async_eplb.placement import ExpertPlacement
 from async_eplb.plan import LayerPlan
 from async_eplb.staging import StagingBuffer
+from async_eplb.topology import EPTopology
+from async_eplb.update.rank import Rank
+from async_eplb.updater import ExpertUpdater
+from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Doorbell, LoopDoorbell
 
 T = TypeVar("T")
@@ -119,6 +124,27 @@ class FailingCommit:
                 live.copy_(staged)
             raise OSError("simulated: a copy failed")
         return self.commit.run()
+
+
+class SimulatedUpdater(ExpertUpdater):
+    """An updater whose commits may fail half way.
+
+    :param parts: what else :class:`ExpertUpdater` takes
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        placement: ExpertPlacement,
+        topology: EPTopology,
+        troubles: tuple[Trouble, ...],
+        **parts: Any,  # noqa: ANN401 - as the updater has them
+    ) -> None:
+        self._troubles = troubles
+        super().__init__(weights, placement, topology, **parts)
+
+    def _equipped(self, rank: Rank) -> Rank:
+        return replace(rank, committer=FailingCommitter(rank.committer, rank.weights.views, self._troubles))
 
 
 class FailingCommitter:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -13,7 +12,7 @@ from async_eplb.events.emit import Logger
 from async_eplb.fuzz.invariants import Checker, Invariant, Violation, Watched
 from async_eplb.fuzz.life import Collectives, Life, SimulatedRank
 from async_eplb.fuzz.loop import RANK, SimulatedLoop
-from async_eplb.fuzz.machine import FailingCommitter, SimulatedDevice, SimulatedWorkers
+from async_eplb.fuzz.machine import SimulatedDevice, SimulatedUpdater, SimulatedWorkers
 from async_eplb.fuzz.model import TinyModel, tensors_of
 from async_eplb.fuzz.scenario import Mishap, Scenario, Trouble
 from async_eplb.load.value import ExpertLoad
@@ -27,8 +26,6 @@ from async_eplb.testing.sample_model import random_placement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
 from async_eplb.transport.memory.transport import MemoryTransport
-from async_eplb.update.admission import admit_rank
-from async_eplb.updater import ExpertUpdater
 from async_eplb.weights import ExpertWeights
 
 _MESSAGE_FAULTS = {
@@ -75,13 +72,13 @@ class SimulatedWorld:
         scenario = self._scenario
         troubles = tuple(trouble for trouble in scenario.troubles if trouble.rank == number)
         memory = self._model.memory(self._old, self._topology, number)
-        rank = admit_rank(
+        updater = SimulatedUpdater(
             ExpertWeights(tensors_of(memory)),
             self._old,
             self._topology,
-            number=number,
+            troubles,
+            rank=number,
             transport=transport,
-            on_commit=lambda _layer: None,
             options=UpdateOptions(
                 verify=scenario.tuning.verify,
                 planner=Planner(scenario.tuning.sources),
@@ -94,10 +91,8 @@ class SimulatedWorld:
             ),
             workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
             device=SimulatedDevice(troubles),
-            logger=logger.bind(run_id=transport.run_id),
+            logger=logger,
         )
-        rank = replace(rank, committer=FailingCommitter(rank.committer, rank.weights.views, troubles))
-        updater = ExpertUpdater.of(rank, self._old, transport)
         return SimulatedRank(Watched(number, updater, memory), updater, transport)
 
     async def run(self) -> None:

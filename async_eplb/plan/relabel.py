@@ -75,9 +75,7 @@ def _rank_places(held: Ints, wanted: Ints, topology: EPTopology, assign: Assign)
     kept = holds.astype(np.float32) @ of_new  # [ranks, new ranks]: experts that a rank keeps as a new rank
     near = node_holds.astype(np.float32) @ of_new  # [nodes, new ranks]: experts of a new rank that the node holds
     near_of_nodes = near.reshape(num_nodes, num_nodes, per_node).sum(axis=2, dtype=np.float64)  # [nodes, new nodes]
-    blocks = kept.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(
-        1, 2
-    )  # [nodes, nodes, ranks, ranks]
+    blocks = kept.reshape(num_nodes, per_node, num_nodes, per_node).swapaxes(1, 2)  # [nodes, nodes, ranks, ranks]
     weight = held.size + 1  # more than all receives: experts that stay on their node count first
     of_node = np.arange(num_nodes)
     # [nodes, new nodes]: at most what is kept by the best places of a node's ranks; exact where ``known``

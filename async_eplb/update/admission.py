@@ -1,4 +1,4 @@
-"""What must fit together before an updater connects, and before an update moves a byte; and the update that follows."""
+"""Checks before an updater connects, and before an update moves a byte; and the values that have passed them."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ from async_eplb.workers import Workers
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """What a caller asks for.
+    """The arguments of one update, as a caller gives them.
 
     :param mode: whether the model serves meanwhile
     :param layers: rows to update; all without it

@@ -1,4 +1,4 @@
-"""What is done at a step boundary: waves that are due are committed, then parts of transfers are launched."""
+"""The work of a step boundary: waves that are due are committed, then parts of transfers are launched."""
 
 from collections import deque
 from functools import partial
@@ -31,7 +31,7 @@ class Boundary:
         self._num_parts_launched = 0
 
     def offer(self, layer: LayerInFlight) -> int:
-        """Let a layer be launched at boundaries; return in how many parts."""
+        """Add a layer to what is launched at boundaries; return in how many parts."""
         parts = [(hop, part) for hop in layer.hops for part in hop.parts]
         self._launchable += parts
         return len(parts)
@@ -42,9 +42,9 @@ class Boundary:
         :param step: the boundary; 0 in the exclusive mode
         :returns: what went wrong with a commit, which the serving thread must raise; the update has then failed
         """
-        progress = self._progress
+        progress = self._progress  # rule 2: every rank does this at the boundary of the same number
         failure: Exception | None = None
-        while progress.copied < decision.copied and not progress.torn:
+        while progress.copied < decision.copied and not progress.copy_failed:
             layer = progress.layers[progress.copied]
             try:
                 self._stages.copy(layer, step=step)
@@ -58,7 +58,7 @@ class Boundary:
                 failure = failure or error
         if failure is not None:
             self._failure.fail(failure)
-        try:
+        try:  # agreement rule 3: behind the commits, on the thread that launches the model's own work
             while self._num_parts_launched < decision.parts_launched and self._failure.error is None:
                 self._stages.launch(*self._launchable.popleft())
                 self._num_parts_launched += 1
@@ -100,8 +100,8 @@ class Boundary:
             self._rank.on_commit(layer.planned.row)
 
     def _hold_for(self, cause: Exception, row: int, step: int) -> CommitFailed:
-        """Let this rank pass no boundary, because peers have committed a layer that it cannot commit."""
-        self._progress.torn = True
+        """Keep this rank from passing boundaries, because peers have committed a layer that it cannot commit."""
+        self._progress.copy_failed = True
         error = CommitFailed(
             f"rank {self._rank.number}: layer {row} was agreed on and could not be copied ({cause}); this rank must "
             "not serve before recover(), which copies it anew",

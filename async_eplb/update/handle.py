@@ -1,4 +1,4 @@
-"""What the caller of ``begin`` holds while an update runs beside serving."""
+"""The caller's handle of an update that runs beside serving."""
 
 from async_eplb.update.run import UpdateRun
 from async_eplb.update.summary import UpdateSummary

@@ -1,4 +1,4 @@
-"""What an updater may do at present: a table of its states."""
+"""The states of an updater, from its construction to its end, and which may follow which."""
 
 from enum import Enum
 

@@ -25,7 +25,7 @@ from async_eplb.errors import (
 
 
 class Then(Enum):
-    """What must come before the next update."""
+    """Conditions of the next update."""
 
     NOTHING = "the next update can begin"
     RECOVER_IF_BEGUN = "recover(), if all ranks had begun the update; else nothing"
@@ -33,7 +33,7 @@ class Then(Enum):
 
 
 class Stays(Enum):
-    """What layers are after the end, on ranks that serve on."""
+    """State of the layers after the end, on ranks that serve on."""
 
     AS_AGREED = "what was agreed is committed, on all ranks the same layers; the others keep their old weights"
     IN_DOUBT = "the same; a layer whose round was lost is in doubt until recover()"
@@ -112,7 +112,7 @@ def _aborted(ranks: tuple[int, ...], why: str) -> UpdateAborted | None:
 
 
 class Failure:
-    """What went wrong with an update on this rank, if anything: the first error counts.
+    """The first error of an update on this rank, if there is one.
 
     :param abort: breaks the transport, so that no rank waits for an exchange that cannot finish
     """

@@ -107,7 +107,7 @@ class LayerPipeline:
         """Prepare a layer's transfer while the one before is under way, and offer it to the other ranks."""
         shared = self._shared
         await shared.until(lambda: shared.outlook.begun)
-        buffer = await self._pool.acquire()
+        buffer = await self._pool.acquire()  # rule 9: without a buffer, nothing is under way
         await self._keep_pace(planned)
         if index >= shared.outlook.limit or shared.outlook.over:
             return None
@@ -205,9 +205,9 @@ class LayerPipeline:
                 await self._boundary.execute_beside(decision, step=0, after=self._stages.callers_work)
             return began_s
         with self._watchdog.doing(AGREE, index, Doing.AWAIT_STEP):
-            await shared.until(lambda: shared.taken > index or progress.torn)
+            await shared.until(lambda: shared.taken > index or progress.copy_failed)
         with self._watchdog.doing(COMMIT.name, index, Doing.COPY):
-            await shared.until(lambda: progress.copied > index or progress.torn)
+            await shared.until(lambda: progress.copied > index or progress.copy_failed)
         return current_time() - layer.copy_ms / 1e3
 
     async def _keep_pace(self, layer: PlannedLayer) -> None:

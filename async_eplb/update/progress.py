@@ -15,7 +15,7 @@ class Progress:
     :param rows: layers that change, in update order
     :param layers: those that are loaded
     :param agreed: as the update ended: layers that may be committed on all ranks
-    :param torn: a layer that was agreed on could not be copied here
+    :param copy_failed: a layer that was agreed on could not be copied here
     """
 
     rows: tuple[int, ...]
@@ -26,7 +26,7 @@ class Progress:
     agreed: int = 0
     copied: int = 0
     finished: int = 0
-    torn: bool = False
+    copy_failed: bool = False
 
     @property
     def loaded(self) -> int:

@@ -1,4 +1,4 @@
-"""What one rank has for the life of its updater."""
+"""One rank and its parts, for the life of its updater."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Rank:
 
     @property
     def weights(self) -> ExpertWeights:
-        """What moves: live weights, and the verification column if there is one."""
+        """The tensors that move: live weights, and the verification column if there is one."""
         return self.verifier.weights
 
     @property

@@ -191,7 +191,7 @@ class UpdateRun:
                 if not self._shared.hold_before(activity.index, error):
                     self._shared.news.notify()  # a step has come, and copies the layer now
                     continue
-                self.progress.torn = True  # peers commit the layer; here no step comes, and none may any more
+                self.progress.copy_failed = True  # peers commit the layer; here no step comes, and none may any more
             activities, ballots = self._watchdog.activities, self._shared.ballots
             self.failure.fail(error)
             try:
@@ -214,10 +214,11 @@ class UpdateRun:
 
     def _is_drained(self) -> bool:
         """Return whether all that was agreed is done here, or never will be because a copy failed."""
-        return self.progress.finished >= self._shared.outlook.agreed or self.progress.torn
+        return self.progress.finished >= self._shared.outlook.agreed or self.progress.copy_failed
 
     def _conclude(self) -> None:
         """Give back staging that no recovery needs, and complete the error."""
+        # Agreement rule 6: a rank in doubt keeps its staging, for a peer may have committed what is in it.
         progress, outlook, faults = self.progress, self._shared.outlook, self._shared.faults
         self.kept = progress.uncopied if self.needs_recovery else ()
         progress.agreed = outlook.agreed
@@ -239,7 +240,7 @@ class UpdateRun:
 
 
 def describe(error: Exception, progress: Progress, *, in_doubt: bool) -> None:
-    """Tell an error which layers are new, which was under way, and how far it was."""
+    """Add to an error which layers are new, which was under way, and how far it was."""
     facts = {
         "committed_layers": progress.committed_rows,
         "layer_under_way": progress.row_under_way,

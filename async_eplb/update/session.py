@@ -1,7 +1,7 @@
-"""What exists while an updater is entered: its task group, its transport and control rounds, and the running update.
+"""An entered updater: its task group, its transport and control rounds, and the running update.
 
-Of a rank that makes no steps, this does the work that is due: it commits layers that are agreed on although no step
-comes to their boundary.
+While the rank makes no steps, layers that are agreed on are committed from here, because no step comes to their
+boundary.
 """
 
 import math

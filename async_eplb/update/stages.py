@@ -1,4 +1,4 @@
-"""What is done to one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when."""
+"""The stages of one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when each comes."""
 
 import time
 from collections.abc import Iterator
@@ -153,7 +153,7 @@ class LayerStages:
 
         :raises BrokenTransport: if the exchange fails
         """
-        deadline = self._deadline_s()
+        deadline = self._deadline_s()  # rule 9: a posted exchange is shielded, and has a deadline
         for pending in layer.hops[hop].pending:
             await pending.wait(max(deadline - current_time(), 0.001))
             if hop == 0:

@@ -1,4 +1,4 @@
-"""What updates have left on one rank."""
+"""The state of one rank between updates."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from async_eplb.update.summary import Totals
 
 @dataclass(slots=True)
 class RankState:
-    """What one rank has between updates.
+    """The state of one rank between updates.
 
     :param placement: that the live weights have, whether a recovery is complete or not
     :param gone: ranks that were lost and recovered from

@@ -1,4 +1,4 @@
-"""What an update has done so far on one rank: times of the stages, bytes by direction, peer, node and source."""
+"""Totals of updates on one rank: times of the stages, and bytes by direction, node and source."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the stages of an update do and since when, and which of them has done it for too long."""
+"""The current activities of an update's stages, and which of them takes too long."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

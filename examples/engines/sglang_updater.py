@@ -76,7 +76,7 @@ class ExpertLocationUpdater:
         )
         weights = ExpertWeights(routed_experts_weights_of_layer)
         self._updater = SyncUpdater(weights, placement, topology, rank=rank, transport=transport)
-        self.metadata = ExpertLocationMetadata.of(self._updater.updater.expert_map)
+        self.metadata = ExpertLocationMetadata.of(self._updater.expert_map)
 
     def __enter__(self) -> Self:
         self._updater.__enter__()
@@ -100,12 +100,12 @@ class ExpertLocationUpdater:
         :raises EplbError: as ``ExpertUpdater.update`` does
         """
         new = _placement(new_expert_location_metadata)
-        topology = self._updater.updater.topology
+        topology = self._updater.topology
         ranks = new.num_physical_experts / topology.num_local_physical_experts
         for what, expected, actual in (
             ("ranks", topology.num_ranks, ranks),
             ("nodes", topology.num_nodes, nnodes),
-            ("rank", self._updater.updater.rank, rank),
+            ("rank", self._updater.rank, rank),
         ):
             if expected != actual:
                 raise RankMismatch(

@@ -62,7 +62,7 @@ class ExpertRearranger:
         ``logical_to_physical_map`` ``[MoE layers, logical, replicas]`` and ``logical_replica_count`` ``[MoE layers,
         logical]``.
         """
-        published = self._updater.updater.expert_map
+        published = self._updater.expert_map
         return published.logical_to_all_physical_map, published.logical_replica_count
 
     def rearrange_expert_weights_inplace(
@@ -96,7 +96,7 @@ class ExpertRearranger:
         self._updater.step()
 
     def _checked(self, old: Tensor, new: Tensor, rank_mapping: Mapping[int, int] | None = None) -> ExpertPlacement:
-        topology = self._updater.updater.topology
+        topology = self._updater.topology
         ranks = new.shape[1] / topology.num_local_physical_experts
         if rank_mapping is not None:
             ranks = len([rank for rank in rank_mapping.values() if rank >= 0])

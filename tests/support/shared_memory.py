@@ -110,7 +110,7 @@ class _BootId:
 
 def be_on_host(number: int) -> None:
     """Let transports of this process take it for one of a host of its own, with other processes of that number."""
-    peer_weights._BOOT_ID = _BootId(number)  # type: ignore[assignment]
+    peer_weights.BOOT_ID = _BootId(number)  # type: ignore[assignment]
 
 
 def _cell(cell: Cell) -> ctypes.c_uint32:

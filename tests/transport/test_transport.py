@@ -133,7 +133,7 @@ def aborts_in_two_hops(world: WorldRank) -> tuple[bool, str]:
 
 
 def _store() -> Store:
-    return PrefixStore("link", dist.distributed_c10d._get_default_store())
+    return PrefixStore("link", dist.distributed_c10d._get_default_store())  # noqa: SLF001 - torch has no other
 
 
 def test_an_abort_ends_waits_in_either_hop() -> None:

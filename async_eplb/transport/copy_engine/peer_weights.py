@@ -20,7 +20,7 @@ from async_eplb.workers import Workers
 
 CLOSE_TIMEOUT_S = 5.0
 """How long copies that are under way, and other ranks, are waited for at the end."""
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class PeerWeights:
                 if number == len(handles):
                     handles.append(handle.hex())
                 slots[row].append((number, view.data_ptr() - base, view.stride(0)))
-        return Offer(_BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots, self.turns.path)
+        return Offer(BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots, self.turns.path)
 
     @property
     def ranks(self) -> frozenset[int]:
