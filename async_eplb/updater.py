@@ -218,9 +218,8 @@ class ExpertUpdater:
             has now
         :raises EplbError: as :meth:`update`, for what is refused
         """
-        return UpdateHandle(
-            self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
-        )
+        run = self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
+        return UpdateHandle(run)
 
     async def step(self, number: int | None = None) -> None:
         """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
@@ -327,7 +326,7 @@ class ExpertUpdater:
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         after = after or self.device.record()
-        return self._session.begin(
+        return self._session.start_update(
             Request(mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
         )
 

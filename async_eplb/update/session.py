@@ -143,7 +143,7 @@ class Session:
             longest_step_ms=stepper.longest_ms,
         )
 
-    def begin(self, request: Request) -> UpdateRun:
+    def start_update(self, request: Request) -> UpdateRun:
         """Begin an update in the background.
 
         :raises EplbError: if the request is refused; nothing has changed
