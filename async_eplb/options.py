@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from numbers import Integral
 from types import MappingProxyType
 
 from async_eplb.agreement.lead import MAX_LEAD
@@ -27,7 +28,7 @@ class UpdateOptions:
 
     :param verify: ``"off"``; ``"canary"``: each slot carries the number of its logical expert, which is checked before
         and after the commit; ``"checksum"``: a checksum of its bytes too
-    :param planner: how the sources of transfers are chosen, and how many peers a rank talks with at a time
+    :param planner: how the sources of transfers are chosen
     :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, 3 for
         the next transfer to begin without a pause, and one more where the planner relays: the layer that is passed on
     :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
@@ -100,7 +101,9 @@ def canonical(value: object) -> Canonical:
     """
     if isinstance(value, Enum):
         return canonical(value.value)
-    if value is None or isinstance(value, str | int):
+    if isinstance(value, Integral):  # numpy's too
+        return int(value)
+    if value is None or isinstance(value, str):
         return value
     if is_dataclass(value):
         return {each.name: canonical(getattr(value, each.name)) for each in fields(value)}

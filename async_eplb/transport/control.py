@@ -9,13 +9,14 @@ from datetime import timedelta
 from functools import partial
 
 import torch
-from torch.distributed import ProcessGroupGloo, Work
+from torch.distributed import ProcessGroupGloo
+from torch.distributed import Work as Transmission
 from torch.distributed.distributed_c10d import Store
 
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.transport.base import Voter
 from async_eplb.transport.one_round import require_recent
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 _SETTLE_S = 0.5
 """How much later than another a rank can notice a loss."""
@@ -45,7 +46,7 @@ class GlooControlGroup:
 
     async def run(self, voter: Voter) -> None:
         """Run rounds in the control thread, from now until the last one."""
-        await self._workers.run("control", partial(self._hold_rounds, voter))
+        await self._workers.run(Work.CONTROL, partial(self._hold_rounds, voter))
 
     def wake(self) -> None:
         """End the pause before the next round."""
@@ -70,8 +71,8 @@ class GlooControlGroup:
         rows = [given if rank == self._rank else torch.empty_like(given) for rank in range(self._num_ranks)]
         deadline = time.monotonic() + self._timeout_s
         failures: dict[int, RuntimeError] = {}
-        recvs: list[tuple[int, Work]] = []
-        sends: list[tuple[int, Work]] = []
+        recvs: list[tuple[int, Transmission]] = []
+        sends: list[tuple[int, Transmission]] = []
         for peer in (rank for rank in range(self._num_ranks) if rank != self._rank):
             try:
                 recvs.append((peer, self._group.recv([rows[peer]], peer, 0)))  # type: ignore[attr-defined]
@@ -128,7 +129,7 @@ def close_connections(group: ProcessGroupGloo, peers: Iterable[int]) -> None:
             group.recv([nothing], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))  # type: ignore[attr-defined]
 
 
-def _failures(works: Sequence[tuple[int, Work]], deadline: float) -> dict[int, RuntimeError]:
+def _failures(works: Sequence[tuple[int, Transmission]], deadline: float) -> dict[int, RuntimeError]:
     """Wait for works until a deadline; return the peers of those that failed."""
     failures: dict[int, RuntimeError] = {}
     for peer, work in works:

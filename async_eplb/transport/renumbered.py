@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
+E = TypeVar("E", BrokenControlGroup, BrokenTransport)
 M = TypeVar("M", Message, Pull)
 
 
@@ -125,7 +127,7 @@ class _RenumberedVoter:
         self._members = members
 
     def lose(self, error: BrokenControlGroup) -> None:
-        _renumber(error, self._members)
+        error = _named(error, self._members)
         self._voter.lose(error)
 
 
@@ -159,13 +161,17 @@ def _renumbered(members: tuple[int, ...]) -> Iterator[None]:
     try:
         yield
     except BrokenTransport as error:
-        _renumber(error, members)
-        raise
+        raise _named(error, members) from error
 
 
-def _renumber(error: BrokenControlGroup | BrokenTransport, members: tuple[int, ...]) -> None:
-    """Translate an error's facts from places to ranks of the EP group; its message keeps places, with a note of it."""
-    error.rank = members[error.rank]
-    if isinstance(error, BrokenControlGroup):
-        error.missing = tuple(members[place] for place in error.missing)
-    error.args = (f"{error} (counted among ranks {list(members)})",)
+def _named(error: E, members: tuple[int, ...]) -> E:
+    """Return the error with ranks of the EP group in its facts; its message keeps places, and says of which ranks."""
+    named = copy(error)
+    named.__cause__ = error
+    named.args = (f"{error} (counted among ranks {list(members)})",)
+    facts = vars(named)
+    if "rank" in facts:
+        facts["rank"] = members[facts["rank"]]
+    if "missing" in facts:
+        facts["missing"] = tuple(members[place] for place in facts["missing"])
+    return named

@@ -58,7 +58,9 @@ def test_importing_brings_no_extra_and_configures_nothing() -> None:
 import logging, sys, structlog
 others = set(sys.modules)
 before = (list(logging.root.handlers), logging.root.level)
-import async_eplb, async_eplb.report, async_eplb.events.metrics, async_eplb.events.tracing, async_eplb.events.json_log
+import async_eplb, async_eplb.report
+from async_eplb import *
+assert 'torch' in sys.modules
 assert not structlog.is_configured()
 assert (list(logging.root.handlers), logging.root.level) == before
 assert not logging.getLogger("async_eplb").handlers

@@ -24,7 +24,7 @@ from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.joining import Member
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 _CONNECT_TIMEOUT_S = 300.0
 
@@ -79,7 +79,7 @@ class CopyEngineTransport(Member):
         :raises IpcUnavailable: if a rank cannot read those of another, on every rank
         """
         self._become_open()
-        return await workers.run("control", partial(self._connect, device, workers, weights, control_timeout_s))
+        return await workers.run(Work.CONTROL, partial(self._connect, device, workers, weights, control_timeout_s))
 
     def _connect(
         self, device: Device, workers: Workers, weights: ExpertWeights, control_timeout_s: float
@@ -136,7 +136,7 @@ class CopyEngineTransport(Member):
         peers, self._peers = self._peers, None
         self._become_closed()
         if peers is not None:
-            await peers.workers.run("exchange", partial(self._close, peers))
+            await peers.workers.run(Work.EXCHANGE, partial(self._close, peers))
 
     def _close(self, peers: PeerWeights) -> None:
         peers.close()
@@ -176,13 +176,13 @@ class _Pull:
 
     async def start(self) -> None:
         self._started = True
-        await self._in_thread("pull", self._enqueue)
+        await self._in_thread(Work.PULL, self._enqueue)
 
     async def wait(self, timeout_s: float) -> None:
         if not self._started:
             await self.start()
         try:
-            await self._in_thread("exchange", partial(self._finish, time.monotonic() + timeout_s))
+            await self._in_thread(Work.EXCHANGE, partial(self._finish, time.monotonic() + timeout_s))
         except TimeoutError as error:
             self._transport.abort()
             raise TransferTimeout(

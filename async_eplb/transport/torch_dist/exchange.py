@@ -7,7 +7,7 @@ from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import PendingExchange, PreparedExchange
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.torch_dist.link import Finish, Launch, Link
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 
 class OpenLink:
@@ -60,7 +60,7 @@ class _Prepared:
     def __init__(self, link: OpenLink, exchange: Exchange, launch: Launch) -> None:
         self._link = link
         self._row = exchange.row
-        self._kind = "relay" if exchange.hop else "exchange"
+        self._kind = Work.RELAY if exchange.hop else Work.EXCHANGE
         self._launch: Launch | None = launch
 
     def launch(self) -> PendingExchange:

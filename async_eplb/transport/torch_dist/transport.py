@@ -19,7 +19,7 @@ from async_eplb.transport.torch_dist.gloo import GlooLink
 from async_eplb.transport.torch_dist.nccl import NcclOptions
 from async_eplb.transport.torch_dist.nccl_lanes import NcclLanes
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Workers
+from async_eplb.workers import Work, Workers
 
 Backend = Literal["gloo", "nccl"]
 
@@ -77,7 +77,7 @@ class TorchDistTransport(Member):
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
         connect = partial(self._connect, device, workers, control_timeout_s, relay_peers)
-        return await workers.run("control", connect)
+        return await workers.run(Work.CONTROL, connect)
 
     def _connect(
         self, device: Device, workers: Workers, control_timeout_s: float, relay_peers: Collection[int]
