@@ -321,14 +321,17 @@ class ExpertUpdater:
         max_nbytes_per_step: int | None = None,
         after: DeviceEvent | None = None,
     ) -> UpdateRun:
+        after = after or self.device.record()
+        request = Request(
+            mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after
+        )
         if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot update")
+        if self.running is not None:
+            raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
         if self._stepper.standing_for == "paused":
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
-        after = after or self.device.record()
-        return self._session.start_update(
-            Request(mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
-        )
+        return self._session.start_update(request)
 
     @asynccontextmanager
     async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:

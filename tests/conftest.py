@@ -3,7 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from blockbuster import blockbuster_ctx
+
+torch.set_num_threads(
+    1
+)  # tensors of tests are small, and threads that wait for more of them take the other tests' cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -348,3 +348,20 @@ async def test_slow_planning_does_not_block_the_loop() -> None:
 
         await together([*(partial(rank.updater.update, new) for rank in ranks), tick])
         assert ticks > 0
+
+
+async def test_committed_layers_count_once() -> None:
+    """While an update runs, between two, and after the second one."""
+    old, new = two_placements(TOPOLOGY, num_layers=4, num_experts=8)
+    seen: list[int] = []
+    async with memory_world(old, TOPOLOGY) as ranks:
+        first = ranks[0].updater
+
+        async def watch(target: ExpertPlacement) -> None:
+            seen.extend([first.statistics().num_layers_committed async for _ in first.stream(target)])
+
+        for target in (new, old):
+            await together([partial(watch, target), *(partial(rank.updater.update, target) for rank in ranks[1:])])
+            seen.append(first.statistics().num_layers_committed)
+    assert seen == sorted(seen)
+    assert (seen[4], seen[-1]) == (4, 8)

@@ -242,7 +242,7 @@ class SharedAgreement:
         :raises RankInDoubt: if a peer may have committed waves, and it will never be known here
         :raises CommitFailed: if a wave's copies failed on this rank only
         """
-        with self._lock:
+        with self._changing():
             boundaries = self._agreement.boundaries
             if number is not None:
                 self._require_next(number)
@@ -250,7 +250,6 @@ class SharedAgreement:
             if not boundaries.may_pass():
                 return False, None
             decision = self._take(boundaries.pass_next())
-            self.outlook = self._look()
             alarm = boundaries.step >= self._alarm
             if alarm:
                 self._alarm = math.inf
@@ -288,8 +287,10 @@ class SharedAgreement:
     def _changing(self) -> Iterator[None]:
         """Lock the agreement for the body, and then publish what it changed as the outlook."""
         with self._lock:
-            yield
-            self.outlook = self._look()
+            try:
+                yield
+            finally:
+                self.outlook = self._look()
 
     def _ring_at(self, step: int) -> None:
         """Ring when this boundary is passed; whoever waits for a later one then asks anew."""

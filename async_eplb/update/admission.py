@@ -40,6 +40,7 @@ class Request:
     :param layers: rows to update; all without it
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most; None: no limit
     :param after: work of the caller that comes before live weights are read
+    :raises InvalidOptions: if ``max_nbytes_per_step`` is less than 1
     """
 
     mode: Mode
@@ -47,6 +48,11 @@ class Request:
     layers: Iterable[int] | None
     max_nbytes_per_step: int | None
     after: DeviceEvent
+
+    def __post_init__(self) -> None:
+        limit = self.max_nbytes_per_step
+        if limit is not None and limit < 1:
+            raise InvalidOptions(f"max_nbytes_per_step is {limit}; it must be at least 1", option="max_nbytes_per_step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,9 +85,6 @@ def admit(
     :param gone: ranks that were lost
     :raises EplbError: a child of it for each way in which the request does not fit; nothing has changed
     """
-    limit = request.max_nbytes_per_step
-    if limit is not None and limit < 1:
-        raise InvalidOptions(f"max_nbytes_per_step is {limit}; it must be at least 1", option="max_nbytes_per_step")
     require_empty(request.new, rank.topology, gone)
     require_relays(rank.options, transport)
     rows = changed_rows(
@@ -95,7 +98,7 @@ def admit(
         rows=rows,
         digest=update_digest(old, request.new, rows, mode=request.mode, rank=rank),
         after=request.after,
-        max_nbytes_per_step=limit,
+        max_nbytes_per_step=request.max_nbytes_per_step,
     )
 
 

@@ -43,8 +43,6 @@ class Journal:
         self._last_staged_s = 0.0
         self._last_committed_s = 0.0
         self._posted: PostedUpdate | None = None
-        self.landed: list[LayerCommitted] = []
-        """Layers whose commit is done on the device, as they were logged."""
 
     def prepared(self, posted: PostedUpdate, began_s: float) -> None:
         """Note the plan of all layers; nothing is logged before all ranks have begun."""
@@ -155,7 +153,6 @@ class Journal:
             self._tally.nbytes_by_source[source] += layer.nbytes // event.num_slots * count
         self._emit(event)
         self._last_committed_s = current_time()
-        self.landed.append(event)
         return event
 
     def stalled(

@@ -126,12 +126,19 @@ class Failure:
         """End the update with an error, on all ranks; ``alone``: here at once, whatever other ranks do."""
         if self.error is None:
             self.error = error
-        if self._shared.outlook.begun:
-            self._abort()
+        self._break_transport(self.error)
         self._shared.fail(alone=alone)
 
     def conclude(self) -> None:
         """Find what ended the update, once nothing is left to agree on."""
         self.error = cause_of_end(self.error, self._shared.faults)
-        if self.error is not None and self._shared.outlook.begun:
+        if self.error is not None:
+            self._break_transport(self.error)
+
+    def _break_transport(self, cause: Exception) -> None:
+        if not self._shared.outlook.begun:
+            return
+        try:
             self._abort()
+        except Exception as error:  # noqa: BLE001 - the cause is what counts
+            cause.add_note(f"the transport could not be aborted: {error!r}")

@@ -78,15 +78,16 @@ class LayerPipeline:
             streams.enter_context(end)
         for stage in (
             lambda: self._plan_all(planned_in),
-            lambda: _each(planned_out, loaded_in, self._load),
+            lambda: self._load_all(planned_out, loaded_in),
             lambda: _each(loaded_out, launched_in, self._launch),
             lambda: _each(launched_out, arrived_in, self._transfer),
             lambda: self._stage_all(arrived_out),
             self._commit_all,
         ):
-            tasks.start_soon(self._guarded, stage)
+            tasks.start_soon(self.guarded, stage)
 
-    async def _guarded(self, stage: Callable[[], Awaitable[None]]) -> None:
+    async def guarded(self, stage: Callable[[], Awaitable[None]]) -> None:
+        """Run a stage to its end; what goes wrong becomes the update's failure."""
         try:
             await stage()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must get to know
@@ -103,10 +104,15 @@ class LayerPipeline:
                 if not await _sent(planned, layer):
                     return
 
+    async def _load_all(
+        self, planned: MemoryObjectReceiveStream[PlannedLayer], loaded: MemoryObjectSendStream[LayerInFlight]
+    ) -> None:
+        await self._shared.until(lambda: self._shared.outlook.begun)
+        await _each(planned, loaded, self._load)
+
     async def _load(self, planned: PlannedLayer, index: int) -> LayerInFlight | None:
         """Prepare a layer's transfer while the one before is under way, and offer it to the other ranks."""
         shared = self._shared
-        await shared.until(lambda: shared.outlook.begun)
         buffer = await self._pool.acquire()  # rule 9: without a buffer, nothing is under way
         await self._keep_pace(planned)
         if index >= shared.outlook.limit or shared.outlook.over:
@@ -186,7 +192,7 @@ class LayerPipeline:
             return False
         with self._watchdog.doing(COMMIT.name, index, Doing.AWAIT_DEVICE):
             try:
-                await self._stages.finish(layer, began_s)
+                progress.landed.append(await self._stages.finish(layer, began_s))
             except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must get to know
                 self._failure.fail(error)
         self._pool.release(layer.buffer)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from async_eplb.events.schema import LayerCommitted
 from async_eplb.update.layer import LayerInFlight
 
 
@@ -15,6 +16,7 @@ class Progress:
     :param rows: layers that change, in update order
     :param layers: those that are loaded
     :param agreed: as the update ended: layers that may be committed on all ranks
+    :param landed: layers whose commit is done on the device, as they were logged
     :param copy_failed: a layer that was agreed on could not be copied here
     """
 
@@ -26,6 +28,7 @@ class Progress:
     agreed: int = 0
     copied: int = 0
     finished: int = 0
+    landed: list[LayerCommitted] = field(default_factory=list)
     copy_failed: bool = False
 
     @property

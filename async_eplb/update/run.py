@@ -75,9 +75,10 @@ class UpdateRun:
             await self._begin()
             with ExitStack() as streams:
                 async with create_task_group() as tasks:
-                    self._pipeline().start(tasks, streams)
-                    tasks.start_soon(self._watch)
-                    await self._until_begun()
+                    pipeline = self._pipeline()
+                    pipeline.start(tasks, streams)
+                    tasks.start_soon(pipeline.guarded, self._watch)
+                    await pipeline.guarded(self._until_begun)
                     await self._shared.until(lambda: self._shared.outlook.over)
                     self.failure.conclude()
                     await self._shared.until(self._is_drained)
@@ -98,7 +99,7 @@ class UpdateRun:
 
     async def landings(self) -> AsyncGenerator[LayerCommitted, None]:
         """Yield each layer as it lands on this rank; cancel the update if the generator is closed before its end."""
-        landed = self.journal.landed
+        landed = self.progress.landed
         try:
             for index in count():
                 await self._shared.until(partial(self._has_landed, index))
@@ -112,7 +113,7 @@ class UpdateRun:
         self.summary()
 
     def _has_landed(self, index: int) -> bool:
-        return len(self.journal.landed) > index or self.finished.is_set()
+        return len(self.progress.landed) > index or self.finished.is_set()
 
     def log_end(self) -> None:
         """Log how the update ended; what the caller's logger raises is raised to the caller."""
@@ -162,25 +163,22 @@ class UpdateRun:
     async def _until_begun(self) -> None:
         """Wait until all ranks have begun, for two time-outs of a round: a round that is lost names its rank."""
         shared, timeout_s = self._shared, 2 * self._rank.options.control_timeout_s
-        try:
-            with move_on_after(timeout_s) as limit:
-                await shared.until(lambda: shared.outlook.begun or shared.outlook.over)
-            if limit.cancelled_caught and not shared.outlook.begun:
-                missing = shared.faults.waiting_for
-                number = self.update.generation
-                self.failure.fail(
-                    UpdateNotBegun(
-                        f"ranks {list(missing)} did not begin update {number} within {timeout_s} s",
-                        generation=number,
-                        ranks=missing,
-                        timeout_s=timeout_s,
-                    ),
-                    alone=True,
-                )
-            if shared.outlook.begun and self.error is None:
-                self.journal.started(self.pool)
-        except Exception as error:  # noqa: BLE001 - the caller's logger, probably
-            self.failure.fail(error)
+        with move_on_after(timeout_s) as limit:
+            await shared.until(lambda: shared.outlook.begun or shared.outlook.over)
+        if limit.cancelled_caught and not shared.outlook.begun:
+            missing = shared.faults.waiting_for
+            number = self.update.generation
+            self.failure.fail(
+                UpdateNotBegun(
+                    f"ranks {list(missing)} did not begin update {number} within {timeout_s} s",
+                    generation=number,
+                    ranks=missing,
+                    timeout_s=timeout_s,
+                ),
+                alone=True,
+            )
+        if shared.outlook.begun and self.error is None:
+            self.journal.started(self.pool)
 
     async def _watch(self) -> None:
         """Fail whenever a stage makes no progress, and log what all of them do."""

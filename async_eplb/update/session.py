@@ -5,7 +5,7 @@ boundary.
 """
 
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -25,7 +25,7 @@ from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
 from async_eplb.device import DeviceEvent
-from async_eplb.errors import BusyUpdater, UpdateAborted
+from async_eplb.errors import BusyTransport, UpdateAborted
 from async_eplb.placement import ExpertPlacement
 from async_eplb.staging import StagingPool
 from async_eplb.transport.base import ControlGroup, Transport
@@ -58,6 +58,8 @@ class Session:
         self._due_work = Lock()
         self._stood: DeviceEvent | None = None
         self._for_good = False
+        self._layers: tuple[int, Sequence[object]] = 0, ()
+        """Layers committed before the last update, and those that it has committed."""
 
     async def open(self) -> None:
         """Connect to all ranks, which do this together, and begin to hold control rounds."""
@@ -70,8 +72,15 @@ class Session:
             listening = CancelScope(shield=True)
             self._tasks.start_soon(self._listen, doorbell, listening)
             stack.push_async_callback(self._end_tasks, tasks, listening)
+            stack.callback(self.life.enter, LifeState.LEFT, "it could not be entered")
+            try:
+                control = await self.open_transport(self.transport)
+            except BusyTransport:  # which somebody else has open
+                raise
+            except BaseException:
+                await self._close_transport()
+                raise
             stack.push_async_callback(self._close_transport)
-            control = await self.open_transport(self.transport)
             stack.push_async_callback(self._end_running)
             await self.connect(control)
             self._stack = stack.pop_all()
@@ -108,8 +117,10 @@ class Session:
             self.stand(self._rank.device.record(), for_good=True)
             number = self._rank.number
             run.failure.fail(UpdateAborted(f"rank {number} gave the update up to recover", ranks=(number,)), alone=True)
-            await run.finished.wait()
-            await self.stand_no_more()
+            try:
+                await run.finished.wait()
+            finally:
+                await self.stand_no_more()
         self.life.enter(LifeState.BROKEN, "it did not recover")
         self._shared.leave()
         await self._rounds_ended.wait()
@@ -128,13 +139,14 @@ class Session:
 
     def statistics(self, stepper: Stepper) -> UpdaterStatistics:
         """Return what the updater has done so far."""
-        run, outlook, totals = self.running, self._shared.outlook, self.state.totals
+        outlook, totals = self._shared.outlook, self.state.totals
+        before, landed = self._layers
         return UpdaterStatistics(
             generation=outlook.generation,
-            updating=run is not None,
+            updating=self.running is not None,
             num_updates_finished=totals.num_finished,
             num_updates_failed=totals.num_failed,
-            num_layers_committed=totals.num_layers + (0 if run is None else len(run.journal.landed)),
+            num_layers_committed=before + len(landed),
             step=outlook.step,
             lead=outlook.lead,
             num_rounds=self._shared.num_rounds,
@@ -148,8 +160,6 @@ class Session:
 
         :raises EplbError: if the request is refused; nothing has changed
         """
-        if self.running is not None:
-            raise BusyUpdater(f"rank {self._rank.number}: wait for the running update before the next one")
         update = admit(
             request,
             self._rank,
@@ -159,6 +169,8 @@ class Session:
             generation=self._shared.outlook.generation + 1,
         )
         run = UpdateRun(self._rank, update, transport=self.transport, shared=self._shared, pool=self.pool)
+        before, landed = self._layers
+        self._layers = before + len(landed), run.progress.landed
         self.running = run
         self._start(self._run, run)
         return run
@@ -182,9 +194,10 @@ class Session:
 
     def execute(self, decision: Decision) -> Exception | None:
         """Carry out what is due at the boundary that the serving thread has just passed, on its current stream."""
-        if self.running is None:
+        run = self.running
+        if run is None:
             return None
-        error = self.running.boundary.execute(decision, step=self._shared.outlook.step)
+        error = run.boundary.execute(decision, step=self._shared.outlook.step)
         self._shared.ring()
         return error
 
@@ -201,14 +214,19 @@ class Session:
 
     async def _run(self, run: UpdateRun) -> None:
         """Run an update to its end, and keep what it has done and what it left broken."""
-        await run.run()
+        try:
+            await run.run()
+        except Exception as error:  # noqa: BLE001 - a defect; nobody may wait for ever because of it
+            run.failure.error = run.failure.error or error
+            self._shared.fail(alone=True)
+            self._shared.end(broken=True)
         self.state.placement = self.placement
-        self.state.totals.add(len(run.journal.landed), failed=run.error is not None)
+        self.running = None
+        self.state.totals.add(failed=run.error is not None)
         if run.needs_recovery:
             reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
-        self.running = None
         run.log_end()
         run.finished.set()
         self._shared.news.notify()
@@ -229,12 +247,12 @@ class Session:
     async def _do_due_work(self) -> None:
         """Do what is due while this rank stands."""
         async with self._due_work:
-            decision = self._shared.due_while_standing(for_good=self._for_good)
-            if decision is None or self.running is None or self._stood is None:
+            run, decision = self.running, self._shared.due_while_standing(for_good=self._for_good)
+            if decision is None or run is None or self._stood is None:
                 return
             with CancelScope(shield=True):
                 step = self._shared.outlook.step + 1
-                await self.running.boundary.execute_beside(decision, step=step, after=self._stood)
+                await run.boundary.execute_beside(decision, step=step, after=self._stood)
             self._shared.news.notify()
 
     async def _end_running(self) -> None:
@@ -251,6 +269,7 @@ class Session:
                 cancelled += await _outlast(run.finished)
             self._shared.leave()
             cancelled += await _outlast(self._rounds_ended)
+        self._shared.news.notify()
         if cancelled:
             raise cancelled[0]
 

@@ -90,14 +90,12 @@ class UpdaterStatistics:
 
 @dataclass(slots=True)
 class Totals:
-    """Updates that have ended, and layers that they have committed."""
+    """Updates that have ended."""
 
     num_finished: int = 0
     num_failed: int = 0
-    num_layers: int = 0
 
-    def add(self, num_layers: int, *, failed: bool) -> None:
+    def add(self, *, failed: bool) -> None:
         """Count one more update."""
-        self.num_layers += num_layers
         self.num_failed += failed
         self.num_finished += not failed

@@ -214,3 +214,23 @@ def test_patience_with_steps_begins_when_a_layer_is_agreed() -> None:
             assert all(rank.updater.placement == NEW.with_layers(OLD, (1, 2)) for rank in ranks)
 
     trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_transport_that_cannot_be_aborted_is_no_reason_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stall ends the update all the same, and the error tells of the abort."""
+    workers = iter([ScheduledWorkers(), HangingWorkers("commit")])
+
+    def abort() -> None:
+        raise OSError("no abort")
+
+    async def update() -> list[object]:
+        async with memory_world(
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=lambda: next(workers)
+        ) as ranks:
+            monkeypatch.setattr(ranks[1].transport, "abort", abort)
+            with anyio.fail_after(60.0):
+                return await on_all(ranks, lambda u: u.update(NEW))
+
+    outcomes = trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert [type(outcome) for outcome in outcomes] == [UpdateAborted, UpdateStalled]
+    assert "could not be aborted: OSError('no abort')" in "".join(outcomes[1].__notes__)  # type: ignore[attr-defined]
