@@ -6,9 +6,7 @@ import pytest
 import torch
 from blockbuster import blockbuster_ctx
 
-torch.set_num_threads(
-    1
-)  # tensors of tests are small, and threads that wait for more of them take the other tests' cores
+torch.set_num_threads(1)  # tensors of tests are small; more threads would take the cores of other tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
