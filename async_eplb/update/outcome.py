@@ -97,14 +97,10 @@ def cause_of_end(own: Exception | None, faults: PeerFaults) -> Exception | None:
     if faults.lost is not None and isinstance(own, BrokenTransport):
         faults.lost.__context__ = own
         return faults.lost
-    causes: tuple[Callable[[], Exception | None], ...] = (
-        lambda: own,
-        lambda: faults.error,
-        lambda: faults.lost,
-        lambda: _aborted(faults.failed, "failed; see their errors"),
-        lambda: _aborted(faults.gone, "have left"),
-    )
-    return next((error for cause in causes if (error := cause()) is not None), None)
+    if own is not None:
+        return own
+    failed, gone = _aborted(faults.failed, "failed; see their errors"), _aborted(faults.gone, "have left")
+    return faults.error or faults.lost or failed or gone
 
 
 def _aborted(ranks: tuple[int, ...], why: str) -> UpdateAborted | None:
