@@ -1,0 +1,96 @@
+"""What can be read of an updater at any time, from any thread."""
+
+from async_eplb.agreement.outlook import Outlook
+from async_eplb.agreement.protocol import Agreement
+from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.agreement.steps import Stepper
+from async_eplb.device import Device
+from async_eplb.expert_map import ExpertMap
+from async_eplb.options import UpdateOptions
+from async_eplb.placement import ExpertPlacement
+from async_eplb.staging import StagingBuffer
+from async_eplb.topology import EPTopology
+from async_eplb.transport.base import Transport
+from async_eplb.update.demands import RebalanceDemands
+from async_eplb.update.rank import Rank
+from async_eplb.update.run import UpdateRun
+from async_eplb.update.session import Session
+from async_eplb.update.summary import UpdaterStatistics
+
+
+class UpdaterViews:
+    """The parts of an updater, and what can be read of them.
+
+    :param placement: that the live weights have now
+    :param transport: an unused one
+    """
+
+    def __init__(self, rank: Rank, placement: ExpertPlacement, transport: Transport) -> None:
+        self._rank = rank
+        self.run_id = transport.run_id
+        """Names this updater's life in logs; equal on all its ranks."""
+        agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
+        self._shared = SharedAgreement(agreement)
+        self._session = Session(self._rank, placement, self._shared, transport)
+        self._stepper = Stepper(self._shared, self._rank.logger, rank.number, self._session.execute)
+        self.demands = RebalanceDemands(self._shared, lambda: self._session.closed)
+        """For a rebalancer: when all ranks make the next rebalance."""
+
+    def __repr__(self) -> str:
+        closed = self._session.closed
+        state = f"closed: {closed}" if closed else "updating" if self.running else "idle"
+        return f"<{type(self).__name__} rank {self.rank} of {self.topology.num_ranks}, {state}>"
+
+    @property
+    def options(self) -> UpdateOptions:
+        """How this updater works."""
+        return self._rank.options
+
+    @property
+    def topology(self) -> EPTopology:
+        """Shape of the EP group."""
+        return self._rank.topology
+
+    @property
+    def rank(self) -> int:
+        """This process in the EP group."""
+        return self._rank.number
+
+    @property
+    def expert_map(self) -> ExpertMap:
+        """Published maps, which routers read; their addresses never change."""
+        return self._rank.expert_map
+
+    @property
+    def device(self) -> Device:
+        """Streams and events of the live weights."""
+        return self._rank.device
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """The placement that the live weights have, as far as committed."""
+        return self._session.placement
+
+    @property
+    def running(self) -> UpdateRun | None:
+        """The update under way, if there is one."""
+        return self._session.running
+
+    @property
+    def failed(self) -> UpdateRun | None:
+        """The last update, if it failed and must be recovered from; it keeps staging until then."""
+        return self._session.state.failed_run
+
+    @property
+    def staging(self) -> tuple[StagingBuffer, ...]:
+        """Staging buffers and their states."""
+        return self._session.pool.buffers
+
+    @property
+    def outlook(self) -> Outlook:
+        """The agreement at this moment: what is agreed on, and how many boundaries this rank has passed."""
+        return self._shared.outlook
+
+    def statistics(self) -> UpdaterStatistics:
+        """Return what this updater has done so far."""
+        return self._session.statistics(self._stepper)
