@@ -16,6 +16,13 @@ whose size the host would have to wait for."""
 _FIRST_EXPERT = 1
 """Column of logical expert 0."""
 
+_INTEGERS = frozenset(
+    {
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    }
+)
+
 
 class PhysicalMap(Protocol):
     """A map from physical experts to logical ones, int64 ``[layers, physical]``; an ``ExpertMap`` is one."""
@@ -52,7 +59,7 @@ class LoadWindow:
     :param window_steps: steps that the window covers
     :param phases: kinds of steps that are counted apart
     :param expert_map: from physical experts to logical ones; only needed to record physical ones
-    :raises InvalidOptions: if a number is not positive, or there is no phase
+    :raises InvalidOptions: if a number is not positive, there is no phase, or the map has another number of layers
     """
 
     def __init__(
@@ -71,16 +78,22 @@ class LoadWindow:
                 raise InvalidOptions(f"{option} is {value}; it must be at least 1", option=option)
         if not phases or len(set(phases)) != len(phases):
             raise InvalidOptions(f"phases is {phases!r}; it must name each phase once", option="phases")
+        if expert_map is not None and len(expert_map.physical_to_logical_map) != num_layers:
+            raise InvalidOptions(
+                f"expert_map has {len(expert_map.physical_to_logical_map)} layers, and num_layers is {num_layers}",
+                option="expert_map",
+            )
         self._phases = {phase: index for index, phase in enumerate(phases)}
         self._expert_map = expert_map
         self._num_logical_experts = num_logical_experts
         self._beyond = _FIRST_EXPERT + num_logical_experts
         # Columns of a table of counts: ignored tokens, logical experts in order, experts beyond the model.
         shape = (len(phases), num_layers, self._beyond + 1)
-        self._step = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
-        self._total = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._one = torch.ones((), dtype=torch.int32, device=device)
+        with torch.inference_mode(mode=False):  # rule 21: they are written to inside and outside of it
+            self._step = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
+            self._total = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._one = torch.ones((), dtype=torch.int32, device=device)
         self._phases_of_steps: deque[frozenset[str]] = deque(maxlen=window_steps)
         self._next = 0
 
@@ -100,22 +113,58 @@ class LoadWindow:
     ) -> None:
         """Count the tokens of one layer in the current step.
 
-        :param experts: the experts that tokens go to, integers of any shape, ``[tokens, top_k]`` for example; negative
-            ones are ignored
+        :param experts: the experts that tokens go to, integers of any type and shape, ``[tokens, top_k]`` for example;
+            negative ones are ignored
         :param physical: ``experts`` are physical; they are counted as the logical ones of the map as it is now
-        :param valid: False for tokens to ignore (padding, dummies): bool, of the leading dimensions of ``experts``
+        :param valid: False or 0 for tokens to ignore (padding, dummies): bool or integers, of the leading dimensions
+            of ``experts``
         :raises InvalidOptions: if the phase is not counted, or there is no map to fold with
+        :raises InvalidLoad: if a tensor is none of integers, on another device, or of another shape; or there is no
+            such layer
         """
+        step = self._step[self._phase(phase)]  # [layers, columns]
+        if not 0 <= layer < len(step):
+            raise InvalidLoad(f"there is no layer {layer}: this window counts layers 0 to {len(step) - 1}")
+        self._require("experts", experts, _INTEGERS)
+        logical = experts.long()
+        if experts.dtype is torch.uint64:  # whose upper half is negative now, and beyond any model
+            logical = logical.masked_fill(logical < 0, torch.iinfo(torch.int64).max)
         if physical:
-            if self._expert_map is None:
-                raise InvalidOptions("physical experts are mapped by expert_map; it is None", option="expert_map")
-            experts = self._folded(experts, self._expert_map.physical_to_logical_map[layer])
-        columns = experts.clamp(-1, self._num_logical_experts) + _FIRST_EXPERT  # -1 becomes _IGNORED
+            logical = self._folded(logical, self._map()[layer])
+        columns = logical.clamp(-1, self._num_logical_experts) + _FIRST_EXPERT  # -1 becomes _IGNORED
         if valid is not None:
-            kept = valid.reshape(valid.shape + (1,) * (experts.ndim - valid.ndim))  # [tokens, ..., 1]
-            columns = columns.masked_fill(~kept, _IGNORED)
-        columns = columns.reshape(-1).long()  # [recorded experts]
-        self._step[self._phase(phase), layer].scatter_add_(0, columns, self._one.expand(len(columns)))
+            self._require("valid", valid, {torch.bool, *_INTEGERS})
+            if valid.shape != experts.shape[: valid.ndim]:
+                raise InvalidLoad(
+                    f"valid has shape {list(valid.shape)}; it must be the leading dimensions of experts, which has "
+                    f"{list(experts.shape)}"
+                )
+            ignored = valid.reshape(valid.shape + (1,) * (experts.ndim - valid.ndim)) == 0  # [tokens, ..., 1]
+            columns = columns.masked_fill(ignored, _IGNORED)
+        columns = columns.reshape(-1)  # [recorded experts]
+        step[layer].scatter_add_(0, columns, self._one.expand(len(columns)))
+
+    def record_counts(self, counts: Tensor, *, physical: bool = True, phase: str = "decode") -> None:
+        """Add the counts of all layers to the current step, for engines that count by themselves.
+
+        :param counts: tokens of each expert, integers ``[layers, physical]``; they are counted as the logical ones of
+            the map as it is now, and those of empty slots are ignored
+        :param physical: False if ``counts`` are ``[layers, logical]``
+        :raises InvalidOptions: if the phase is not counted, or there is no map to fold with
+        :raises InvalidLoad: if ``counts`` is no such tensor, or on another device
+        """
+        step = self._step[self._phase(phase)]  # [layers, columns]
+        self._require("counts", counts, _INTEGERS)
+        table = self._map() if physical else None
+        shape = (len(step), self._num_logical_experts) if table is None else table.shape
+        if counts.shape != shape:
+            experts = "logical" if table is None else "physical"
+            raise InvalidLoad(f"counts has shape {list(counts.shape)}; [layers, {experts}] is {list(shape)} here")
+        if table is None:
+            step[:, _FIRST_EXPERT : self._beyond].add_(counts.to(step.dtype))
+        else:
+            columns = table.long().clamp(-1, self._num_logical_experts) + _FIRST_EXPERT  # -1 becomes _IGNORED
+            step.scatter_add_(1, columns, counts.to(step.dtype))
 
     def advance(self, phases: Collection[str] | None = None) -> None:
         """End a step: add its counts to the window, and remove those of the oldest step.
@@ -151,6 +200,24 @@ class LoadWindow:
         counted = tokens[:, _FIRST_EXPERT : self._beyond]
         return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)
 
+    def _require(self, name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:
+        """Check what is known of a tensor without waiting for its device.
+
+        :raises InvalidLoad: if it is no tensor of this device and of one of the dtypes
+        """
+        if not isinstance(tensor, Tensor):
+            raise InvalidLoad(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.dtype not in dtypes:
+            raise InvalidLoad(f"{name} holds {tensor.dtype}; it must hold integers")
+        if tensor.device != self._step.device:
+            raise InvalidLoad(f"{name} is on {tensor.device}, and this window counts on {self._step.device}")
+
+    def _map(self) -> Tensor:
+        """Return the map from physical experts to logical ones as it is now: ``[layers, physical]``."""
+        if self._expert_map is None:
+            raise InvalidOptions("physical experts are mapped by expert_map; it is None", option="expert_map")
+        return self._expert_map.physical_to_logical_map
+
     def _folded(self, physical: Tensor, table: Tensor) -> Tensor:
         """Return the logical experts of physical ones, in their shape: -1 for negative ones and empty slots.
 
@@ -158,7 +225,7 @@ class LoadWindow:
 
         :param table: ``[physical]``
         """
-        logical = table[physical.clamp(0, len(table) - 1)]
+        logical = table[physical.clamp(0, len(table) - 1)].long()
         logical = logical.masked_fill(physical >= len(table), self._num_logical_experts)
         return logical.masked_fill(physical < 0, -1)
 

@@ -1,8 +1,11 @@
-"""Sums of loads over ranks that share one event loop, and what a window has counted."""
+"""Sums of loads over ranks that share one event loop, what a window has counted, and what that takes."""
+
+from typing import Any
 
 import anyio
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from async_eplb.device import CpuDevice
 from async_eplb.load.group import LocalLoadGroup
@@ -19,6 +22,30 @@ def counted(window: LoadWindow, phase: str | None = None) -> list[list[int]]:
     """Return what one rank has counted over the window: ``[layers, logical]``."""
     tokens: list[list[int]] = anyio.run(window.gather, local_group(), phase).tokens.tolist()
     return tokens
+
+
+class OpNames(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the names of operations that tensors are given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+        self.number = 0
+
+    @property
+    def waiting(self) -> set[str]:
+        """Those for which the host waits for the device."""
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal")
+        return {f"aten::{name}" for name in names} & self.names
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name().split(".")[0]
+        by_mask = name == "aten::index" and any(index.dtype == torch.bool for index in args[1])
+        self.names.add("aten::nonzero" if by_mask else name)
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 class MemoryLoadGroup:
