@@ -167,6 +167,11 @@ class SideStream:
         return _recorded(self._stream)
 
 
+def record_on(torch_device: torch.device) -> DeviceEvent:
+    """Record an event on the current stream that this thread has on a device; one of a CPU has passed."""
+    return _recorded(torch.cuda.current_stream(torch_device)) if torch_device.type == "cuda" else _Passed()
+
+
 def until_passed(event: DeviceEvent, deadline: float) -> None:
     """Block until the device has passed an event, or until a deadline, which CUDA's own wait does not have.
 

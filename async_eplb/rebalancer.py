@@ -22,8 +22,8 @@ from async_eplb.errors import (
 from async_eplb.events.emit import Logger, default_logger, emit
 from async_eplb.events.schema import RebalanceFinished
 from async_eplb.events.stopwatch import Stopwatch
+from async_eplb.load.source import LoadGroup, LoadSource
 from async_eplb.load.value import ExpertLoad
-from async_eplb.load.window import LoadGroup, LoadWindow
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy import PlacementPolicy, RebalanceDecision, RebalanceTerms, choose, require_policy_output
 from async_eplb.topology import EPTopology
@@ -39,7 +39,7 @@ class RebalanceOptions:
     :param every_steps: steps from the end of a rebalance to the next one; None for only on demand
     :param cool_down_steps: steps from the end of a rebalance for which demands wait
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most; None for no limit
-    :param phase: of the load window; None for all phases together
+    :param phase: of the load that is asked for; None for all phases together
     :param run_policy_in: where the policy runs: a ``"thread"``, or a ``"process"`` of its own that cannot hold up
         the serving thread's Python; the policy is then pickled
     :raises InvalidOptions: if a number is out of range
@@ -104,7 +104,8 @@ class Rebalancer:
     one. Each computes the placement itself, from the same load; that they agree is checked before a byte moves.
 
     :param updater: moves the weights; it is entered already
-    :param window: counts tokens; the model records, and advances it after each forward pass
+    :param source: counts tokens, such as a :class:`async_eplb.LoadWindow`. What it has counted is copied inside
+        ``step()``, on the stream that the model works on
     :param policy: chooses placements; pure
     :param group: sums loads over the ranks
     :param terms: what a rebalance must bring to be made
@@ -113,7 +114,7 @@ class Rebalancer:
     def __init__(
         self,
         updater: ExpertUpdater,
-        window: LoadWindow,
+        source: LoadSource,
         policy: PlacementPolicy,
         *,
         group: LoadGroup,
@@ -124,7 +125,7 @@ class Rebalancer:
     ) -> None:
         self.options = options or RebalanceOptions()
         self._updater = updater
-        self._window = window
+        self._source = source
         self._policy = policy
         self._group = group
         self._terms = terms
@@ -220,7 +221,8 @@ class Rebalancer:
         watch = Stopwatch()
         updater = self._updater
         current = updater.placement
-        load = await self._window.gather(self._group, self.options.phase)
+        snapshot = await updater.calls.at_boundary(partial(self._source.snapshot, self.options.phase))
+        load = await snapshot.summed(self._group)
         decide = partial(_decide, load, current, updater.topology, self._policy, self._terms)
         decision = await self._run_policy(decide)
         await self._require_same_choice(decision.placement)
@@ -265,7 +267,7 @@ class Rebalancer:
     async def _require_same_choice(self, placement: ExpertPlacement) -> None:
         """Compare the placements that all ranks chose; a policy that is not deterministic is found out here."""
         own = int.from_bytes(placement.digest()[:8]) >> 1
-        mine = torch.zeros(self._updater.topology.num_ranks, dtype=torch.int64)
+        mine = torch.zeros(self._updater.topology.num_ranks, dtype=torch.int64, device="cpu")
         mine[self._updater.rank] = own
         digests = tuple((await self._group.sum(mine)).tolist())
         ranks = differing_ranks(digests)

@@ -33,7 +33,7 @@ class Work(StrEnum):
     CONTROL = "control"
     """Connect ranks and take part in control rounds."""
     LOAD = "load"
-    """Sum loads over ranks."""
+    """Copy loads, and sum them over ranks."""
     POLICY = "policy"
     """Compute a placement."""
 

@@ -1,7 +1,7 @@
 """The background task, in a world in memory whose ranks serve."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest.mock import ANY
@@ -18,6 +18,7 @@ from support.helpers import MemoryRank, memory_world, together
 from support.loads import MemoryLoadGroup
 
 from async_eplb import EPTopology, ExpertPlacement
+from async_eplb.device import CpuDevice
 from async_eplb.errors import (
     BusyUpdater,
     ClosedRebalancer,
@@ -26,6 +27,7 @@ from async_eplb.errors import (
     PlacementDisagreement,
     RebalanceFailed,
 )
+from async_eplb.load.source import LoadSnapshot, LoadSource
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms
@@ -59,6 +61,22 @@ REBALANCE_FINISHED: dict[str, Any] = {
 }
 
 
+class OwnCounters:
+    """An engine's own counts, ``[layers, logical]``; notes whether they were read inside a step."""
+
+    def __init__(self, server: "Server") -> None:
+        self.server = server
+        self.inside_step: list[bool] = []
+
+    def snapshot(self, phase: str | None = None) -> LoadSnapshot:
+        """Return tokens of one hot expert."""
+        self.inside_step.append(self.server.inside_step)
+        counts = torch.ones(1, NUM_LAYERS, NUM_EXPERTS + 1, dtype=torch.int64)
+        counts[..., self.server.hot] = 7
+        counts[..., -1] = 0
+        return LoadSnapshot(counts, CpuDevice().record(), num_steps=2, phase=phase)
+
+
 class Server:
     """One rank: it steps, records tokens for a hot expert, and has a rebalancer."""
 
@@ -67,25 +85,35 @@ class Server:
         self.rank = rank
         self.window = LoadWindow(NUM_LAYERS, NUM_EXPERTS, window_steps=8)
         self.log = LogCapture()
-        self.rebalancer = Rebalancer(
-            rank.updater,
-            self.window,
-            policy,
-            group=group,
+        self.group, self.policy = group, policy
+        self.rebalancer = self.rebalancer_of(self.window, **options)
+        self.serving = anyio.CancelScope()
+        self.hot = 4
+        self.inside_step = False
+
+    def rebalancer_of(self, source: LoadSource, **options: Any) -> Rebalancer:
+        """Return a rebalancer of this rank; it is not started."""
+        return Rebalancer(
+            self.updater,
+            source,
+            self.policy,
+            group=self.group,
             terms=TERMS,
             options=RebalanceOptions(**options),
             logger=structlog.wrap_logger(None, processors=[self.log]),
         )
-        self.hot = 4
 
     async def serve(self) -> None:
         """Make forward passes until cancelled."""
-        while True:
-            await self.updater.step()
-            for layer in range(NUM_LAYERS):
-                self.window.record(layer, torch.tensor([0, 1, 2, 3, 4, 5] + [self.hot] * 6))
-            self.window.advance()
-            await anyio.lowlevel.checkpoint()
+        with self.serving:
+            while True:
+                self.inside_step = True
+                await self.updater.step()
+                self.inside_step = False
+                for layer in range(NUM_LAYERS):
+                    self.window.record(layer, torch.tensor([0, 1, 2, 3, 4, 5] + [self.hot] * 6))
+                self.window.advance()
+                await anyio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -132,6 +160,36 @@ async def test_a_demand_rebalances_all_ranks(demanding: list[int], run_policy_in
         assert len({server.updater.placement for server in world}) == 1
         for server in world:
             server.rank.assert_consistent()
+
+
+async def test_an_engine_may_count_by_itself() -> None:
+    """Its counts are read once for each rebalance, inside a step."""
+    async with servers(every_steps=None) as world:
+        sources = [OwnCounters(server) for server in world]
+        for server, source in zip(world, sources, strict=True):
+            server.rebalancer = server.rebalancer_of(source, every_steps=None)
+        async with rebalancing(world):
+            outcome = await world[1].rebalancer.rebalance_now()
+            while any(server.rebalancer.statistics().num_moved < 1 for server in world):
+                await anyio.lowlevel.checkpoint()
+        assert outcome.load == ExpertLoad.from_counts([[3, 3, 3, 3, 21, 3]] * NUM_LAYERS, num_steps=2)
+        assert [source.inside_step for source in sources] == [[True]] * 3
+
+
+async def test_ranks_that_stand_rebalance_too() -> None:
+    """Loads are read beside, and the update ends although nobody steps."""
+    async with servers(every_steps=None) as world:
+        await anyio.sleep(0.01)
+        async with AsyncExitStack() as stack:
+            for server in world:
+                server.serving.cancel()
+            await anyio.wait_all_tasks_blocked()
+            for server in world:
+                await stack.enter_async_context(server.updater.idle())
+            async with rebalancing(world):
+                outcome = await world[2].rebalancer.rebalance_now()
+        assert outcome.summary is not None
+        assert outcome.decision.reason is Reason.PAYS
 
 
 async def test_a_rebalance_is_logged_completely() -> None:

@@ -15,15 +15,23 @@ class Stepper:
     """Passes one boundary after another. Used by one task or thread at a time.
 
     :param execute: does what is due at a boundary and returns what went wrong
+    :param at_boundary: called at each boundary, after that
     """
 
     def __init__(
-        self, shared: SharedAgreement, logger: Logger, rank: int, execute: Callable[[Decision], Exception | None]
+        self,
+        shared: SharedAgreement,
+        logger: Logger,
+        rank: int,
+        execute: Callable[[Decision], Exception | None],
+        *,
+        at_boundary: Callable[[], None],
     ) -> None:
         self._shared = shared
         self._logger = logger
         self._rank = rank
         self._execute = execute
+        self._at_boundary = at_boundary
         self._stepping = False
         self.standing_for = ""
         """Reason why this rank makes no steps at present; empty if it makes steps."""
@@ -84,6 +92,8 @@ class Stepper:
         """Pass the next boundary and do what is due there, unless a fence stands before it."""
         passed, decision = self._shared.try_pass(number)
         error = None if decision is None else self._execute(decision)
+        if passed:
+            self._at_boundary()
         if error is not None:
             raise error
         return passed

@@ -10,37 +10,34 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from async_eplb.device import Device, DeviceEvent
+from async_eplb.device import DeviceEvent
 from async_eplb.errors import BrokenLoadGroup
-from async_eplb.workers import Work, Workers
+from async_eplb.workers import ThreadWorkers, Work, Workers
 
 
 class LocalLoadGroup:
-    """The load group of a rank alone: copies counts to the host without blocking the caller."""
+    """The load group of a rank alone: waits for counts without blocking the caller."""
 
     num_ranks = 1
 
-    def __init__(self, device: Device, workers: Workers) -> None:
-        self._device = device
-        self._workers = workers
+    def __init__(self, workers: Workers | None = None) -> None:
+        self._workers = workers or ThreadWorkers()
 
-    async def sum(self, counts: Tensor) -> Tensor:
-        """Return the counts on the CPU, in their shape; the copy is launched here and waited for in a thread.
+    async def sum(self, counts: Tensor, after: DeviceEvent | None = None) -> Tensor:
+        """Return the sum; waits in a thread.
 
         A cancelled sum ends as a cancelled one, also where closing the group made it fail.
         """
-        pinned = counts.device.type != "cpu"
-        host = torch.empty_like(counts, device="cpu", pin_memory=pinned)
-        host.copy_(counts, non_blocking=True)
         try:
-            return await self._workers.run(Work.LOAD, partial(self._finish, host, self._device.record()))
+            return await self._workers.run(Work.LOAD, partial(self._finish, counts, after))
         except BrokenLoadGroup:
             await anyio.lowlevel.checkpoint_if_cancelled()
             raise
 
-    def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
-        copied.synchronize()
-        return host
+    def _finish(self, counts: Tensor, after: DeviceEvent | None) -> Tensor:
+        if after is not None:
+            after.synchronize()
+        return counts.clone(memory_format=torch.contiguous_format)
 
 
 class GlooLoadGroup(LocalLoadGroup):
@@ -49,13 +46,14 @@ class GlooLoadGroup(LocalLoadGroup):
     The constructor connects them, which blocks; so :meth:`open` calls it in a thread.
 
     :param store: where ranks find each other; its keys must be unused
+    :param workers: where sums are waited for; threads without it
     :param timeout_s: how long a sum waits for the slowest rank
     """
 
     def __init__(
-        self, store: Store, rank: int, num_ranks: int, device: Device, workers: Workers, *, timeout_s: float
+        self, store: Store, rank: int, num_ranks: int, workers: Workers | None = None, *, timeout_s: float
     ) -> None:
-        super().__init__(device, workers)
+        super().__init__(workers)
         self.num_ranks = num_ranks
         self._group = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))
         self._rank = rank
@@ -63,12 +61,13 @@ class GlooLoadGroup(LocalLoadGroup):
 
     @classmethod
     async def open(
-        cls, device: Device, workers: Workers, group: ProcessGroup | None = None, *, timeout_s: float = 60.0
+        cls, group: ProcessGroup | None = None, *, workers: Workers | None = None, timeout_s: float = 60.0
     ) -> "GlooLoadGroup":
         """Connect the processes of a group, in a thread. All of them open their load groups in the same order.
 
         :param group: the EP group, of which this process must be a member; the world without it. It is only used to
             find the other ranks.
+        :param workers: where this and sums are waited for; threads without it
         :param timeout_s: how long to wait for the slowest rank, here and in each sum, in seconds
         :raises BrokenLoadGroup: if this process is not in the group, or another one does not connect in time
         """
@@ -76,17 +75,18 @@ class GlooLoadGroup(LocalLoadGroup):
         if not isinstance(group, ProcessGroup):
             raise BrokenLoadGroup("this process is not a member of the group", rank=-1, timeout_s=timeout_s)
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        return await workers.run(Work.LOAD, partial(cls._connect, group, rank, num_ranks, device, workers, timeout_s))
+        workers = workers or ThreadWorkers()
+        return await workers.run(Work.LOAD, partial(cls._connect, group, rank, num_ranks, workers, timeout_s))
 
     @classmethod
     def _connect(
-        cls, group: ProcessGroup, rank: int, num_ranks: int, device: Device, workers: Workers, timeout_s: float
+        cls, group: ProcessGroup, rank: int, num_ranks: int, workers: Workers, timeout_s: float
     ) -> "GlooLoadGroup":
         try:
             store = group.get_group_store()
             number = store.add(f"async_eplb/load_groups/{rank}", 1)
             own = PrefixStore(f"async_eplb/load_group/{number}", store)
-            return cls(own, rank, num_ranks, device, workers, timeout_s=timeout_s)
+            return cls(own, rank, num_ranks, workers, timeout_s=timeout_s)
         except RuntimeError as error:
             raise _broken(rank, timeout_s, error) from error
 
@@ -98,13 +98,13 @@ class GlooLoadGroup(LocalLoadGroup):
         """
         self._group.abort()
 
-    def _finish(self, host: Tensor, copied: DeviceEvent) -> Tensor:
-        copied.synchronize()
+    def _finish(self, counts: Tensor, after: DeviceEvent | None) -> Tensor:
+        own = super()._finish(counts, after)
         try:
-            self._group.allreduce([host]).wait()  # type: ignore[attr-defined]
+            self._group.allreduce([own]).wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise _broken(self._rank, self._timeout_s, error) from error
-        return host
+        return own
 
 
 def _broken(rank: int, timeout_s: float, error: RuntimeError) -> BrokenLoadGroup:

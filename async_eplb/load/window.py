@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from async_eplb.device import record_on
 from async_eplb.errors import InvalidLoad, InvalidOptions
+from async_eplb.load.source import LoadGroup, LoadSnapshot
 from async_eplb.load.value import PHASES, ExpertLoad
 
 _IGNORED = 0
@@ -28,22 +30,6 @@ class PhysicalMap(Protocol):
     """A map from physical experts to logical ones, int64 ``[layers, physical]``; an ``ExpertMap`` is one."""
 
     physical_to_logical_map: Tensor
-
-
-class LoadGroup(Protocol):
-    """Sums counts over the ranks of an EP group, away from the serving path."""
-
-    num_ranks: int
-
-    async def sum(self, counts: Tensor) -> Tensor:
-        """Return the sum over all ranks: int64 on the CPU, in the shape of ``counts``, equal on every rank.
-
-        All ranks call this equally often, with tensors of the same shape.
-
-        :param counts: int64, on the device, complete in the order of the calling thread's current stream
-        :raises BrokenLoadGroup: if a rank does not take part in time
-        """
-        ...
 
 
 class LoadWindow:
@@ -94,6 +80,7 @@ class LoadWindow:
             self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
             self._total = torch.zeros(shape, dtype=torch.int64, device=device)
             self._one = torch.ones((), dtype=torch.int32, device=device)
+        self._on_host(len(phases))  # torch keeps pinned memory, so that the serving thread finds some
         self._phases_of_steps: deque[frozenset[str]] = deque(maxlen=window_steps)
         self._next = 0
 
@@ -178,27 +165,26 @@ class LoadWindow:
         self._next = (self._next + 1) % len(self._ring)
         self._phases_of_steps.append(frozenset(self._phases if phases is None else phases))
 
+    def snapshot(self, phase: str | None = None) -> LoadSnapshot:
+        """Begin to copy the counts of the window to the host, on the current stream; return at once.
+
+        :raises InvalidOptions: if the phase is not counted
+        """
+        counted = self._total if phase is None else self._total[self._phase(phase)][None]  # [phases, layers, columns]
+        host = self._on_host(len(counted))
+        host.copy_(counted, non_blocking=True)
+        return LoadSnapshot(host[..., _FIRST_EXPERT:], record_on(counted.device), self.num_steps(phase), phase)
+
     async def gather(self, group: LoadGroup, phase: str | None = None) -> ExpertLoad:
         """Return the load of all ranks together, which is equal on every rank. All ranks call this together.
 
-        The copy that is summed is launched before this first waits: call it from the serving thread, or while the
-        stream of :meth:`record` is current.
+        The snapshot is taken before this first waits: call it from the serving thread, or while the stream of
+        :meth:`record` is current. A rebalancer has it taken inside ``step()``.
 
         :raises InvalidLoad: if experts beyond the model's were recorded
         :raises InvalidOptions: if the phase is not counted
         """
-        counts = self._counts(phase)  # [layers, columns]
-        steps = counts.new_full((1, counts.shape[1]), self.num_steps(phase))  # one more row, to be summed as well
-        summed = (await group.sum(torch.cat([counts, steps]))).numpy()  # [layers + 1, columns]
-        tokens, num_steps = summed[:-1], -(-int(summed[-1, 0]) // group.num_ranks)  # the mean over ranks, rounded up
-        beyond = int(tokens[:, self._beyond].sum())
-        if beyond:
-            raise InvalidLoad(
-                f"{beyond} recorded experts are beyond the {self._num_logical_experts} of the model; "
-                "record physical experts with physical=True"
-            )
-        counted = tokens[:, _FIRST_EXPERT : self._beyond]
-        return ExpertLoad.from_counts(counted, num_steps=max(1, num_steps), phase=phase)
+        return await self.snapshot(phase).summed(group)
 
     def _require(self, name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:
         """Check what is known of a tensor without waiting for its device.
@@ -229,9 +215,10 @@ class LoadWindow:
         logical = logical.masked_fill(physical >= len(table), self._num_logical_experts)
         return logical.masked_fill(physical < 0, -1)
 
-    def _counts(self, phase: str | None) -> Tensor:
-        """Return a copy of the window's counts: int64 ``[layers, columns]``."""
-        return self._total.sum(dim=0) if phase is None else self._total[self._phase(phase)].clone()
+    def _on_host(self, num_phases: int) -> Tensor:
+        """Return host memory for counts, pinned if there is a device: int64 ``[phases, layers, columns]``."""
+        shape = (num_phases, *self._total.shape[1:])
+        return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=self._total.is_cuda)
 
     def _phase(self, phase: str) -> int:
         if phase not in self._phases:

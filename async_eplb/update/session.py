@@ -132,6 +132,11 @@ class Session:
         return self.life.reason or self._shared.faults.no_more_rounds
 
     @property
+    def stood(self) -> DeviceEvent | None:
+        """The model's last work, while this rank makes no steps; None if it makes some."""
+        return self._stood if self._shared.outlook.standing else None
+
+    @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
         run, placement = self.running, self.state.placement

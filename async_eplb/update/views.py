@@ -11,6 +11,7 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.staging import StagingBuffer
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
+from async_eplb.update.calls import BoundaryCalls
 from async_eplb.update.demands import RebalanceDemands
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
@@ -32,7 +33,11 @@ class UpdaterViews:
         agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
         self._shared = SharedAgreement(agreement)
         self._session = Session(self._rank, placement, self._shared, transport)
-        self._stepper = Stepper(self._shared, self._rank.logger, rank.number, self._session.execute)
+        self.calls = BoundaryCalls(self._rank, self._shared, self._session)
+        """For a rebalancer: what it reads of the model is read at a boundary."""
+        self._stepper = Stepper(
+            self._shared, self._rank.logger, rank.number, self._session.execute, at_boundary=self.calls.make
+        )
         self.demands = RebalanceDemands(self._shared, lambda: self._session.closed)
         """For a rebalancer: when all ranks make the next rebalance."""
 

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from async_eplb import EPTopology, EventLogger, ExpertPlacement, ExpertUpdater, ExpertWeights, TorchDistTransport
-from async_eplb.device import device_for
 from async_eplb.events.json_log import JsonLog
 from async_eplb.load.group import GlooLoadGroup
 from async_eplb.load.window import LoadWindow
 from async_eplb.policy import Global, Hierarchical, Incremental, PlacementPolicy, RebalanceTerms
 from async_eplb.rebalancer import RebalanceOptions, Rebalancer
-from async_eplb.workers import ThreadWorkers
 from serving.config import PolicyName, RebalancingConfig
 
 _LINK_BYTES_PER_S = 1e9
@@ -119,7 +117,7 @@ async def background(
         updater = await stack.enter_async_context(
             ExpertUpdater(weights, placement, topology, rank=rank, transport=transport, logger=logger)
         )
-        load_group = await GlooLoadGroup.open(device_for(weights.device), ThreadWorkers(), group)
+        load_group = await GlooLoadGroup.open(group)
         rebalancer = Rebalancer(
             updater,
             window,

@@ -10,13 +10,11 @@ import torch.distributed as dist
 from support.helpers import together
 from support.loads import MemoryLoadGroup
 
-from async_eplb.device import CpuDevice
 from async_eplb.errors import BrokenLoadGroup
 from async_eplb.load.group import GlooLoadGroup
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
 from async_eplb.testing import WorldRank, run_world
-from async_eplb.workers import ThreadWorkers
 
 
 @pytest.mark.anyio
@@ -36,8 +34,7 @@ def gather_between_processes(world: WorldRank) -> list[list[int]]:
     """Record different tokens on each rank and return the load of all."""
 
     async def gather() -> ExpertLoad:
-        workers = ThreadWorkers()
-        group = await GlooLoadGroup.open(CpuDevice(), workers, timeout_s=30)
+        group = await GlooLoadGroup.open(timeout_s=30)
         window = LoadWindow(2, 3, 4)
         window.record(1, torch.full((world.rank + 1,), world.rank))
         window.advance()
@@ -58,7 +55,7 @@ def gather_without_rank_one(world: WorldRank) -> str:
     """Leave rank 0 alone in a sum."""
 
     async def gather() -> str:
-        group = await GlooLoadGroup.open(CpuDevice(), ThreadWorkers(), timeout_s=2)
+        group = await GlooLoadGroup.open(timeout_s=2)
         if world.rank == 1:
             return "did not take part"
         try:
@@ -79,7 +76,7 @@ def leave_rank_zero_alone_and_close(world: WorldRank) -> bool:
     """Rank 0 begins a sum that rank 1 does not; both are cancelled. Return whether it ended as a cancelled one."""
 
     async def end() -> bool:
-        group = await GlooLoadGroup.open(CpuDevice(), ThreadWorkers(), timeout_s=60)
+        group = await GlooLoadGroup.open(timeout_s=60)
         async with anyio.create_task_group() as tasks:
             if world.rank == 0:
                 tasks.start_soon(LoadWindow(1, 1, 1).gather, group)

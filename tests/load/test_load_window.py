@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.loads import OpNames, counted, local_group
 from torch import Tensor
 
+from async_eplb.device import DeviceEvent
 from async_eplb.errors import BrokenLoadGroup, InvalidLoad, InvalidOptions
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
@@ -96,7 +97,7 @@ class BrokenGroup:
 
     num_ranks = 1
 
-    async def sum(self, counts: Tensor) -> Tensor:
+    async def sum(self, counts: Tensor, _after: DeviceEvent | None = None) -> Tensor:
         """Add nothing up."""
         raise BrokenLoadGroup(f"{counts.shape} is not summed", rank=0, timeout_s=0)
 

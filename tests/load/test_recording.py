@@ -96,7 +96,7 @@ def test_a_tensor_that_does_not_fit_is_refused(record: Callable[[LoadWindow], No
     """By name, before anything is counted."""
     expert_map = SimpleNamespace(physical_to_logical_map=torch.tensor([[0, 1, 0], [1, 1, 0]]))
     window = LoadWindow(2, 2, 1, expert_map=expert_map)
-    with pytest.raises(InvalidLoad, match="experts|counts|valid|layer"):
+    with pytest.raises(InvalidLoad, match=r"experts|counts|valid|layer"):
         record(window)
     window.advance()
     assert counted(window) == [[0, 0], [0, 0]]
@@ -156,7 +156,8 @@ def test_whole_counts_are_one_operation_and_no_wait() -> None:
     def ops_of(num_layers: int) -> OpNames:
         expert_map = SimpleNamespace(physical_to_logical_map=torch.zeros(num_layers, 4, dtype=torch.int64))
         window = LoadWindow(num_layers, 3, 2, expert_map=expert_map)
-        with OpNames() as ops:
+        ops = OpNames()
+        with ops:
             window.record_counts(torch.ones(num_layers, 4, dtype=torch.int32))
         return ops
 

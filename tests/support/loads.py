@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from async_eplb.device import CpuDevice
+from async_eplb.device import DeviceEvent
 from async_eplb.load.group import LocalLoadGroup
 from async_eplb.load.window import LoadWindow
 from async_eplb.testing.workers import ScheduledWorkers
@@ -15,7 +15,7 @@ from async_eplb.testing.workers import ScheduledWorkers
 
 def local_group() -> LocalLoadGroup:
     """Return the group of a rank alone, without threads."""
-    return LocalLoadGroup(CpuDevice(), ScheduledWorkers())
+    return LocalLoadGroup(ScheduledWorkers())
 
 
 def counted(window: LoadWindow, phase: str | None = None) -> list[list[int]]:
@@ -55,10 +55,11 @@ class MemoryLoadGroup:
         self.num_ranks = num_ranks
         self._round = _Round()
 
-    async def sum(self, counts: Tensor) -> Tensor:
+    async def sum(self, counts: Tensor, after: DeviceEvent | None = None) -> Tensor:
         """Wait for the other ranks, then add up."""
+        assert after is None or after.query()
         current = self._round
-        current.counts.append(counts.cpu().clone())
+        current.counts.append(counts.clone())
         if len(current.counts) == self.num_ranks:
             self._round = _Round()
             current.complete.set()
