@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from async_eplb.events.tracing import Spans as Spans
     from async_eplb.expert_map import ExpertMap as ExpertMap
     from async_eplb.load.group import GlooLoadGroup as GlooLoadGroup
+    from async_eplb.load.source import LoadSnapshot as LoadSnapshot
+    from async_eplb.load.source import LoadSource as LoadSource
     from async_eplb.load.value import ExpertLoad as ExpertLoad
     from async_eplb.load.window import LoadWindow as LoadWindow
     from async_eplb.options import UpdateOptions as UpdateOptions
@@ -61,6 +63,7 @@ _HOMES = {
     "events.tracing": ("Spans",),
     "expert_map": ("ExpertMap",),
     "load.group": ("GlooLoadGroup",),
+    "load.source": ("LoadSnapshot", "LoadSource"),
     "load.value": ("ExpertLoad",),
     "load.window": ("LoadWindow",),
     "options": ("UpdateOptions",),
