@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from async_eplb.transport import NcclOptions as NcclOptions
     from async_eplb.transport import TorchDistTransport as TorchDistTransport
     from async_eplb.transport import Transport as Transport
+    from async_eplb.transport import open_first_usable as open_first_usable
     from async_eplb.update.handle import UpdateHandle as UpdateHandle
     from async_eplb.update.summary import UpdaterStatistics as UpdaterStatistics
     from async_eplb.update.summary import UpdateSummary as UpdateSummary
@@ -83,6 +84,7 @@ _HOMES = {
         "NcclOptions",
         "TorchDistTransport",
         "Transport",
+        "open_first_usable",
     ),
     "update.handle": ("UpdateHandle",),
     "update.summary": ("UpdaterStatistics", "UpdateSummary"),

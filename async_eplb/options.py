@@ -33,6 +33,8 @@ class UpdateOptions:
         the next transfer to begin without a pause, and one more where the planner relays: the layer that is passed on
     :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
         posts no more at one step boundary, which bounds the serving thread's time
+    :param open_timeout_s: how long opening waits for all ranks, also in a recovery, in seconds; longer than the slowest
+        rank takes to load its model after the fastest
     :param transfer_timeout_s: deadline of one layer's exchange, and of its second hop, in seconds
     :param control_timeout_s: how long a control round waits for the slowest rank, in seconds; longer than
         ``transfer_timeout_s``, so that a rank which lost a transfer can still report it
@@ -52,6 +54,7 @@ class UpdateOptions:
     planner: Planner = field(default=Planner(), metadata=_AGREED)
     staging_depth: int = field(default=2, metadata=_AGREED)
     operations_per_group: int = field(default=256, metadata=_AGREED)
+    open_timeout_s: float = 300.0
     transfer_timeout_s: float = 30.0
     control_timeout_s: float = 60.0
     progress_timeout_s: float = 300.0
@@ -68,6 +71,7 @@ class UpdateOptions:
             "verify": (self.verify in modes, f"one of {', '.join(modes)}"),
             "staging_depth": (self.staging_depth >= 1, "at least 1"),
             "operations_per_group": (self.operations_per_group >= 1, "at least 1"),
+            "open_timeout_s": (0 < self.open_timeout_s < math.inf, "more than 0"),
             "transfer_timeout_s": (0 < self.transfer_timeout_s < math.inf, "more than 0"),
             "control_timeout_s": (
                 self.transfer_timeout_s < self.control_timeout_s < math.inf,

@@ -65,6 +65,7 @@ class SyncUpdater:
         topology: EPTopology,
         *,
         rank: int,
+        name: str | None = None,
         transport: Transport,
         options: UpdateOptions | None = None,
         on_commit: Callable[[int], None] | None = None,
@@ -78,6 +79,7 @@ class SyncUpdater:
             placement,
             topology,
             rank=rank,
+            name=name,
             transport=transport,
             options=options,
             on_commit=on_commit,
@@ -114,6 +116,11 @@ class SyncUpdater:
     def topology(self) -> EPTopology:
         """Shape of the EP group."""
         return self.updater.topology
+
+    @property
+    def name(self) -> str | None:
+        """Tells this updater from others of its group."""
+        return self.updater.name
 
     @property
     def rank(self) -> int:

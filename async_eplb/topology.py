@@ -1,8 +1,14 @@
 """Ranks, nodes and slots: how physical experts are numbered over an EP group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from async_eplb.errors import InvalidTopology
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,30 @@ class EPTopology:
             )
         return cls(num_ranks, num_nodes, num_physical_experts // num_ranks)
 
+    @classmethod
+    def from_group(
+        cls, group: "ProcessGroup | None", num_local_physical_experts: int, *, timeout_s: float = 300.0
+    ) -> "EPTopology":
+        """Find the nodes of a process group, and build its topology. Blocks; all ranks of the group call it together.
+
+        Ranks are on one node if their processes are on one host: one kernel since one boot, whatever containers they
+        are in. Where the ranks of a host are not consecutive, or hosts have different numbers of them, the topology
+        is flat, that is of one node. All ranks get the same.
+
+        :param group: the EP group, of any kind that transports take; the world if it is None
+        :param num_local_physical_experts: slots of each rank
+        :param timeout_s: how long to wait for the slowest rank, in seconds
+        :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
+        :raises OpenTimeout: if a rank does not come in time; it names all of these
+        :raises InvalidTopology: if there are no slots, before anything is waited for
+        """
+        from async_eplb.groups import gather, host_id, join  # noqa: PLC0415 - with torch, which topologies do without
+
+        cls(1, 1, num_local_physical_experts)
+        board = join(group, "topology")
+        hosts = gather(board, "host", host_id(), timeout_s)
+        return cls(len(hosts), num_nodes_of(hosts), num_local_physical_experts)
+
     @property
     def num_physical_experts(self) -> int:
         """Number of slots of all ranks together."""
@@ -72,3 +102,12 @@ class EPTopology:
         """Return the physical experts of a rank, as a slice of a layer's map ``[physical]``."""
         start = rank * self.num_local_physical_experts
         return slice(start, start + self.num_local_physical_experts)
+
+
+def num_nodes_of(hosts: Sequence[str]) -> int:
+    """Return on how many nodes ranks are; 1 where hosts do not make nodes of equally many consecutive ranks.
+
+    :param hosts: what names the host of each rank, by rank
+    """
+    runs = [len(list(run)) for _, run in groupby(hosts)]
+    return len(runs) if len(runs) == len(set(hosts)) and len(set(runs)) == 1 else 1

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +41,8 @@ class ExpertUpdater(UpdaterViews):
     :param placement: the placement that they have now
     :param topology: shape of the EP group
     :param rank: this process in the EP group
+    :param name: tells it from other updaters of that group, such as those of a target and a draft model; equal on all
+        ranks, which compare it when they open. One updater of a group may have none. Events have it as ``updater``
     :param transport: an unused transport of that group; the updater opens and closes it
     :param on_commit: called with a layer right after its commit is enqueued, in the same thread and stream; for
         state derived from weights, such as fused scales. It must not wait for the device
@@ -56,6 +59,7 @@ class ExpertUpdater(UpdaterViews):
         topology: EPTopology,
         *,
         rank: int,
+        name: str | None = None,
         transport: Transport,
         options: UpdateOptions | None = None,
         on_commit: Callable[[int], None] | None = None,
@@ -68,10 +72,11 @@ class ExpertUpdater(UpdaterViews):
             placement,
             topology,
             number=rank,
+            name=name,
             transport=transport,
             options=options or UpdateOptions(),
             on_commit=on_commit or (lambda _layer: None),
-            logger=(logger or default_logger()).bind(run_id=transport.run_id),
+            logger=(logger or default_logger()).bind(run_id=transport.run_id, **({"updater": name} if name else {})),
             workers=workers or ThreadWorkers(),
             device=device or device_for(weights.device),
         )
@@ -200,7 +205,8 @@ class ExpertUpdater(UpdaterViews):
         Layers are compared and the ones in doubt committed from kept staging, so that weights and maps agree on every
         survivor. Slots of ranks that are gone become empty: physical experts keep their numbers, published maps their
         shape and addresses, and :attr:`rank` stays. Passes go on after the boundary that the rank which was ahead has
-        passed (:attr:`Recovery.step`). Not cancelled: it ends within a few times ``control_timeout_s``.
+        passed (:attr:`Recovery.step`). Not cancelled: it waits ``open_timeout_s`` for all to come, and then ends within
+        a few times ``control_timeout_s``.
 
         :param surviving_group: an unused transport between the survivors, in the order of their ranks; of all ranks
             if none is gone
@@ -236,6 +242,8 @@ class ExpertUpdater(UpdaterViews):
             device=self._rank.device,
             workers=OtherWorkers(self._rank.workers, "audit"),  # this updater's own rounds go on
             control_timeout_s=self.options.control_timeout_s,
+            open_timeout_s=self.options.open_timeout_s,
+            identity=replace(self._rank.identity, name=f"audit of {self.name or 'the updater without a name'}"),
         )
 
     def _begin(

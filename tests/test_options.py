@@ -16,6 +16,7 @@ OTHER = {
     "planner": Planner("balanced"),
     "staging_depth": 3,
     "operations_per_group": 7,
+    "open_timeout_s": 20.0,
     "transfer_timeout_s": 1.0,
     "control_timeout_s": 50.0,
     "progress_timeout_s": 200.0,

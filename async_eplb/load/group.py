@@ -5,13 +5,13 @@ from functools import partial
 
 import anyio
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from async_eplb.device import DeviceEvent
-from async_eplb.errors import BrokenLoadGroup
+from async_eplb.errors import BrokenLoadGroup, OpenTimeout
+from async_eplb.groups import gather, join
 from async_eplb.workers import ThreadWorkers, Work, Workers
 
 
@@ -69,26 +69,22 @@ class GlooLoadGroup(LocalLoadGroup):
             find the other ranks.
         :param workers: where this and sums are waited for; threads without it
         :param timeout_s: how long to wait for the slowest rank, here and in each sum, in seconds
-        :raises BrokenLoadGroup: if this process is not in the group, or another one does not connect in time
+        :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
+        :raises BrokenLoadGroup: if another process does not connect in time; it names those that did not come
         """
-        group = dist.group.WORLD if group is None else group
-        if not isinstance(group, ProcessGroup):
-            raise BrokenLoadGroup("this process is not a member of the group", rank=-1, timeout_s=timeout_s)
-        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         workers = workers or ThreadWorkers()
-        return await workers.run(Work.LOAD, partial(cls._connect, group, rank, num_ranks, workers, timeout_s))
+        return await workers.run(Work.LOAD, partial(cls._connect, group, workers, timeout_s))
 
     @classmethod
-    def _connect(
-        cls, group: ProcessGroup, rank: int, num_ranks: int, workers: Workers, timeout_s: float
-    ) -> "GlooLoadGroup":
+    def _connect(cls, group: ProcessGroup | None, workers: Workers, timeout_s: float) -> "GlooLoadGroup":
+        board = join(group, "load group")
         try:
-            store = group.get_group_store()
-            number = store.add(f"async_eplb/load_groups/{rank}", 1)
-            own = PrefixStore(f"async_eplb/load_group/{number}", store)
-            return cls(own, rank, num_ranks, workers, timeout_s=timeout_s)
+            gather(board, "open", "", timeout_s)
+            return cls(board.own, board.rank, board.num_ranks, workers, timeout_s=timeout_s)
+        except OpenTimeout as error:
+            raise BrokenLoadGroup(str(error), rank=board.rank, timeout_s=timeout_s, missing=error.missing) from error
         except RuntimeError as error:
-            raise _broken(rank, timeout_s, error) from error
+            raise _broken(board.rank, timeout_s, error) from error
 
     def close(self) -> None:
         """Close the connections, from any thread. A sum under way ends with an error, here and on the other ranks.

@@ -4,7 +4,9 @@ from async_eplb.agreement.rules import LaunchRule
 from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange, Transport, Voter
 from async_eplb.transport.copy_engine.transport import CopyEngineTransport
 from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull, Pulls, SlotMemory
+from async_eplb.transport.first_usable import FirstUsable, open_first_usable
 from async_eplb.transport.hybrid import HybridTransport
+from async_eplb.transport.identity import Identity
 from async_eplb.transport.memory.schedule import Fault, FaultKind, MemorySchedule
 from async_eplb.transport.memory.transport import MemoryTransport
 from async_eplb.transport.table import TRANSPORTS, TransportOptions
@@ -18,7 +20,9 @@ __all__ = [
     "Exchange",
     "Fault",
     "FaultKind",
+    "FirstUsable",
     "HybridTransport",
+    "Identity",
     "LaunchRule",
     "MemorySchedule",
     "MemoryTransport",
@@ -34,4 +38,5 @@ __all__ = [
     "Transport",
     "TransportOptions",
     "Voter",
+    "open_first_usable",
 ]

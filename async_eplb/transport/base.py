@@ -23,9 +23,14 @@ from typing import Protocol
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup
+from async_eplb.groups import Board
 from async_eplb.transport.exchange import Exchange
+from async_eplb.transport.identity import Identity
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
+
+OPEN_TIMEOUT_S = 300.0
+"""How long opening waits for all ranks, unless it is told otherwise."""
 
 
 class PendingExchange(Protocol):
@@ -126,6 +131,11 @@ class Transport(Protocol):
         """Name of the life of this transport in logs; equal on all ranks, and in no other run."""
         ...
 
+    @property
+    def board(self) -> Board:
+        """Where its ranks leave texts for each other, before it is opened and after."""
+        ...
+
     async def open(
         self,
         device: Device,
@@ -133,14 +143,22 @@ class Transport(Protocol):
         weights: ExpertWeights,
         *,
         control_timeout_s: float,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
+        identity: Identity | None = None,
         relay_peers: Collection[int] = (),
     ) -> ControlGroup:
         """Connect to all ranks, which must all be opening; return a control group for this transport's owner.
 
         :param weights: live weights of this rank, all that will ever be moved
+        :param control_timeout_s: how long a control round waits for the slowest rank
+        :param open_timeout_s: how long this waits for all ranks
+        :param identity: what it is opened for, if that must be the same on all ranks
         :param relay_peers: the other ranks of this node, if second hops are to be launched; without them, first hops
             of later rows may wait for these
         :raises BusyTransport: if it is open already
+        :raises OpenTimeout: if a rank does not come in time
+        :raises UpdaterMismatch: if ranks open it for different updaters, on every rank
+        :raises BusyGroup: if such an updater is open on the group already, on every rank
         """
         ...
 

@@ -3,16 +3,19 @@
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.distributed import ProcessGroup
 
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
-from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange
+from async_eplb.groups import Board
+from async_eplb.transport.base import OPEN_TIMEOUT_S, ControlGroup, PendingExchange, PreparedExchange
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.transport import CopyEngineTransport
 from async_eplb.transport.exchange import Exchange
+from async_eplb.transport.identity import Identity
 from async_eplb.transport.torch_dist.nccl import NcclOptions
 from async_eplb.transport.torch_dist.transport import Backend, TorchDistTransport
 from async_eplb.weights import ExpertWeights
@@ -26,7 +29,7 @@ class HybridTransport:
     :param backend: between hosts; without it, by the device of the weights
     :param nccl: between hosts, how much of the GPU NCCL may take
     :param memory: within a host, as for the copy engine
-    :raises BrokenTransport: if this process is not in the group
+    :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
     """
 
     def __init__(
@@ -59,6 +62,11 @@ class HybridTransport:
         return self._near.run_id
 
     @property
+    def board(self) -> Board:
+        """Where ranks leave texts for each other."""
+        return self._near.board
+
+    @property
     def launch_rule(self) -> LaunchRule:
         """The rules of both parts together; known once the transport is open."""
         return LaunchRule.GRANTED_IN_ORDER if self._far.launch_rule.needs_order else LaunchRule.GRANTED
@@ -75,14 +83,22 @@ class HybridTransport:
         weights: ExpertWeights,
         *,
         control_timeout_s: float,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
+        identity: Identity | None = None,
         relay_peers: Collection[int] = (),  # noqa: ARG002 - a part that pulls cannot relay
     ) -> ControlGroup:
         """Map the live weights of this host's ranks, and connect to all ranks.
 
         :raises IpcUnavailable: if a rank cannot read those of another of its host, on every rank
         """
-        control = await self._near.open(device, workers, weights, control_timeout_s=control_timeout_s)
-        await self._far.open(device, workers, weights, control_timeout_s=control_timeout_s)
+        open_near, open_far = (
+            partial(
+                part.open, device, workers, weights, control_timeout_s=control_timeout_s, open_timeout_s=open_timeout_s
+            )
+            for part in (self._near, self._far)
+        )
+        control = await open_near(identity=identity)
+        await open_far()
         return control
 
     def prepare(self, exchange: Exchange) -> PreparedExchange:

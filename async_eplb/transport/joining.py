@@ -1,63 +1,56 @@
-"""How a transport joins a torch.distributed group: its rank there, and keys of its own in the group's store."""
+"""How a transport joins a torch.distributed group, and how its ranks come together when they open it."""
 
+import threading
 import uuid
+from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
-from async_eplb.errors import BrokenTransport, BusyTransport
+from async_eplb.device import Device
+from async_eplb.errors import BrokenTransport, BusyTransport, EplbError
+from async_eplb.groups import join
+from async_eplb.transport.base import OPEN_TIMEOUT_S
 from async_eplb.transport.control import GlooControlGroup
-from async_eplb.workers import Workers
+from async_eplb.transport.identity import Identity, require_one
+from async_eplb.transport.meeting import meet
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Work, Workers
 
 
-class Membership(NamedTuple):
-    """One transport's place in a group.
+class Opening(NamedTuple):
+    """What a transport is opened with; see :meth:`Transport.open`."""
 
-    :param store: nobody else uses its keys
-    :param run_id: names the run in logs, equal on all ranks
-    """
-
-    rank: int
-    num_ranks: int
-    store: Store
-    run_id: str
-
-
-def join(group: ProcessGroup | None) -> Membership:
-    """Join a group with a new transport; all its ranks make their transports in the same order.
-
-    :param group: the world without it
-    :raises BrokenTransport: if this process is not in the group
-    """
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, ProcessGroup):
-        raise BrokenTransport("this process is not a member of the group", rank=-1)
-    rank, store = dist.get_rank(group), group.get_group_store()
-    number = store.add(f"async_eplb/transports/{rank}", 1)
-    own = PrefixStore(f"async_eplb/transport/{number}", store)
-    run_id = own.compare_set("run_id", "", uuid.uuid4().hex).decode()
-    return Membership(rank, dist.get_world_size(group), own, run_id)
+    device: Device
+    workers: Workers
+    weights: ExpertWeights
+    control_timeout_s: float
+    open_timeout_s: float
+    relay_peers: Collection[int]
 
 
 class Member:
     """Base of the transports of a torch.distributed group: their rank, a control group, and being opened once."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
-        self._rank, self._num_ranks, self._store, self._run_id = join(group)
+        self.board = join(group, "transport")
+        self._run_id = self.board.own.compare_set("run_id", "", uuid.uuid4().hex).decode()
+        self._group_id = self.board.shared.compare_set("async_eplb/group_id", "", uuid.uuid4().hex).decode()
         self._state = "new"
         self._control: GlooControlGroup | None = None
 
     @property
     def rank(self) -> int:
         """This process's rank in the group."""
-        return self._rank
+        return self.board.rank
 
     @property
     def num_ranks(self) -> int:
         """Processes of the group."""
-        return self._num_ranks
+        return self.board.num_ranks
 
     @property
     def run_id(self) -> str:
@@ -69,26 +62,71 @@ class Member:
         """Whether it was opened, and neither closed nor aborted."""
         return self._state == "open"
 
-    def _become_open(self) -> None:
-        """Become open.
+    async def open(
+        self,
+        device: Device,
+        workers: Workers,
+        weights: ExpertWeights,
+        *,
+        control_timeout_s: float,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
+        identity: Identity | None = None,
+        relay_peers: Collection[int] = (),
+    ) -> GlooControlGroup:
+        """Wait for all ranks, compare what they open this for, and connect to them.
 
-        :raises BusyTransport: if it was opened before
+        :raises OpenTimeout: if a rank does not come in time
+        :raises UpdaterMismatch: if ranks open it for different updaters, on every rank
+        :raises BusyGroup: if such an updater is open on the group already, on every rank
+        :raises BrokenTransport: if ranks that have come do not connect
         """
         if self._state != "new":
             raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
         self._state = "open"
+        try:
+            taken = identity is not None and not self._claim(identity.name)
+            own = (identity or Identity()).to_json(taken=taken)
+            require_one(await meet(workers, self.board, "open", own, timeout_s=open_timeout_s), self.rank)
+            opening = Opening(device, workers, weights, control_timeout_s, open_timeout_s, relay_peers)
+            return await workers.run(Work.CONTROL, partial(self._connect, opening))
+        except EplbError:
+            self._state = "broken"
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            self._state = "broken"
+            raise BrokenTransport(f"rank {self.rank}: {self!r} cannot connect: {error}", rank=self.rank) from error
 
-    def _connect_control(self, workers: Workers, timeout_s: float) -> GlooControlGroup:
+    def _connect(self, opening: Opening) -> GlooControlGroup:
+        """Connect to ranks that have all come. Blocks."""
+        raise NotImplementedError
+
+    def _claim(self, name: str) -> bool:
+        """Take an updater's name in the group; return whether it was free in this process."""
+        with _CLAIMING:
+            other = _UPDATERS.get((self._group_id, self.rank, name))
+            if other is not None and other._state != "closed":  # noqa: SLF001 - of the same class
+                return False
+            _UPDATERS[self._group_id, self.rank, name] = self
+            return True
+
+    def _connect_control(self, opening: Opening) -> GlooControlGroup:
         """Connect the control group, whether the caller of ``open`` keeps it or not.
 
         It is kept until the transport is closed: one that is dropped takes its connections with it, and slower ranks
         may still be making theirs.
         """
-        store = PrefixStore("control", self._store)
-        self._control = GlooControlGroup(store, self._rank, self._num_ranks, workers, timeout_s=timeout_s)
+        store = PrefixStore("control", self.board.own)
+        self._control = GlooControlGroup(
+            store, self.rank, self.num_ranks, opening.workers, timeout_s=opening.control_timeout_s
+        )
         return self._control
 
     def _become_closed(self) -> None:
         """Become closed, and drop the control group."""
         self._control = None
         self._state = "closed"
+
+
+_UPDATERS: WeakValueDictionary[tuple[str, int, str], Member] = WeakValueDictionary()
+"""Transports of this process that updaters have: by group, rank and name. It is all that two updaters share."""
+_CLAIMING = threading.Lock()

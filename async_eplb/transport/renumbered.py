@@ -9,8 +9,17 @@ from typing import TypeVar
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
 from async_eplb.errors import BrokenControlGroup, BrokenTransport
-from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange, Transport, Voter
+from async_eplb.groups import Board
+from async_eplb.transport.base import (
+    OPEN_TIMEOUT_S,
+    ControlGroup,
+    PendingExchange,
+    PreparedExchange,
+    Transport,
+    Voter,
+)
 from async_eplb.transport.exchange import Exchange, Message, MessageGroup, Pull
+from async_eplb.transport.identity import Identity
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
 
@@ -60,6 +69,11 @@ class RenumberedTransport:
         """The transport's."""
         return self._transport.run_id
 
+    @property
+    def board(self) -> Board:
+        """The transport's, by places."""
+        return self._transport.board
+
     async def open(
         self,
         device: Device,
@@ -67,12 +81,20 @@ class RenumberedTransport:
         weights: ExpertWeights,
         *,
         control_timeout_s: float,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
+        identity: Identity | None = None,
         relay_peers: Collection[int] = (),
     ) -> ControlGroup:
         """Open the transport; peers that are gone relay nothing."""
         places = [self._place[peer] for peer in relay_peers if peer in self._place]
         control = await self._transport.open(
-            device, workers, weights, control_timeout_s=control_timeout_s, relay_peers=places
+            device,
+            workers,
+            weights,
+            control_timeout_s=control_timeout_s,
+            open_timeout_s=open_timeout_s,
+            identity=identity,
+            relay_peers=places,
         )
         return RenumberedControlGroup(control, self._members)
 

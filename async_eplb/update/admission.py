@@ -108,6 +108,7 @@ def admit_rank(
     topology: EPTopology,
     *,
     number: int,
+    name: str | None,
     transport: Transport,
     options: UpdateOptions,
     on_commit: Callable[[int], None],
@@ -119,6 +120,7 @@ def admit_rank(
 
     :raises EplbError: a child of it for each way in which they do not
     """
+    require_name(name)
     require_ranks(topology, number, transport)
     placement.require_fit(topology)
     require_slots(weights, placement, topology)
@@ -139,6 +141,7 @@ def admit_rank(
     committer = committer_for(verifier.weights, expert_map)
     return Rank(
         number=number,
+        name=name,
         topology=topology,
         live=weights,
         verifier=verifier,
@@ -224,6 +227,15 @@ def require_empty(placement: ExpertPlacement, topology: EPTopology, gone: Iterab
                 layer=layer,
                 rank=rank,
             )
+
+
+def require_name(name: object) -> None:
+    """Check that an updater's name is a text, or that it has none.
+
+    :raises InvalidOptions: if not
+    """
+    if name is not None and (not isinstance(name, str) or not name):
+        raise InvalidOptions(f"name is {name!r}; it must be a text that is not empty, or None", option="name")
 
 
 def require_ranks(topology: EPTopology, rank: int, transport: Transport) -> None:

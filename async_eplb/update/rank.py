@@ -1,5 +1,6 @@
 """One rank and its parts, for the life of its updater."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ from async_eplb.commit.committer import Committer
 from async_eplb.device import Device
 from async_eplb.events.emit import Logger
 from async_eplb.expert_map import ExpertMap
-from async_eplb.options import UpdateOptions
+from async_eplb.options import UpdateOptions, canonical
 from async_eplb.topology import EPTopology
+from async_eplb.transport.identity import Identity
 from async_eplb.verify.column import Verifier
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
@@ -19,6 +21,7 @@ class Rank:
     """One rank and what belongs to it. Made once, and handed whole to all that works on its updates.
 
     :param number: of the rank in the EP group
+    :param name: of the updater; None if it has none
     :param live: live weights, as the caller gave them
     :param verifier: has them with a column more, which travels with each slot, if slots are verified
     :param expert_map: published maps
@@ -26,6 +29,7 @@ class Rank:
     """
 
     number: int
+    name: str | None
     topology: EPTopology
     live: ExpertWeights
     verifier: Verifier
@@ -41,6 +45,11 @@ class Rank:
     def weights(self) -> ExpertWeights:
         """The tensors that move: live weights, and the verification column if there is one."""
         return self.verifier.weights
+
+    @property
+    def identity(self) -> Identity:
+        """What ranks compare when they open a transport (rule 17)."""
+        return Identity(self.name or "", self.live.digest().hex(), json.dumps(canonical(self.topology), sort_keys=True))
 
     @property
     def slots(self) -> slice:

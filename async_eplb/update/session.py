@@ -91,7 +91,7 @@ class Session:
         await self._stack.aclose()
 
     async def open_transport(self, transport: Transport) -> ControlGroup:
-        """Open a transport for what this rank moves; return its control group."""
+        """Open a transport for what this rank moves, with ranks of the same updater; return its control group."""
         rank = self._rank
         among_all = transport.num_ranks == rank.topology.num_ranks
         return await transport.open(
@@ -99,6 +99,8 @@ class Session:
             rank.workers,
             rank.weights,
             control_timeout_s=rank.options.control_timeout_s,
+            open_timeout_s=rank.options.open_timeout_s,
+            identity=rank.identity,
             relay_peers=rank.relay_peers if among_all else (),
         )
 

@@ -44,7 +44,13 @@ class UpdaterViews:
     def __repr__(self) -> str:
         closed = self._session.closed
         state = f"closed: {closed}" if closed else "updating" if self.running else "idle"
-        return f"<{type(self).__name__} rank {self.rank} of {self.topology.num_ranks}, {state}>"
+        name = f" {self.name!r}" if self.name else ""
+        return f"<{type(self).__name__}{name} rank {self.rank} of {self.topology.num_ranks}, {state}>"
+
+    @property
+    def name(self) -> str | None:
+        """Tells this updater from others of its group; None if it has no name."""
+        return self._rank.name
 
     @property
     def options(self) -> UpdateOptions:

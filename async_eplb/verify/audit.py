@@ -12,6 +12,7 @@ from async_eplb.events.stopwatch import Stopwatch
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
+from async_eplb.transport.identity import Identity
 from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
 from async_eplb.verify.column import checksums
@@ -58,18 +59,29 @@ async def audit_replicas(
     device: Device,
     workers: Workers,
     control_timeout_s: float,
+    open_timeout_s: float,
+    identity: Identity,
 ) -> AuditReport:
     """Compare the bytes of all replicas of all experts. All ranks of ``members`` call this together.
 
     :param members: rank in the EP group of each rank of ``group``, in order
     :param group: a new transport; it is used for one control round and closed
     :param workers: other ones than the updater's, whose control rounds go on meanwhile
-    :raises BrokenControlGroup: if a rank does not take part within ``control_timeout_s``, in seconds
+    :param identity: what ranks compare first
+    :raises OpenTimeout: if a rank does not come within ``open_timeout_s``, in seconds
+    :raises BrokenControlGroup: if one does not take part within ``control_timeout_s``, in seconds
     """
     watch = Stopwatch()
     mine = await workers.run(Work.TRANSFER, lambda: slot_checksums(weights, placement, topology, rank, device))
-    control = await group.open(device, workers, weights, control_timeout_s=control_timeout_s)
     try:
+        control = await group.open(
+            device,
+            workers,
+            weights,
+            control_timeout_s=control_timeout_s,
+            open_timeout_s=open_timeout_s,
+            identity=identity,
+        )
         rows = await hold_round(RenumberedControlGroup(control, members), mine)
     finally:
         await group.aclose()

@@ -12,6 +12,7 @@ import async_eplb
 
 LAYERS = [
     "errors",
+    "groups",
     "topology placement",
     "workers device events",
     "weights staging expert_map",

@@ -5,7 +5,7 @@ from typing import Literal
 
 TRANSFER_TIMEOUT_S, CONTROL_TIMEOUT_S = 1.0, 1.5
 TIMEOUTS_S = TRANSFER_TIMEOUT_S + CONTROL_TIMEOUT_S
-LATE, OTHER_WEIGHTS, OTHER_PLACEMENT = DIFFERENCES = ("late", "other weights", "other placement")
+LATE, OTHER_PLACEMENT = DIFFERENCES = ("late", "other placement")
 """Wrong ways in which a live rank may begin an update."""
 
 

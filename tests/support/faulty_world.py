@@ -48,7 +48,6 @@ from support.accidents import (
     CONTROL_TIMEOUT_S,
     LATE,
     OTHER_PLACEMENT,
-    OTHER_WEIGHTS,
     Accident,
     Report,
 )
@@ -164,7 +163,6 @@ class _Rank:
     rank: int
     struck: bool = False
     source: Source = field(default_factory=Source)
-    model: SampleModel = MODEL
     shared: SharedMemory | None = None
 
     def _differs(self, kind: str) -> bool:
@@ -186,9 +184,7 @@ class _Rank:
         self.old, self.new = (random_placement(rng, NUM_LAYERS, physical, self.num_experts) for _ in range(2))
         if self._differs(OTHER_PLACEMENT):
             self.new = random_placement(rng, NUM_LAYERS, physical, self.num_experts)
-        if self._differs(OTHER_WEIGHTS):
-            self.model = SampleModel(hidden=2 * MODEL.hidden, intermediate=MODEL.intermediate)
-        self.tensors = self.model.weights(self.old, self.topology, self.rank, self.accident.device)
+        self.tensors = MODEL.weights(self.old, self.topology, self.rank, self.accident.device)
         if self.accident.transport == "copy" and self.accident.device == "cpu":
             self.shared = SharedMemory()
             self.tensors = self.shared.share(self.tensors)
@@ -251,8 +247,7 @@ class _Rank:
             recovery = await updater.recover(self._transport(group), source=self.source)
             recovered_s = time.monotonic() - start
             wrong += self._wrong_slots(updater)
-            if self.accident.kind != OTHER_WEIGHTS:  # which differ for good
-                await self._update_again(updater, members)
+            await self._update_again(updater, members)
             wrong += self._wrong_slots(updater)
             return Report(
                 rank=self.rank,
@@ -274,7 +269,7 @@ class _Rank:
             )
 
     def _wrong_slots(self, updater: ExpertUpdater) -> list[tuple[int, int]]:
-        return self.model.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
+        return MODEL.wrong_slots(self.tensors, updater.placement, self.topology, self.rank)
 
     async def _update_until_error(self, updater: ExpertUpdater) -> tuple[EplbError, float]:
         if self._differs(LATE):

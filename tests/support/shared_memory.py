@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from async_eplb import groups
 from async_eplb.device import CpuDevice, DeviceEvent
-from async_eplb.transport.copy_engine import peer_weights
 from async_eplb.transport.copy_engine.cuda_ipc import Step
 from async_eplb.transport.copy_engine.turns import Cell
 
@@ -110,7 +110,7 @@ class _BootId:
 
 def be_on_host(number: int) -> None:
     """Let transports of this process take it for one of a host of its own, with other processes of that number."""
-    peer_weights.BOOT_ID = _BootId(number)  # type: ignore[assignment]
+    groups.BOOT_ID = _BootId(number)  # type: ignore[assignment]
 
 
 def _cell(cell: Cell) -> ctypes.c_uint32:

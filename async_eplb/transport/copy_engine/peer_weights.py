@@ -6,12 +6,12 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from async_eplb.device import Device, DeviceEvent, until_passed
+from async_eplb.groups import host_id
 from async_eplb.transport.copy_engine.cuda_ipc import Copies, PeerMemory, Step
 from async_eplb.transport.copy_engine.turns import Turns, sources_of
 from async_eplb.transport.exchange import Exchange, Pull, Pulls
@@ -20,7 +20,6 @@ from async_eplb.workers import Workers
 
 CLOSE_TIMEOUT_S = 5.0
 """How long copies that are under way, and other ranks, are waited for at the end."""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class PeerWeights:
                 if number == len(handles):
                     handles.append(handle.hex())
                 slots[row].append((number, view.data_ptr() - base, view.stride(0)))
-        return Offer(BOOT_ID.read_text().strip(), socket.gethostname(), handles, slots, self.turns.path)
+        return Offer(host_id(), socket.gethostname(), handles, slots, self.turns.path)
 
     @property
     def ranks(self) -> frozenset[int]:

@@ -7,26 +7,24 @@ anything that the model runs. While no rank serves, ranks take turns at the sour
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 
 import torch
 from torch.distributed import ProcessGroup
 
 from async_eplb.agreement.rules import LaunchRule
-from async_eplb.device import Device, DeviceEvent, until_passed
-from async_eplb.errors import BrokenTransport, IpcUnavailable, TransferTimeout
-from async_eplb.transport.base import ControlGroup, PendingExchange, PreparedExchange
+from async_eplb.device import DeviceEvent, until_passed
+from async_eplb.errors import BrokenTransport, EplbError, IpcUnavailable, TransferTimeout
+from async_eplb.groups import gather
+from async_eplb.transport.base import PendingExchange, PreparedExchange
+from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer, PeerWeights
 from async_eplb.transport.exchange import Exchange
-from async_eplb.transport.joining import Member
-from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Work, Workers
-
-_CONNECT_TIMEOUT_S = 300.0
+from async_eplb.transport.joining import Member, Opening
+from async_eplb.workers import Work
 
 
 class CopyEngineTransport(Member):
@@ -40,7 +38,7 @@ class CopyEngineTransport(Member):
         the other ranks
     :param within_host: leave out ranks of other hosts, instead of refusing them
     :param memory: makes the object that maps and copies memory of other processes, for the device of the weights
-    :raises BrokenTransport: if this process is not in the group
+    :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
     """
 
     launch_rule = LaunchRule.GRANTED
@@ -58,53 +56,39 @@ class CopyEngineTransport(Member):
         self._peers: PeerWeights | None = None
 
     def __repr__(self) -> str:
-        return f"<CopyEngineTransport rank {self._rank} of {self._num_ranks}, {self._state}>"
+        return f"<CopyEngineTransport rank {self.rank} of {self.num_ranks}, {self._state}>"
 
     @property
     def one_sided_peers(self) -> frozenset[int]:
         """Ranks whose weights are mapped."""
         return frozenset() if self._peers is None else self._peers.ranks
 
-    async def open(
-        self,
-        device: Device,
-        workers: Workers,
-        weights: ExpertWeights,
-        *,
-        control_timeout_s: float,
-        relay_peers: Collection[int] = (),  # noqa: ARG002 - what is in staging cannot be pulled
-    ) -> ControlGroup:
+    def _connect(self, opening: Opening) -> GlooControlGroup:
         """Map the live weights of all other ranks.
 
         :raises IpcUnavailable: if a rank cannot read those of another, on every rank
         """
-        self._become_open()
-        return await workers.run(Work.CONTROL, partial(self._connect, device, workers, weights, control_timeout_s))
-
-    def _connect(
-        self, device: Device, workers: Workers, weights: ExpertWeights, control_timeout_s: float
-    ) -> ControlGroup:
-        control = self._connect_control(workers, control_timeout_s)
+        control = self._connect_control(opening)
+        device, timeout_s = opening.device, opening.open_timeout_s
         offer, failure = "", ""
         try:
             memory = self._make_memory(device.torch_device)
-            self._peers = PeerWeights(memory, device, workers, self._rank, self._num_ranks)
-            offer = self._peers.offer(weights).to_json()
+            self._peers = PeerWeights(memory, device, opening.workers, self.rank, self.num_ranks)
+            offer = self._peers.offer(opening.weights).to_json()
         except (RuntimeError, OSError) as error:
             failure = str(error)
-        offers = self._gather("offer", offer)
+        offers = gather(self.board, "offer", offer, timeout_s)
         if self._peers is not None and all(offers):
             try:
                 self._peers.map([Offer.from_json(each) for each in offers], within_host=self._within_host)
                 self._peers.warm_up()
             except RuntimeError as error:
                 failure = str(error)
-        failures = self._gather("failure", failure)
+        failures = gather(self.board, "failure", failure, timeout_s)
         if self._peers is not None:
             self._peers.turns.unlink()
         ranks = tuple(rank for rank, each in enumerate(failures) if each)
         if ranks:
-            self._state = "broken"
             if self._peers is not None:
                 self._peers.close()
                 self._peers = None
@@ -119,7 +103,7 @@ class CopyEngineTransport(Member):
         """
         peers = self._require_open()
         if exchange.has_messages:
-            raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self._rank)
+            raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self.rank)
         return _PreparedPull(self._require_open, partial(_Pull, self, peers, exchange))
 
     def abort(self) -> None:
@@ -140,20 +124,13 @@ class CopyEngineTransport(Member):
 
     def _close(self, peers: PeerWeights) -> None:
         peers.close()
-        with suppress(RuntimeError):  # what dead ranks have mapped is gone with them
-            self._gather("closed", "closed", timeout_s=CLOSE_TIMEOUT_S)
+        with suppress(EplbError):  # what dead ranks have mapped is gone with them
+            gather(self.board, "closed", "", CLOSE_TIMEOUT_S)
 
     def _require_open(self) -> PeerWeights:
         if self._peers is None or not self.is_open:
-            raise BrokenTransport(f"{self!r} cannot move anything", rank=self._rank)
+            raise BrokenTransport(f"{self!r} cannot move anything", rank=self.rank)
         return self._peers
-
-    def _gather(self, what: str, value: str, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> list[str]:
-        """Return the values of all ranks, which must all give one."""
-        self._store.set(f"{what}/{self._rank}", value)
-        keys = [f"{what}/{rank}" for rank in range(self._num_ranks)]
-        self._store.wait(keys, timedelta(seconds=timeout_s))
-        return [self._store.get(key).decode() for key in keys]
 
 
 class _PreparedPull:

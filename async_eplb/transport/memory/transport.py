@@ -1,17 +1,40 @@
 """A transport inside one event loop, for tests and simulation: real bytes, scheduled delays and faults."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from async_eplb.device import Device
 from async_eplb.errors import BusyTransport
-from async_eplb.transport.base import ControlGroup, PreparedExchange
+from async_eplb.transport.base import OPEN_TIMEOUT_S, ControlGroup, PreparedExchange
 from async_eplb.transport.exchange import Exchange
+from async_eplb.transport.identity import Identity, require_one
+from async_eplb.transport.meeting import meet
 from async_eplb.transport.memory.control import MemoryControlGroup
 from async_eplb.transport.memory.exchange import PreparedInMemory
 from async_eplb.transport.memory.schedule import MemorySchedule
 from async_eplb.transport.memory.world import MemoryWorld
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Workers
+
+
+class MemoryBoard:
+    """Texts of the ranks of a world."""
+
+    def __init__(self, world: MemoryWorld, rank: int) -> None:
+        self.rank = rank
+        self.num_ranks = world.num_ranks
+        self._texts = world.texts
+
+    def put(self, key: str, text: str) -> None:
+        """Leave a text."""
+        self._texts[key] = text
+
+    def get(self, keys: Sequence[str]) -> list[str] | None:
+        """Return the texts of all these keys, or None if one is not there yet."""
+        return [self._texts[key] for key in keys] if self._texts.keys() >= set(keys) else None
+
+    def explain(self, missing: Sequence[int]) -> str:  # noqa: ARG002 - worlds have one transport of each rank
+        """Return nothing more."""
+        return ""
 
 
 class MemoryTransport:
@@ -23,6 +46,7 @@ class MemoryTransport:
 
     def __init__(self, world: MemoryWorld, rank: int) -> None:
         self.launch_rule = world.schedule.launch_rule
+        self.board = MemoryBoard(world, rank)
         self._world = world
         self._rank = rank
 
@@ -58,16 +82,27 @@ class MemoryTransport:
     async def open(
         self,
         device: Device,  # noqa: ARG002 - the world's time is its schedule's
-        workers: Workers,  # noqa: ARG002
+        workers: Workers,
         weights: ExpertWeights,
         *,
         control_timeout_s: float,
+        open_timeout_s: float = OPEN_TIMEOUT_S,
+        identity: Identity | None = None,
         relay_peers: Collection[int] = (),  # noqa: ARG002
     ) -> ControlGroup:
-        """Add this rank's weights to the world and return its control group; there is nothing to connect."""
+        """Add this rank's weights to the world and return its control group; there is nothing to connect.
+
+        One task may open all ranks, one after another. So only what has a name waits for the others, to compare it.
+        """
         if self._rank in self._world.weights:
             raise BusyTransport(f"{self!r} is in use; make one transport for each updater")
         self._world.weights[self._rank] = weights
+        identity = identity or Identity()
+        own = identity.to_json()
+        if identity.name:
+            require_one(await meet(workers, self.board, "open", own, timeout_s=open_timeout_s), self._rank)
+        else:
+            self.board.put(f"open/{self._rank}", own)
         return MemoryControlGroup(self._world, self._rank, control_timeout_s)
 
     def prepare(self, exchange: Exchange) -> PreparedExchange:

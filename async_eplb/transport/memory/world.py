@@ -56,6 +56,8 @@ class MemoryWorld:
         self.num_turns = [0] * num_ranks
         """How many exchanges each rank has launched whose pulls are in turn."""
         self.turns: dict[tuple[int, int, int], Event] = {}
+        self.texts: dict[str, str] = {}
+        """What ranks have left for each other."""
 
     def require_open(self, rank: int) -> None:
         """Raise BrokenTransport unless a rank has opened its transport, and neither closed nor aborted it."""

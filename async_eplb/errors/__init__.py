@@ -6,27 +6,20 @@ slot, sizes, limits) are attributes. The message gives all facts and what to do.
 
 from collections.abc import Sequence
 
-
-class EplbError(Exception):
-    """Base of every error that this package raises on purpose.
-
-    The attributes are those of an update that ended early.
-
-    :param committed_layers: layers that this rank has committed; all others are as they were. Other ranks have
-        committed the same ones, unless a rank was lost or a copy failed (:class:`CommitFailed`): then ``recover()``
-        makes them the same
-    :param layer_under_way: the first layer that was not committed yet; -1 if there was none
-    :param phase: how far that layer was on this rank: planning, transfer, staged, fence or commit
-    """
-
-    committed_layers: tuple[int, ...] = ()
-    layer_under_way: int = -1
-    phase: str = ""
-
-    def __init__(self, message: str, **facts: object) -> None:
-        super().__init__(message)
-        self.__dict__.update(facts)
-
+from async_eplb.errors.base import EplbError as EplbError
+from async_eplb.errors.connections import BrokenControlGroup as BrokenControlGroup
+from async_eplb.errors.connections import BrokenLoadGroup as BrokenLoadGroup
+from async_eplb.errors.connections import BrokenTransport as BrokenTransport
+from async_eplb.errors.connections import BusyGroup as BusyGroup
+from async_eplb.errors.connections import BusyTransport as BusyTransport
+from async_eplb.errors.connections import InvalidGroup as InvalidGroup
+from async_eplb.errors.connections import IpcUnavailable as IpcUnavailable
+from async_eplb.errors.connections import NotAMember as NotAMember
+from async_eplb.errors.connections import NoUsableTransport as NoUsableTransport
+from async_eplb.errors.connections import OpenTimeout as OpenTimeout
+from async_eplb.errors.connections import RankMismatch as RankMismatch
+from async_eplb.errors.connections import TransferTimeout as TransferTimeout
+from async_eplb.errors.connections import UpdaterMismatch as UpdaterMismatch
 
 # --- Input that was refused; nothing has changed. ---
 
@@ -128,26 +121,10 @@ class SlotCountMismatch(InvalidWeights):
     actual: int
 
 
-class IpcUnavailable(EplbError):
-    """Ranks cannot read each other's weights: the copy engine does not work here. Nothing has moved.
-
-    :param ranks: those that reported a reason
-    """
-
-    ranks: tuple[int, ...]
-
-
 class MissingWeights(InvalidWeights):
     """A layer changes, but the updater was given no weights for it."""
 
     layer: int
-
-
-class RankMismatch(EplbError, ValueError):
-    """Rank or rank count differ between the topology and the transport's group."""
-
-    expected: int
-    actual: int
 
 
 class PlacementDisagreement(EplbError):
@@ -178,10 +155,6 @@ class BusyUpdater(EplbError, RuntimeError):
 
 class ClosedUpdater(EplbError, RuntimeError):
     """The updater is not open: not entered yet, closed, or closed by an earlier failure."""
-
-
-class BusyTransport(EplbError, RuntimeError):
-    """A transport serves one updater; this one is in use."""
 
 
 class ClosedRebalancer(EplbError, RuntimeError):
@@ -223,19 +196,6 @@ class UpdateAborted(EplbError):
     ranks: tuple[int, ...]
 
 
-class BrokenTransport(EplbError):
-    """A transport failed or was aborted. It is never reused: open a new one."""
-
-    rank: int
-
-
-class TransferTimeout(BrokenTransport):
-    """A layer's exchange did not finish before its deadline."""
-
-    layer: int
-    timeout_s: float
-
-
 class UpdateStalled(EplbError):
     """A stage of an update has done one thing for too long. The event of the same name lists what all stages did.
 
@@ -260,24 +220,6 @@ class CommitFailed(EplbError):
     rank: int
     layer: int
     step: int
-
-
-class BrokenLoadGroup(EplbError):
-    """Loads could not be summed over ranks: a rank is dead, closed, or did not take part."""
-
-    rank: int
-    timeout_s: float
-
-
-class BrokenControlGroup(EplbError):
-    """A control round did not complete: a rank is dead, closed, or never began the update.
-
-    :param missing: ranks that sent no ballot, as far as this is known
-    """
-
-    rank: int
-    timeout_s: float
-    missing: tuple[int, ...] = ()
 
 
 class RankInDoubt(EplbError):
