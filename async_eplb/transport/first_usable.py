@@ -116,8 +116,9 @@ class FirstUsable:
             reasons = await meet(workers, self.board, what, reason, timeout_s=patience_s)
             if control is not None and not any(reasons):
                 return control
-            told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)
-            self.refusals += (f"{candidate!r}: {told}",)
+            told = {text: [rank for rank, each in enumerate(reasons) if each == text] for text in reasons if text}
+            words = "; ".join(f"ranks {ranks}: {text}" for text, ranks in told.items())
+            self.refusals += (f"{type(candidate).__name__}: {words}",)
             await self.aclose()
         raise NoUsableTransport(
             f"rank {self.rank}: none of {len(self._candidates)} transports can be opened on all ranks: "

@@ -44,7 +44,7 @@ def require_one(texts: Sequence[str], rank: int) -> None:
         for place, (fields, _) in enumerate(told):
             values[fields[key]].append(place)
         if len(values) > 1:
-            parts = ", ".join(f"{value!r} on ranks {ranks}" for value, ranks in values.items())
+            parts = ", ".join(f"{value or None!r} on ranks {ranks}" for value, ranks in values.items())
             raise UpdaterMismatch(
                 f"rank {rank}: ranks open different updaters over one transport: {_LABELS[key]} is {parts}; ranks make "
                 "their updaters and transports in one order, and give each the same name, weights and topology",
