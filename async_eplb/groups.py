@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,10 @@ class Membership:
     own: Store
     shared: Store
 
+    def part(self, name: str) -> "Membership":
+        """Return the board of another thing, which belongs to this one; all ranks give it the same name."""
+        return replace(self, own=PrefixStore(name, self.own))
+
     def put(self, key: str, text: str) -> None:
         """Leave a text for the ranks that have made the one of the same number."""
         with _answering(self.rank):
@@ -89,15 +93,17 @@ class Membership:
         return f"; this is {self.kind} {self.number} here, and {', '.join(others)}: ranks make them in the same order"
 
 
-def join(group: ProcessGroup | None, kind: str) -> Membership:
+def join(group: ProcessGroup | Membership | None, kind: str) -> Membership:
     """Join a group with something that all its ranks make, in the same order.
 
     :param group: any object with ``rank()``, ``size()`` and ``get_group_store()``, known to torch's registry or not;
-        the world without it
+        the world without it; a place in a group is taken as it is
     :param kind: what is made, such as ``"transport"``
     :raises NotAMember: if this process is not in the group
     :raises InvalidGroup: if there is no group, or it has no store
     """
+    if isinstance(group, Membership):
+        return group
     found: Any = dist.group.WORLD if group is None else group
     if found is None:
         raise InvalidGroup(

@@ -159,8 +159,10 @@ class ExpertUpdater(UpdaterViews):
         that the model's work is launched from. Waits for nothing in a normal run; while an update runs, it gives
         other tasks of the event loop one turn. If it is cancelled, the boundary has not been passed.
 
-        :param number: the engine's global number of the pass, if it has one: 1 more each time, equal on all ranks
-        :raises StepMismatch: if ``number`` is not the next one; the boundary has not been passed
+        :param number: the engine's global number of the pass, if it has one: from 1, 1 more each time, equal on all
+            ranks. A rank that skips or repeats one ends the running update on all ranks, with :class:`SkippedPass` on
+            its handle. Without numbers, only ``max_step_skew`` finds such a rank
+        :raises StepMismatch: if ``number`` is less than 1
         :raises RankInDoubt: if this boundary's fence was lost with a rank
         :raises BusyUpdater: inside :meth:`idle` or :meth:`paused`, or while another task is in ``step()``
         :raises Exception: what ``on_commit`` raised
@@ -259,7 +261,7 @@ class ExpertUpdater(UpdaterViews):
         request = Request(
             mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after
         )
-        if self._session.closed:
+        if self.closed:
             raise ClosedUpdater(f"{self!r} cannot update")
         if self.running is not None:
             raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
@@ -269,7 +271,7 @@ class ExpertUpdater(UpdaterViews):
 
     @asynccontextmanager
     async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:
-        if self._session.closed:
+        if self.closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
         with self._stepper.standing(reason):
             try:

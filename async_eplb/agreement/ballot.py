@@ -12,12 +12,16 @@ from async_eplb.errors import InvalidBallot
 
 
 class Status(IntEnum):
-    """Whether a rank can go on with the update."""
+    """Whether a rank can go on with the update, or how its last one ended."""
 
     OK = 0
     CANCEL = 1
     FAILED = 2
     LEAVING = 3
+    IN_DOUBT = 4
+    """Its layers may differ from other ranks', until all of them recover together."""
+    GIVEN_UP = 5
+    """The update has failed and is over here, whether other ranks have begun it or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Ballot:
     :param launchable: waves that have a plan and buffers
     :param finished: waves whose commit copies are done on the device
     :param fence: boundary that this rank promises not to pass before the round's result, 0 without one
-    :param status: OK, CANCEL, FAILED or LEAVING
+    :param status: one of :class:`Status`
     :param step: boundaries that this rank has passed
     :param standing: 1 if it makes no steps at present
     :param demanded: rebalances that this rank has demanded or knows that another has

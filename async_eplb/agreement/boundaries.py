@@ -36,18 +36,23 @@ class Boundaries:
         # Agreement rule 1. A fence is behind all that was decided before, so that its loss keeps no step from that.
         self.fence = self.step + 1 if self.standing else max(self.step + lead, self.last + 1)
 
-    def may_pass(self) -> bool:
-        """Return whether the next boundary may be passed now; otherwise a round's result must come first."""
-        return not self.fence or self.step + 1 < self.fence
+    def may_pass(self, number: int = 0) -> bool:
+        """Return whether a boundary may be passed now; otherwise a round's result must come first.
 
-    def pass_next(self) -> Decision | None:
-        """Pass the next boundary; return what is due there.
+        :param number: of the boundary; without it, the next one
+        """
+        return not self.fence or (number or self.step + 1) < self.fence
 
+    def pass_next(self, number: int = 0) -> Decision | None:
+        """Pass a boundary; return what is due there, and at those before it.
+
+        :param number: of the boundary, later than all passed; without it, the next one
         :raises RuntimeError: if that would break a promise; and nothing happens
         """
-        if not self.may_pass():
-            raise RuntimeError(f"boundary {self.step + 1} is behind the fence: {self!r}")
-        self.step += 1
+        number = number or self.step + 1
+        if not self.may_pass(number):
+            raise RuntimeError(f"boundary {number} is behind the fence: {self!r}")
+        self.step = number
         return self._due(self.step)
 
     def due_next(self) -> Decision | None:

@@ -17,14 +17,14 @@ def named(members: Sequence[int], places: Iterable[int]) -> tuple[int, ...]:
 def require_same_update(ballots: Sequence[Ballot], generation: int, members: Sequence[int]) -> tuple[int, ...]:
     """Return the ranks that have not begun update ``generation`` yet; that all others began the same one is checked.
 
-    :raises GenerationMismatch: if ranks have begun different numbers of updates
+    :raises GenerationMismatch: if a rank has begun a later one
     :raises PlacementDisagreement: if ranks began the same update with different inputs
     """
     # Agreement rule 4: a round counts only if all its ballots are of this update, with equal inputs.
     generations = tuple(ballot.generation for ballot in ballots)
-    if max(generations) > generation or min(generations) < generation - 1:
+    if max(generations) > generation:
         raise GenerationMismatch(
-            f"ranks have begun {list(generations)} updates; every rank must begin every update, in the same order",
+            f"ranks have begun updates {list(generations)}; every rank must begin every update, in the same order",
             generations=generations,
         )
     behind = named(members, (place for place, number in enumerate(generations) if number < generation))

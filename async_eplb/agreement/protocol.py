@@ -25,65 +25,16 @@ costs the serving thread is bounded.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
 
+from async_eplb.agreement.agreed import Agreed, Counts
 from async_eplb.agreement.ballot import Ballot, Status, Verdict
 from async_eplb.agreement.boundaries import Boundaries
 from async_eplb.agreement.checks import named, require_same_steps, require_same_update
 from async_eplb.agreement.lead import Lead
 from async_eplb.agreement.rules import LaunchRule, Mode
 
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Minimum over all ranks, as the last round that counted showed it."""
-
-    staged: int = 0
-    launchable: int = 0
-    finished: int = 0
-
-    @classmethod
-    def least(cls, ballots: Sequence[Ballot]) -> "Counts":
-        """Return the minimum of each count."""
-        counts = attrgetter("staged", "launchable", "finished")
-        return cls(*map(min, zip(*map(counts, ballots), strict=True)))
-
-
-@dataclass(slots=True)
-class Agreed:
-    """The state of one update: what is agreed on, and this rank's own counts. Each update gets a new one.
-
-    :param limit: waves of the update, fewer after a cancellation
-    :param window: waves that can be staged and not yet agreed, the depth of the staging pool
-    :param staged: waves that are full here
-    :param finished: waves whose commit is done on the device here
-    :param parts: of each wave that can be launched here, how many parts it is launched in; the same on all ranks
-    :param agreed: waves that may be committed everywhere
-    :param launched: waves that may be launched everywhere
-    :param begun: all ranks have begun the update with equal inputs
-    :param over: nothing is left to agree on
-    :param ending: a cancellation has set the limit
-    """
-
-    mode: Mode = Mode.EXCLUSIVE
-    digest: int = 0
-    limit: int = 0
-    window: int = 0
-    staged: int = 0
-    finished: int = 0
-    parts: tuple[int, ...] = ()
-    agreed: int = 0
-    launched: int = 0
-    begun: bool = False
-    over: bool = False
-    ending: bool = False
-    seen: Counts = field(default_factory=Counts)
-
-    @property
-    def launchable(self) -> int:
-        """Waves that have a plan and buffers here."""
-        return len(self.parts)
+_LASTING = frozenset({Status.LEAVING, Status.IN_DOUBT})
+"""What no end of an update changes."""
 
 
 class Agreement:
@@ -111,6 +62,8 @@ class Agreement:
         self.demanded = 0
         self.demand_shown = 0
         """Rebalances that all ranks are known to have heard of."""
+        self.missed = 0
+        """The latest update that is over on another rank: if this one has not begun it, it never will."""
         self.lead = Lead(lead, lead)
         self.boundaries = Boundaries()
         self.update = Agreed()
@@ -123,15 +76,21 @@ class Agreement:
             f"fence {self.boundaries.fence}>"
         )
 
-    def begin(self, mode: Mode, *, digest: int, total: int, window: int) -> None:
+    @property
+    def following(self) -> int:
+        """Number of the update that begins next here."""
+        return max(self.generation, self.missed) + 1
+
+    def begin(self, mode: Mode, *, digest: int, total: int, window: int, generation: int = 0) -> None:
         """Begin the next update.
 
         :param total: waves of the update
         :param window: waves that can be staged and not yet agreed, the depth of the staging pool
+        :param generation: number of the update: without it, :attr:`following`
         """
         self.update = Agreed(mode, digest, total, window)
         self.boundaries.clear()
-        self.generation += 1
+        self.generation = generation or self.following
         self.running = True
         self.status = Status.OK
 
@@ -144,16 +103,16 @@ class Agreement:
         self.boundaries = Boundaries(step=step, last=step, standing=self.boundaries.standing)
         self.members = tuple(members)
         self.generation = generation
-        self.demanded = self.demand_shown = 0
+        self.demanded = self.demand_shown = self.missed = 0
         self.running = False
         self.status = Status.OK
 
-    def end(self, *, broken: bool) -> None:
-        """End the update here; a broken rank gives FAILED in all rounds to come."""
+    def end(self, *, failed: bool) -> None:
+        """End the update here; one that failed is GIVEN_UP, for ranks that come to it later, until the next begins."""
         self.running = False
         self.boundaries.fence_wanted = False
-        if self.status is not Status.LEAVING:
-            self.status = Status.FAILED if broken else Status.OK
+        if self.status not in _LASTING:
+            self.status = Status.GIVEN_UP if failed else Status.OK
 
     def cancel(self) -> None:
         """Ask for the end of the update, unless something worse has happened."""
@@ -161,9 +120,14 @@ class Agreement:
             self.status = Status.CANCEL
 
     def fail(self) -> None:
-        """Give FAILED from now on: this rank cannot go on."""
-        if self.status is not Status.LEAVING:
+        """Give FAILED from now on: this rank cannot go on with the update."""
+        if self.status not in _LASTING:
             self.status = Status.FAILED
+
+    def doubt(self) -> None:
+        """Give IN_DOUBT from now on: this rank cannot go on without a recovery."""
+        if self.status is not Status.LEAVING:
+            self.status = Status.IN_DOUBT
 
     def leave(self) -> None:
         """Make the next round the last, because this rank closes."""
@@ -225,6 +189,7 @@ class Agreement:
         boundaries.fence_wanted = False
         self.demand_shown = min(ballot.demanded for ballot in ballots)
         self.demanded = max(self.demanded, *(ballot.demanded for ballot in ballots))
+        self.missed = max(self.missed, *(each.generation - (each.status is not Status.GIVEN_UP) for each in ballots))
         gone = self._ranks(ballots, Status.LEAVING)
         if gone:
             update.over = update.over or self.running
@@ -233,10 +198,17 @@ class Agreement:
             return self._verdict(self._move_decisions_forward(ballots))
         waiting_for = require_same_update(ballots, self.generation, self.members)
         if waiting_for:
-            return Verdict(waiting_for=waiting_for)
+            given_up = self._given_up(ballots)
+            update.over = bool(given_up)
+            return Verdict(waiting_for=waiting_for, failed=given_up, over=update.over)
         if update.mode is Mode.SERVING:
             boundaries.stood_before = require_same_steps(ballots, boundaries.stood_before, self.max_step_skew)
         return self._decide(ballots)
+
+    def fail_here(self) -> Verdict:
+        """End the update, because its ballots contradict each other; all ranks that have begun it see that."""
+        self.update.over, self.update.void = True, self.update.begun
+        return Verdict(over=True)
 
     def is_in_doubt(self) -> bool:
         """Return whether a round that is under way may decide, for other ranks, that waves are committed."""
@@ -244,17 +216,22 @@ class Agreement:
         exclusive = self.running and not update.over and update.mode is Mode.EXCLUSIVE
         return self.boundaries.fence > 0 or (exclusive and update.staged > update.agreed)
 
+    def ranks_in_doubt(self, ballots: Sequence[Ballot]) -> tuple[int, ...]:
+        """Return the ranks that cannot go on without a recovery."""
+        return self._ranks(ballots, Status.IN_DOUBT)
+
     def named(self, places: Iterable[int]) -> tuple[int, ...]:
         """Return the ranks whose ballots are at these places."""
         return named(self.members, places)
 
     def _decide(self, ballots: Sequence[Ballot]) -> Verdict:
         update = self.update
-        failed, cancelled = self._ranks(ballots, Status.FAILED), self._ranks(ballots, Status.CANCEL)
+        failed = self._ranks(ballots, Status.FAILED, Status.IN_DOUBT, Status.GIVEN_UP)
+        cancelled = self._ranks(ballots, Status.CANCEL)
         update.seen = Counts.least(ballots)
         boundary = 0
         if failed:  # agreement rule 5: what was agreed stays agreed, and nothing is added
-            update.over = True
+            update.over, update.void = True, update.begun
             return self._verdict(failed=failed, cancelled=cancelled)
         if cancelled and not update.ending:
             update.ending = True
@@ -340,5 +317,10 @@ class Agreement:
         """Return the status; a cancellation only until some round has shown one."""
         return Status.OK if self.update.ending and self.status is Status.CANCEL else self.status
 
-    def _ranks(self, ballots: Sequence[Ballot], status: Status) -> tuple[int, ...]:
-        return self.named(place for place, ballot in enumerate(ballots) if ballot.status is status)
+    def _given_up(self, ballots: Sequence[Ballot]) -> tuple[int, ...]:
+        """Return the ranks that have given this update up, while others have not begun it."""
+        here = (Status.GIVEN_UP, self.generation)
+        return self.named(place for place, each in enumerate(ballots) if (each.status, each.generation) == here)
+
+    def _ranks(self, ballots: Sequence[Ballot], *statuses: Status) -> tuple[int, ...]:
+        return self.named(place for place, ballot in enumerate(ballots) if ballot.status in statuses)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from async_eplb.agreement.ballot import Ballot, Decision, Verdict
+from async_eplb.agreement.ballot import Ballot, Decision
 from async_eplb.agreement.outlook import Outlook, PeerFaults
 from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule, Mode
-from async_eplb.errors import BrokenControlGroup, CommitFailed, EplbError, InvalidBallot, RankInDoubt, StepMismatch
+from async_eplb.errors import BrokenControlGroup, CommitFailed, EplbError, InvalidBallot, RankInDoubt, SkippedPass
 from async_eplb.workers import Doorbell, News
 
 ACTIVE_PAUSE_S = 0.125
@@ -31,7 +31,6 @@ class SharedAgreement:
         self._lock = threading.Condition()
         self._doorbell: Doorbell | None = None
         self._wake: Callable[[], None] = lambda: None
-        self._numbered = False
         self._alarm = math.inf
         self.in_doubt = False
         """Whether a peer may have committed waves that the lost round decided on."""
@@ -82,14 +81,13 @@ class SharedAgreement:
             self.lose(error)
             return False
         with self._lock:
-            before, promised = self.outlook, self._agreement.boundaries.fence > 0
+            before, promised = (self.outlook, self.faults), self._agreement.boundaries.fence > 0
             self.ballots = ballots
             try:
                 verdict = self._agreement.receive(ballots)
             except EplbError as error:
                 self.faults = replace(self.faults, error=error)
-                self._agreement.update.over = True
-                verdict = Verdict(over=True)
+                verdict = self._agreement.fail_here()
             self.num_rounds += 1
             self.faults = replace(
                 self.faults,
@@ -97,9 +95,10 @@ class SharedAgreement:
                 cancelled=self.faults.cancelled or verdict.cancelled,
                 waiting_for=verdict.waiting_for,
                 gone=verdict.gone,
+                in_doubt=self._agreement.ranks_in_doubt(ballots),
             )
             self.outlook = self._look()
-            is_news = self.outlook != before or verdict.boundary > 0
+            is_news = (self.outlook, self.faults) != before or verdict.boundary > 0
             self._lock.notify_all()
         if is_news or promised or verdict.gone:
             self.ring()
@@ -116,22 +115,22 @@ class SharedAgreement:
 
     # --- The update: called in the event loop. ---
 
-    def begin(self, mode: Mode, *, digest: int, total: int, window: int, failed: bool) -> None:
+    def begin(self, mode: Mode, *, digest: int, total: int, window: int, failed: bool, generation: int = 0) -> None:
         """Begin an update; ``failed`` if this rank could not prepare for it."""
         with self._changing():
             self.taken = 0
-            self.faults = PeerFaults(lost=self.faults.lost, gone=self.faults.gone)
-            self._agreement.begin(mode, digest=digest, total=total, window=window)
+            self.faults = PeerFaults(lost=self.faults.lost, gone=self.faults.gone, in_doubt=self.faults.in_doubt)
+            self._agreement.begin(mode, digest=digest, total=total, window=window, generation=generation)
             if failed:
                 self._agreement.fail()
             if self.faults.no_more_rounds:
                 self._agreement.update.over = True
         self._wake()
 
-    def end(self, *, broken: bool) -> None:
+    def end(self, *, failed: bool) -> None:
         """End the update here."""
         with self._changing():
-            self._agreement.end(broken=broken)
+            self._agreement.end(failed=failed)
 
     def count(self, *, staged: int = 0, finished: int = 0) -> None:
         """Count waves that are staged here, or whose commit is done on the device here."""
@@ -169,24 +168,25 @@ class SharedAgreement:
             self._agreement.leave()
         self._wake()
 
-    def hold(self, error: EplbError) -> None:
-        """Raise ``error`` at every boundary from now on, until a recovery."""
-        with self._changing():
-            self._hold(error)
+    def hold(self, error: EplbError, *, before: float = math.inf) -> bool:
+        """Raise ``error`` at every boundary from now on, until a recovery.
 
-    def hold_before(self, index: int, error: EplbError) -> bool:
-        """Do the same unless the commit of a wave has begun; return whether it was done, so that it never begins."""
+        :param before: not if the commit of this wave has begun; else it never begins
+        :returns: whether it was done
+        """
         with self._changing():
-            if self.taken > index:
+            if self.taken > before:
                 return False
-            self._hold(error)
+            if self._held is None or isinstance(error, CommitFailed):
+                self._held = error
+            self._agreement.doubt()
+            self._lock.notify_all()
             return True
 
     def restart(self, members: Sequence[int], *, generation: int, step: int) -> None:
         """Go on with the remaining ranks, as after opening; no control rounds run meanwhile."""
         with self._changing():
             self._agreement.restart(members, generation=generation, step=step)
-            self._numbered = False
             self._alarm = math.inf
             self.in_doubt = False
             self._held = None
@@ -230,30 +230,35 @@ class SharedAgreement:
 
     # --- Step boundaries: called in the serving thread. ---
 
-    def may_pass(self) -> bool:
-        """Return whether the next boundary can be passed, or never will be."""
-        return self._agreement.boundaries.may_pass() or self.faults.lost is not None or self._held is not None
+    def may_pass(self, number: int = 0) -> bool:
+        """Return whether a boundary can be passed, or never will be; without its number, the next one."""
+        return self._agreement.boundaries.may_pass(number) or self.faults.lost is not None or self._held is not None
 
-    def try_pass(self, number: int | None) -> tuple[bool, Decision | None]:
-        """Pass the next boundary unless a fence stands there; return whether it was passed, and what is due.
+    def try_pass(self, number: int) -> tuple[bool, Decision | None]:
+        """Pass a boundary unless a fence stands there; return whether it was passed, and what is due.
 
-        :param number: of the boundary, as the engine counts
-        :raises StepMismatch: if ``number`` is not that of the next boundary
+        A number that was passed before passes nothing. It, or one that is not the next, ends the running update.
+
+        :param number: of the boundary, as the engine counts; 0 for the next one
         :raises RankInDoubt: if a peer may have committed waves, and it will never be known here
         :raises CommitFailed: if a wave's copies failed on this rank only
         """
         with self._changing():
             boundaries = self._agreement.boundaries
-            if number is not None:
-                self._require_next(number)
-            self._require_no_doubt()
-            if not boundaries.may_pass():
+            self._require_no_doubt(number)
+            if not boundaries.may_pass(number):
                 return False, None
-            decision = self._take(boundaries.pass_next())
+            skipped = self._agreement.running and number not in {0, boundaries.step + 1}
+            if skipped:
+                self._skip(number)
+            repeated = 0 < number <= boundaries.step
+            decision = None if repeated else self._take(boundaries.pass_next(number))
             alarm = boundaries.step >= self._alarm
             if alarm:
                 self._alarm = math.inf
-        if alarm:
+        if skipped:
+            self._wake()
+        if alarm or skipped:
             self.ring()
         return True, decision
 
@@ -262,20 +267,22 @@ class SharedAgreement:
         with self._changing():
             self._agreement.lead.waited()
 
-    def wait_for_result(self) -> None:
-        """Block until the next boundary may be passed or never will be; this ends, for a round has a deadline."""
+    def wait_for_result(self, number: int) -> None:
+        """Block until a boundary may be passed or never will be; this ends, for a round has a deadline."""
         with self._lock:
-            self._lock.wait_for(self.may_pass)
+            self._lock.wait_for(lambda: self.may_pass(number))
 
     def _look(self) -> Outlook:
         agreement, update, boundaries = self._agreement, self._agreement.update, self._agreement.boundaries
         return Outlook(
             generation=agreement.generation,
+            following=agreement.following,
             agreed=update.agreed,
             launched=update.launched,
             limit=update.limit,
             begun=update.begun,
             over=update.over,
+            void=update.void,
             demanded=agreement.demanded,
             standing=boundaries.standing,
             step=boundaries.step,
@@ -314,18 +321,13 @@ class SharedAgreement:
             self.taken = decision.copied
         return decision
 
-    def _hold(self, error: EplbError) -> None:
-        if self._held is None or isinstance(error, CommitFailed):
-            self._held = error
-        self._lock.notify_all()
-
-    def _require_no_doubt(self) -> None:
+    def _require_no_doubt(self, number: int) -> None:
         # Agreement rule 6: behind a fence whose round was lost, a peer may have committed.
         boundaries, lost = self._agreement.boundaries, self.faults.lost
         if self._held is not None:
             raise self._held
         at_once = self.in_doubt and not boundaries.fence
-        if lost is not None and (at_once or not boundaries.may_pass()):
+        if lost is not None and (at_once or not boundaries.may_pass(number)):
             boundary = boundaries.fence or boundaries.step + 1
             raise RankInDoubt(
                 f"boundary {boundary} cannot be passed: the control round that decides whether layers are committed "
@@ -335,15 +337,13 @@ class SharedAgreement:
                 missing=lost.missing,
             ) from lost
 
-    def _require_next(self, number: int) -> None:
-        boundaries = self._agreement.boundaries
-        untouched = boundaries.step == boundaries.fence == boundaries.last == 0
-        if not self._numbered and untouched:
-            boundaries.step = number - 1
-        self._numbered = True
-        if number != boundaries.step + 1:
-            raise StepMismatch(
-                f"step({number}) after {boundaries.step} boundaries: every rank passes every boundary, in order, and "
-                "an engine that numbers them begins before the first update",
-                steps=(boundaries.step, number),
-            )
+    def _skip(self, number: int) -> None:
+        """End the update, because the engine's next pass is not the one after the last."""
+        step = self._agreement.boundaries.step
+        error = SkippedPass(
+            f"step({number}) after boundary {step}: every rank passes every boundary once, in order, and an engine "
+            "that numbers them does so before its first update",
+            steps=(step, number),
+        )
+        self.faults = replace(self.faults, error=self.faults.error or error)
+        self._agreement.fail()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
-from async_eplb.errors import BusyUpdater
+from async_eplb.errors import BusyUpdater, StepMismatch
 from async_eplb.events.emit import Logger, emit
 from async_eplb.events.schema import FenceWaited
 
@@ -40,21 +40,23 @@ class Stepper:
         self.longest_ms = 0.0
 
     async def step(self, number: int | None) -> None:
-        """Pass the next boundary; at a fence, wait as a task does."""
+        """Pass the next boundary, or the one of this number; at a fence, wait as a task does."""
+        boundary = _boundary(number)
         with self._one_at_a_time() as start:
             waited = False
-            while not self._try(number):  # agreement rule 2: it waits for control threads only
-                await self._shared.until(self._shared.may_pass)
+            while not self._try(boundary):  # agreement rule 2: it waits for control threads only
+                await self._shared.until(lambda: self._shared.may_pass(boundary))
                 waited = True
             if waited:
                 self._count_wait(start)
 
     def step_sync(self, number: int | None) -> None:
-        """Pass the next boundary; at a fence, block the calling thread."""
+        """Pass the next boundary, or the one of this number; at a fence, block the calling thread."""
+        boundary = _boundary(number)
         with self._one_at_a_time() as start:
             waited = False
-            while not self._try(number):
-                self._shared.wait_for_result()
+            while not self._try(boundary):
+                self._shared.wait_for_result(boundary)
                 waited = True
             if waited:
                 self._count_wait(start)
@@ -88,8 +90,8 @@ class Stepper:
         if current:
             raise BusyUpdater(f"rank {self._rank} is {current}: {wanted} at the same time is refused")
 
-    def _try(self, number: int | None) -> bool:
-        """Pass the next boundary and do what is due there, unless a fence stands before it."""
+    def _try(self, number: int) -> bool:
+        """Pass a boundary and do what is due there, unless a fence stands before it."""
         passed, decision = self._shared.try_pass(number)
         error = None if decision is None else self._execute(decision)
         if passed:
@@ -112,3 +114,10 @@ class Stepper:
             lead=outlook.lead,
         )
         emit(self._logger, event)
+
+
+def _boundary(number: int | None) -> int:
+    """Return the number of a boundary as the engine counts it, and 0 if it does not count."""
+    if number is not None and number < 1:
+        raise StepMismatch(f"step({number}): numbers of passes begin at 1", steps=(number,))
+    return number or 0

@@ -146,6 +146,10 @@ class StepMismatch(EplbError):
     steps: tuple[int, ...]
 
 
+class SkippedPass(StepMismatch):
+    """The number of a step is not the next one: this rank has skipped forward passes, or repeated one."""
+
+
 # --- Use at the wrong time. ---
 
 

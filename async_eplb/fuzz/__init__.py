@@ -2,7 +2,7 @@
 
 from async_eplb.fuzz.invariants import Invariant, Violation
 from async_eplb.fuzz.outcome import Outcome, simulate
-from async_eplb.fuzz.scenario import Mishap, Scenario, Trouble, Tuning, scenario_for
+from async_eplb.fuzz.scenario import Mishap, Scenario, Traffic, Trouble, Tuning, scenario_for
 from async_eplb.fuzz.shrink import shrink
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Mishap",
     "Outcome",
     "Scenario",
+    "Traffic",
     "Trouble",
     "Tuning",
     "Violation",

@@ -25,6 +25,7 @@ class Invariant(Enum):
     STAGED_EVERYWHERE = "no commit without staged everywhere"
     ENDS_IN_TIME = "an update ends within its deadline"
     TYPED_ERRORS = "every failure is a typed error"
+    UNDISTURBED = "what nothing disturbs does not fail"
     RECOVERED = "after recovery all survivors serve the same placement"
 
 

@@ -18,6 +18,8 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.transport.memory.transport import MemoryTransport
 from async_eplb.updater import ExpertUpdater
 
+PAUSE_S = 30.0
+"""How long traffic pauses: several times the time-out of progress."""
 _COLLECTIVE_TIMEOUT_S = 30.0
 """How long the model's collectives wait for a rank."""
 
@@ -71,6 +73,7 @@ class SimulatedRank:
 
     :param settled: its updates have ended, well or not, and it waits until it is resumed
     :param failure: the first error since it was last resumed
+    :param num_failures: updates that have failed
     :param excluded: the world directs it no more
     :param cancel: cancels the update that its caller waits for; None if there is none
     :param cancel_natively: cancels the task that waits, by asyncio's own means
@@ -84,6 +87,7 @@ class SimulatedRank:
     transport: MemoryTransport
     settled: bool = False
     failure: Exception | None = None
+    num_failures: int = 0
     excluded: bool = False
     cancel: Callable[[], None] | None = None
     cancel_natively: Callable[[], object] | None = None
@@ -172,7 +176,16 @@ class Life:
 
     async def _update(self) -> None:
         for placement in self._placements:
-            await self._update_to(placement)
+            try:
+                await self._update_to(placement)
+            except EplbError:
+                if not self._goes_on():
+                    raise
+
+    def _goes_on(self) -> bool:
+        """Return whether the next update is begun after one that failed."""
+        self._rank.num_failures += 1
+        return self._scenario.goes_on and not self._rank.updater.closed
 
     async def _update_to(self, placement: ExpertPlacement) -> None:
         """Update without serving, and wait for the end of the update even if the caller was cancelled."""
@@ -211,8 +224,12 @@ class Life:
                 await anyio.sleep(self._random.uniform(0, 0.1))
                 handle = rank.updater.begin(placement)
                 rank.cancel = handle.cancel
-                with suppress(UpdateCancelled):
-                    await handle.wait()
+                try:
+                    with suppress(UpdateCancelled):
+                        await handle.wait()
+                except EplbError:
+                    if not self._goes_on():
+                        raise
         except FAILURES as error:
             rank.failure = rank.failure or error
         finally:
@@ -220,7 +237,7 @@ class Life:
             done.set()
 
     async def _make_passes(self, done: Event) -> None:
-        rank, every, number = self._rank, self._scenario.idle_every, 0
+        rank, every, number = self._rank, self._scenario.traffic.idle_every, 0
         while True:
             number += 1
             rank.watched.serving = False
@@ -231,13 +248,16 @@ class Life:
             passed = False
             while not passed:
                 with self._natively():
-                    await rank.updater.step(number if self._scenario.numbered else None)
+                    await rank.updater.step(number if self._scenario.traffic.numbered else None)
                     passed = True
             self._checker.passes(rank.watched, number)
             rank.watched.serving = True
             await anyio.sleep(self._random.choice((0.001, 0.002, 0.01, 0.03)))
             if await self._collectives.meet(number, rank.number, done=done.is_set()):
                 return
+            if number == self._scenario.traffic.pause_after:
+                rank.watched.serving = False
+                await anyio.sleep(PAUSE_S)
             await checkpoint()
 
     def _natively(self) -> "_Natively":

@@ -86,14 +86,27 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Forward passes of a world whose ranks serve.
+
+    :param idle_every: forward passes between two times in ``ExpertUpdater.idle``; 0 for never
+    :param pause_after: forward pass after which traffic pauses for several time-outs; 0 for never
+    :param numbered: ranks pass the number of the step to ``ExpertUpdater.step``
+    """
+
+    idle_every: int = 0
+    pause_after: int = 0
+    numbered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """One world and what happens in it; equal scenarios give equal runs.
 
     :param seed: of every choice of the scheduler and every duration
     :param num_slots: of each rank
     :param serving: ranks serve while weights move; otherwise they wait for the end of the update
-    :param idle_every: forward passes between two times in ``ExpertUpdater.idle``; 0 for never
-    :param numbered: ranks pass the number of the step to ``ExpertUpdater.step``
+    :param goes_on: after an update that failed and left no doubt, ranks begin the next one without a recovery
     :param by_policy: placements are a policy's for a random load; otherwise they are random themselves
     """
 
@@ -105,9 +118,9 @@ class Scenario:
     num_experts: int = 3
     num_updates: int = 1
     serving: bool = False
-    idle_every: int = 0
-    numbered: bool = False
+    goes_on: bool = False
     by_policy: bool = False
+    traffic: Traffic = Traffic()
     tuning: Tuning = Tuning()
     launch_rule: LaunchRule = LaunchRule.AT_ONCE
     reorder: bool = False
@@ -125,6 +138,7 @@ class Scenario:
         """
         try:
             values: dict[str, Any] = json.loads(text)
+            values["traffic"] = Traffic(**values["traffic"])
             values["tuning"] = Tuning(**values["tuning"])
             values["launch_rule"] = LaunchRule(values["launch_rule"])
             values["troubles"] = tuple(
@@ -155,8 +169,7 @@ def scenario_for(seed: int) -> Scenario:
         num_experts=rng.randint(max(2, physical // 2), physical - rng.choice((0, 1))),
         num_updates=rng.choice((1, 1, 2)),
         serving=serving,
-        idle_every=rng.choice((0, 0, 3, 8)),
-        numbered=rng.random() < 0.5,  # noqa: PLR2004 - a share
+        traffic=Traffic(idle_every=rng.choice((0, 0, 3, 8)), numbered=rng.random() < 0.5),  # noqa: PLR2004 - a share
         by_policy=rng.random() < 0.3,  # noqa: PLR2004 - a share
         tuning=Tuning(
             staging_depth=rng.choice((1, 2, 2, 3)),
@@ -168,7 +181,17 @@ def scenario_for(seed: int) -> Scenario:
         reorder=rng.random() < 0.3,  # noqa: PLR2004 - a share
         troubles=troubles,
     )
-    return _relaying(scenario, rng) if rng.random() < 0.2 else scenario  # noqa: PLR2004 - a share
+    scenario = _relaying(scenario, rng) if rng.random() < 0.2 else scenario  # noqa: PLR2004 - a share
+    return _pausing(scenario, random.Random(-1 - seed))  # noqa: S311 - its own, so that other choices stay
+
+
+def _pausing(scenario: Scenario, rng: random.Random) -> Scenario:
+    """Return the scenario with a pause of traffic, or one in which ranks go on after failures, or as it is."""
+    pause_after = rng.choice((0, 0, rng.randint(1, 30))) if scenario.serving else 0
+    goes_on = rng.random() < 0.4  # noqa: PLR2004 - a share
+    num_updates = scenario.num_updates + goes_on
+    traffic = replace(scenario.traffic, pause_after=pause_after)
+    return replace(scenario, traffic=traffic, goes_on=goes_on, num_updates=num_updates)
 
 
 def _relaying(scenario: Scenario, rng: random.Random) -> Scenario:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from async_eplb.agreement.rules import LaunchRule
-from async_eplb.fuzz.scenario import Scenario, Tuning
+from async_eplb.fuzz.scenario import Scenario, Traffic, Tuning
 
 _OTHER_SEEDS = 3
 """Other seeds that are tried for each smaller scenario, since events have another order in it."""
@@ -62,7 +62,11 @@ def _plainer(scenario: Scenario) -> Iterator[Scenario]:
         plain = getattr(Tuning(), option)
         if getattr(scenario.tuning, option) != plain:
             yield replace(scenario, tuning=replace(scenario.tuning, **{option: plain}))
-    for option in ("idle_every", "reorder", "by_policy", "numbered", "num_nodes"):
+    for option in ("idle_every", "pause_after", "numbered"):
+        plain = getattr(Traffic(), option)
+        if getattr(scenario.traffic, option) != plain:
+            yield replace(scenario, traffic=replace(scenario.traffic, **{option: plain}))
+    for option in ("goes_on", "reorder", "by_policy", "num_nodes"):
         plain = getattr(Scenario(scenario.seed), option)
         if getattr(scenario, option) != plain:
             yield replace(scenario, **{option: plain})

@@ -39,7 +39,9 @@ _CONTROL_S = 0.01
 TRANSFER_TIMEOUT_S = 2.0
 CONTROL_TIMEOUT_S = 4.0
 PROGRESS_TIMEOUT_S = 40.0
-DEADLINE_S = 150.0
+PAUSED_PROGRESS_TIMEOUT_S = 5.0
+"""Where traffic pauses for longer."""
+DEADLINE_S = 200.0
 """By which every rank has ended its updates, one way or another: several times all timeouts together."""
 _MAX_RECOVERIES = 8
 _MAX_INTERRUPTED = 2
@@ -87,7 +89,7 @@ class SimulatedWorld:
                 lead=scenario.tuning.lead,
                 transfer_timeout_s=TRANSFER_TIMEOUT_S,
                 control_timeout_s=CONTROL_TIMEOUT_S,
-                progress_timeout_s=PROGRESS_TIMEOUT_S,
+                progress_timeout_s=PAUSED_PROGRESS_TIMEOUT_S if scenario.traffic.pause_after else PROGRESS_TIMEOUT_S,
             ),
             workers=SimulatedWorkers(random.Random(scenario.seed * 31 + number), troubles),  # noqa: S311 - repeatable
             device=SimulatedDevice(troubles),
@@ -169,6 +171,9 @@ class SimulatedWorld:
             if not survivors:
                 return  # the last ones were lost at the same time
             failures = [repr(rank.failure) for rank in survivors if rank.failure is not None]
+            num_failed = len(failures) + sum(rank.num_failures for rank in survivors)
+            if num_failed and not self._scenario.troubles:
+                raise Violation(Invariant.UNDISTURBED, f"{num_failed} updates failed: {failures}")
             self.failures += [type(rank.failure).__name__ for rank in survivors if rank.failure is not None]
             lost = [rank for rank in self.ranks if rank not in survivors and not rank.excluded]
             if not failures and not lost:

@@ -34,12 +34,13 @@ async def reopen(
         state, num_ranks = session.state, rank.topology.num_ranks
         async with _holding_back(rank, shared, surviving_group):
             await session.disconnect()
-            control = await session.open_transport(surviving_group)
+            session.connection.use(surviving_group)
+            control = await session.connection.open()
             recovery = await recover(rank, state, attempts, control, source, outlook=shared.outlook)
         state.failed_run = None
         state.gone = tuple(number for number in range(num_ranks) if number not in recovery.ranks)
         shared.restart(recovery.ranks, generation=recovery.generation, step=recovery.step)
-        session.transport = RenumberedTransport(surviving_group, recovery.ranks, num_ranks)
+        session.connection.use(RenumberedTransport(surviving_group, recovery.ranks, num_ranks))
         await session.connect(RenumberedControlGroup(control, recovery.ranks))
     return recovery
 

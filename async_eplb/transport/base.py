@@ -176,6 +176,13 @@ class Transport(Protocol):
         """Break the transport: exchanges under way end with an error, here and at the peers they are with."""
         ...
 
+    def replacement(self) -> "Transport":
+        """Return an unused transport between the same ranks, for when this one has broken; all ranks ask for one.
+
+        Control rounds of this one go on until it is closed. Called once at most.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Close all connections. Nothing may be under way."""
         ...

@@ -130,6 +130,10 @@ class FirstUsable:
         """Prepare an exchange over the chosen one."""
         return self._chosen.prepare(exchange)
 
+    def replacement(self) -> Transport:
+        """Return the chosen one's: what it can do is known."""
+        return self._chosen.replacement()
+
     def abort(self) -> None:
         """Abort the chosen one."""
         self._chosen.abort()
@@ -160,7 +164,7 @@ class FirstUsable:
                 reason = f"{type(error).__name__}: {error}"
                 if isinstance(error, BusyTransport):  # somebody else has it open
                     self._own = None
-                await workers.run(Work.CONTROL, partial(self.board.put, failed, reason))
+                await workers.run(Work.CONNECT, partial(self.board.put, failed, reason))
             tasks.cancel_scope.cancel()
         if hopeless is not None:
             raise hopeless

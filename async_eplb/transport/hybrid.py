@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import Device
-from async_eplb.groups import Board
+from async_eplb.groups import Board, Membership, join
 from async_eplb.transport.base import OPEN_TIMEOUT_S, ControlGroup, PendingExchange, PreparedExchange
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.transport import CopyEngineTransport
@@ -34,14 +34,16 @@ class HybridTransport:
 
     def __init__(
         self,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Membership | None = None,
         *,
         backend: Backend | None = None,
         nccl: NcclOptions = NcclOptions(),  # noqa: B008 - a frozen value
         memory: Callable[[torch.device], PeerMemory] = CudaIpc,
     ) -> None:
-        self._near = CopyEngineTransport(group, within_host=True, memory=memory)
-        self._far = TorchDistTransport(group, backend=backend, nccl=nccl)
+        self._place = join(group, "transport")
+        self._again = partial(HybridTransport, backend=backend, nccl=nccl, memory=memory)
+        self._near = CopyEngineTransport(self._place.part("near"), within_host=True, memory=memory)
+        self._far = TorchDistTransport(self._place.part("far"), backend=backend, nccl=nccl)
 
     def __repr__(self) -> str:
         return f"<HybridTransport of {self._near!r} and {self._far!r}>"
@@ -107,6 +109,10 @@ class HybridTransport:
         if exchange.pulls is None:
             return far
         return _PreparedBoth(self, self._near.prepare(replace(exchange, groups=())), far)
+
+    def replacement(self) -> "HybridTransport":
+        """Return an unused transport between the same ranks."""
+        return self._again(self._place.part("replacement"))
 
     def abort(self) -> None:
         """Break both parts."""

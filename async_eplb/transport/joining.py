@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from async_eplb.device import Device
 from async_eplb.errors import BrokenTransport, BusyTransport, EplbError
-from async_eplb.groups import join
+from async_eplb.groups import Membership, join
 from async_eplb.transport.base import OPEN_TIMEOUT_S
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.identity import Identity, require_one
@@ -35,7 +35,7 @@ class Opening(NamedTuple):
 class Member:
     """Base of the transports of a torch.distributed group: their rank, a control group, and being opened once."""
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup | Membership | None) -> None:
         self.board = join(group, "transport")
         self._run_id = self.board.own.compare_set("run_id", "", uuid.uuid4().hex).decode()
         self._group_id = self.board.shared.compare_set("async_eplb/group_id", "", uuid.uuid4().hex).decode()
@@ -88,7 +88,7 @@ class Member:
             own = (identity or Identity()).to_json(taken=taken)
             require_one(await meet(workers, self.board, "open", own, timeout_s=open_timeout_s), self.rank)
             opening = Opening(device, workers, weights, control_timeout_s, open_timeout_s, relay_peers)
-            return await workers.run(Work.CONTROL, partial(self._connect, opening))
+            return await workers.run(Work.CONNECT, partial(self._connect, opening))
         except EplbError:
             self._state = "broken"
             raise

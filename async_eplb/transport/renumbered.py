@@ -108,6 +108,10 @@ class RenumberedTransport:
             prepared = self._transport.prepare(replace(exchange, groups=groups, pulls=pulls))
         return _RenumberedPrepared(prepared, self._members)
 
+    def replacement(self) -> "RenumberedTransport":
+        """Return the transport's replacement, between the same ranks."""
+        return RenumberedTransport(self._transport.replacement(), self._members, self._num_ranks)
+
     def abort(self) -> None:
         """Abort the transport."""
         self._transport.abort()

@@ -14,6 +14,7 @@ from async_eplb.errors import (
     EplbError,
     GenerationMismatch,
     PlacementDisagreement,
+    SkippedPass,
     StepMismatch,
     TransferTimeout,
     UpdateAborted,
@@ -28,8 +29,7 @@ class Then(Enum):
     """Conditions of the next update."""
 
     NOTHING = "the next update can begin"
-    RECOVER_IF_BEGUN = "recover(), if all ranks had begun the update; else nothing"
-    RECOVER = "recover()"
+    RECOVER = "recover(), on all ranks"
 
 
 class Stays(Enum):
@@ -60,17 +60,18 @@ class Outcome:
 OUTCOMES = (
     Outcome(UpdateCancelled, Status.CANCEL, UpdateCancelled, Stays.AS_AGREED, Then.NOTHING),
     Outcome(BrokenControlGroup, Status.FAILED, BrokenControlGroup, Stays.IN_DOUBT, Then.RECOVER),
-    Outcome(GenerationMismatch, Status.FAILED, GenerationMismatch, Stays.NOTHING_MOVED, Then.RECOVER),
-    Outcome(UpdateNotBegun, Status.FAILED, UpdateNotBegun, Stays.NOTHING_MOVED, Then.RECOVER),
-    Outcome(PlacementDisagreement, Status.OK, PlacementDisagreement, Stays.NOTHING_MOVED, Then.RECOVER_IF_BEGUN),
-    Outcome(StepMismatch, Status.FAILED, StepMismatch, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(CommitFailed, Status.FAILED, UpdateAborted, Stays.TORN, Then.RECOVER_IF_BEGUN),
-    Outcome(UpdateStalled, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(TransferTimeout, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(BrokenTransport, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(VerificationError, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(UpdateAborted, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
-    Outcome(Exception, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.RECOVER_IF_BEGUN),
+    Outcome(GenerationMismatch, Status.FAILED, GenerationMismatch, Stays.NOTHING_MOVED, Then.NOTHING),
+    Outcome(UpdateNotBegun, Status.FAILED, UpdateNotBegun, Stays.NOTHING_MOVED, Then.NOTHING),
+    Outcome(PlacementDisagreement, Status.OK, PlacementDisagreement, Stays.NOTHING_MOVED, Then.NOTHING),
+    Outcome(SkippedPass, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(StepMismatch, Status.FAILED, StepMismatch, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(CommitFailed, Status.IN_DOUBT, UpdateAborted, Stays.TORN, Then.RECOVER),
+    Outcome(UpdateStalled, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(TransferTimeout, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(BrokenTransport, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(VerificationError, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(UpdateAborted, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
+    Outcome(Exception, Status.FAILED, UpdateAborted, Stays.AS_AGREED, Then.NOTHING),
 )
 """The first whose cause an error is tells what follows. RELIABILITY.md shows them as accidents that were tried."""
 
@@ -80,13 +81,10 @@ def outcome_of(error: Exception) -> Outcome:
     return next(outcome for outcome in OUTCOMES if isinstance(error, outcome.cause))
 
 
-def needs_recovery(error: Exception | None, *, begun: bool) -> bool:
-    """Return whether this rank and its peers can go on together only after ``recover()``.
-
-    :param begun: whether all ranks had begun the update
-    """
-    then = Then.NOTHING if error is None else outcome_of(error).then
-    return then is Then.RECOVER or (then is Then.RECOVER_IF_BEGUN and begun)
+def needs_recovery(error: Exception | None, faults: PeerFaults) -> bool:
+    """Return whether this rank and its peers can go on together only after ``recover()``."""
+    in_doubt = error is not None and outcome_of(error).then is Then.RECOVER
+    return in_doubt or (error is not None and faults.lost is not None)
 
 
 def cause_of_end(own: Exception | None, faults: PeerFaults) -> Exception | None:

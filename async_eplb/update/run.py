@@ -4,13 +4,14 @@ An update runs in a task of its own, shielded: its caller may be cancelled at an
 another side. A cancellation becomes a ballot, and the update ends at the same layer on every rank (rule 9).
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
 
 from anyio import CancelScope, Event, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 
+from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import UpdateCancelled, UpdateNotBegun, UpdateStalled
 from async_eplb.events.schema import LayerCommitted
@@ -30,10 +31,20 @@ from async_eplb.update.watchdog import Activity, Doing, Watchdog
 
 
 class UpdateRun:
-    """One update of one rank. Made when it is admitted; :meth:`run` runs it."""
+    """One update of one rank. Made when it is admitted; :meth:`run` runs it.
+
+    :param open_transport: opens the transport, unless it is open
+    """
 
     def __init__(
-        self, rank: Rank, update: Update, *, transport: Transport, shared: SharedAgreement, pool: StagingPool
+        self,
+        rank: Rank,
+        update: Update,
+        *,
+        transport: Transport,
+        shared: SharedAgreement,
+        pool: StagingPool,
+        open_transport: Callable[[], Awaitable[None]],
     ) -> None:
         self.update = update
         self.pool = pool
@@ -46,11 +57,11 @@ class UpdateRun:
         self.duration_ms = 0.0
         self._rank = rank
         self._shared = shared
-        self._watchdog = Watchdog(rank.options.progress_timeout_s)
+        self._watchdog = Watchdog(rank.options.progress_timeout_s, self._steps)
         self._stages = LayerStages(rank, update, transport, self.journal)
         self.boundary = Boundary(rank, self._stages, self.progress, shared, self.failure)
-        self._prepared = False
-        self._cancel_early = False
+        self._open_transport = open_transport
+        self._cancelled = False
 
     @property
     def error(self) -> Exception | None:
@@ -60,13 +71,13 @@ class UpdateRun:
     @property
     def needs_recovery(self) -> bool:
         """Whether this rank and its peers can go on together only after ``recover()``."""
-        return needs_recovery(self.error, begun=self._shared.outlook.begun)
+        return needs_recovery(self.error, self._shared.faults)
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
-        self._cancel_early = True
-        if self._prepared:
-            self._shared.cancel()
+        self._cancelled = True
+        if not self.finished.is_set():
+            self._shared.cancel()  # without effect until this update has begun there
 
     async def run(self) -> None:
         """Run the update until nothing of it is under way; the outcome is in :attr:`failure` and :attr:`progress`."""
@@ -146,6 +157,7 @@ class UpdateRun:
     async def _begin(self) -> None:
         """Make staging large enough, and let the other ranks know that this one has begun."""
         try:
+            await self._open_transport()
             await self._stages.prepare(self.pool)
         except Exception as error:  # noqa: BLE001 - the other ranks must get to know
             self.failure.error = error
@@ -155,9 +167,9 @@ class UpdateRun:
             total=len(self.update.rows),
             window=len(self.pool.buffers),
             failed=self.error is not None,
+            generation=self.update.generation,
         )
-        self._prepared = True
-        if self._cancel_early:
+        if self._cancelled:
             self._shared.cancel()
 
     async def _until_begun(self) -> None:
@@ -185,8 +197,8 @@ class UpdateRun:
         while True:
             activity = await self._watchdog.until_stalled()
             error = self._stalled(activity)
-            if activity.doing is Doing.AWAIT_STEP:
-                if not self._shared.hold_before(activity.index, error):
+            if activity.doing is Doing.AWAIT_STEP and self._shared.faults.lost is not None:
+                if not self._shared.hold(error, before=activity.index):
                     self._shared.news.notify()  # a step has come, and copies the layer now
                     continue
                 self.progress.copy_failed = True  # peers commit the layer; here no step comes, and none may any more
@@ -196,6 +208,14 @@ class UpdateRun:
                 self.journal.stalled(error, activities, self.pool, ballots)
             except Exception as unlogged:  # noqa: BLE001 - whatever the caller's logger raises, other stages are watched
                 error.add_note(f"the event could not be logged: {unlogged!r}")
+
+    def _steps(self) -> object:
+        """Return how far the ranks have come; None where nothing waits for steps, or no round tells of them."""
+        shared = self._shared
+        all_stand = bool(shared.ballots) and all(ballot.standing for ballot in shared.ballots)
+        if self.update.mode is Mode.EXCLUSIVE or all_stand or shared.faults.lost is not None:
+            return None
+        return (shared.outlook.step, *(ballot.step for ballot in shared.ballots))
 
     def _stalled(self, activity: Activity) -> UpdateStalled:
         row, timeout_s = self.update.rows[activity.index], self._watchdog.timeout_s
@@ -234,7 +254,7 @@ class UpdateRun:
         if self.error is not None:
             self.error.add_note(f"layers committed before: {committed}; all others are as they were")
             describe(self.error, progress, in_doubt=self._shared.in_doubt)
-        self._shared.end(broken=self.needs_recovery)
+        self._shared.end(failed=self.error is not None)
 
 
 def describe(error: Exception, progress: Progress, *, in_doubt: bool) -> None:

@@ -30,6 +30,7 @@ from async_eplb.placement import ExpertPlacement
 from async_eplb.staging import StagingPool
 from async_eplb.transport.base import ControlGroup, Transport
 from async_eplb.update.admission import Request, admit
+from async_eplb.update.connection import Connection
 from async_eplb.update.life import Life, LifeState
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
@@ -45,7 +46,7 @@ class Session:
     """
 
     def __init__(self, rank: Rank, placement: ExpertPlacement, shared: SharedAgreement, transport: Transport) -> None:
-        self.transport = transport
+        self.connection = Connection(rank, transport)
         self.state = RankState(placement)
         self.pool = StagingPool(rank.options.staging_depth, rank.device)
         self.running: UpdateRun | None = None
@@ -74,7 +75,7 @@ class Session:
             stack.push_async_callback(self._end_tasks, tasks, listening)
             stack.callback(self.life.enter, LifeState.LEFT, "it could not be entered")
             try:
-                control = await self.open_transport(self.transport)
+                control = await self.connection.open()
             except BusyTransport:  # which somebody else has open
                 raise
             except BaseException:
@@ -90,24 +91,10 @@ class Session:
         self.life.enter(LifeState.LEFT, "it was left")
         await self._stack.aclose()
 
-    async def open_transport(self, transport: Transport) -> ControlGroup:
-        """Open a transport for what this rank moves, with ranks of the same updater; return its control group."""
-        rank = self._rank
-        among_all = transport.num_ranks == rank.topology.num_ranks
-        return await transport.open(
-            rank.device,
-            rank.workers,
-            rank.weights,
-            control_timeout_s=rank.options.control_timeout_s,
-            open_timeout_s=rank.options.open_timeout_s,
-            identity=rank.identity,
-            relay_peers=rank.relay_peers if among_all else (),
-        )
-
     async def connect(self, control: ControlGroup) -> None:
         """Begin to hold control rounds."""
         self._rounds_ended = Event()
-        self._shared.connect(control.wake, self.transport.launch_rule)
+        self._shared.connect(control.wake, self.connection.transport.launch_rule)
         self._start(self._hold_rounds, control)
         self.life.enter(LifeState.OPEN)
         await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
@@ -126,12 +113,12 @@ class Session:
         self.life.enter(LifeState.BROKEN, "it did not recover")
         self._shared.leave()
         await self._rounds_ended.wait()
-        await self.transport.aclose()
+        await self.connection.aclose()
 
     @property
     def closed(self) -> str:
         """Why no update can begin; empty if one can."""
-        return self.life.reason or self._shared.faults.no_more_rounds
+        return self.life.reason or self._shared.faults.no_more_updates
 
     @property
     def stood(self) -> DeviceEvent | None:
@@ -171,11 +158,18 @@ class Session:
             request,
             self._rank,
             self.state.placement,
-            transport=self.transport,
+            transport=self.connection.transport,
             gone=self.state.gone,
-            generation=self._shared.outlook.generation + 1,
+            generation=self._shared.outlook.following,
         )
-        run = UpdateRun(self._rank, update, transport=self.transport, shared=self._shared, pool=self.pool)
+        run = UpdateRun(
+            self._rank,
+            update,
+            transport=self.connection.transport,
+            shared=self._shared,
+            pool=self.pool,
+            open_transport=self.connection.open_replacement,
+        )
         before, landed = self._layers
         self._layers = before + len(landed), run.progress.landed
         self.running = run
@@ -221,12 +215,13 @@ class Session:
 
     async def _run(self, run: UpdateRun) -> None:
         """Run an update to its end, and keep what it has done and what it left broken."""
+        opens_transport = self.connection.is_replaced
         try:
             await run.run()
         except Exception as error:  # noqa: BLE001 - a defect; nobody may wait for ever because of it
             run.failure.error = run.failure.error or error
             self._shared.fail(alone=True)
-            self._shared.end(broken=True)
+            self._shared.end(failed=True)
         self.state.placement = self.placement
         self.running = None
         self.state.totals.add(failed=run.error is not None)
@@ -234,6 +229,8 @@ class Session:
             reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
+        elif self._shared.outlook.void or (opens_transport and run.error is not None):
+            self.connection.replace()
         run.log_end()
         run.finished.set()
         self._shared.news.notify()
@@ -282,7 +279,7 @@ class Session:
 
     async def _close_transport(self) -> None:
         with CancelScope(shield=True):
-            await self.transport.aclose()
+            await self.connection.aclose()
 
     async def _end_tasks(self, tasks: AsyncExitStack, listening: CancelScope) -> None:
         """Leave the task group without telling it of the caller's error, which it would wrap in a group."""

@@ -38,12 +38,11 @@ class UpdaterViews:
         self._stepper = Stepper(
             self._shared, self._rank.logger, rank.number, self._session.execute, at_boundary=self.calls.make
         )
-        self.demands = RebalanceDemands(self._shared, lambda: self._session.closed)
+        self.demands = RebalanceDemands(self._shared, lambda: self.closed)
         """For a rebalancer: when all ranks make the next rebalance."""
 
     def __repr__(self) -> str:
-        closed = self._session.closed
-        state = f"closed: {closed}" if closed else "updating" if self.running else "idle"
+        state = f"closed: {self.closed}" if self.closed else "updating" if self.running else "idle"
         name = f" {self.name!r}" if self.name else ""
         return f"<{type(self).__name__}{name} rank {self.rank} of {self.topology.num_ranks}, {state}>"
 
@@ -81,6 +80,11 @@ class UpdaterViews:
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
         return self._session.placement
+
+    @property
+    def closed(self) -> str:
+        """Why no update can begin; empty if one can."""
+        return self._session.closed
 
     @property
     def running(self) -> UpdateRun | None:

@@ -163,7 +163,7 @@ def _receive_ballots(data: bytes) -> None:
             assert isinstance(shared.faults.lost, BrokenControlGroup) or shared.faults.gone
             return
         with contextlib.suppress(EplbError):
-            shared.try_pass(None)
+            shared.try_pass(0)
 
 
 def _ballots() -> list[bytes]:

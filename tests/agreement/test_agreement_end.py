@@ -124,8 +124,8 @@ def test_a_failure_revokes_nothing() -> None:
 def test_a_broken_rank_says_failed_after_the_end() -> None:
     """No update that the others begin can succeed."""
     agreement = serving()
-    agreement.end(broken=True)
-    assert agreement.ballot().status is Status.FAILED
+    agreement.end(failed=True)
+    assert agreement.ballot().status is Status.GIVEN_UP
 
 
 def test_a_rank_that_leaves_ends_the_update() -> None:

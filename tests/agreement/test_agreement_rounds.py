@@ -26,15 +26,27 @@ def test_a_round_waits_for_all_to_begin() -> None:
     assert not agreement.update.begun
 
 
-@pytest.mark.parametrize(("own", "other"), [(1, 2), (2, 0)])
-def test_ranks_that_are_updates_apart_are_refused(own: int, other: int) -> None:
-    """A rank that has begun more updates than this one, or two fewer, has made or missed one."""
+def test_a_rank_whose_peer_has_begun_a_later_update_is_refused() -> None:
+    """This update is over there, and the next one that begins here is the peer's."""
     agreement = Agreement()
-    for _ in range(own):
-        agreement.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
+    agreement.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
     with pytest.raises(GenerationMismatch) as caught:
-        agreement.receive([replace(READY, generation=own), replace(READY, generation=other)])
-    assert caught.value.generations == (own, other)
+        agreement.receive([READY, replace(READY, generation=3)])
+    assert caught.value.generations == (1, 3)
+    agreement.end(failed=True)
+    agreement.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
+    assert agreement.generation == 3
+
+
+def test_a_rank_that_has_missed_an_update_begins_the_one_after() -> None:
+    """A peer has given it up before it has begun here; who still waits for it is told so."""
+    late, waiting = Agreement(), Agreement()
+    waiting.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
+    round_ = [READY, replace(READY, status=Status.GIVEN_UP), replace(READY, generation=0)]
+    assert waiting.receive(round_) == Verdict(waiting_for=(2,), failed=(1,), over=True)
+    late.receive(round_)
+    late.begin(Mode.EXCLUSIVE, digest=7, total=4, window=2)
+    assert late.generation == 2
 
 
 @pytest.mark.parametrize("ready", [Agreement(), serving(total=0)])
@@ -186,7 +198,7 @@ def test_the_next_update_starts_from_nothing() -> None:
     agreement = serving(lead=5)
     decided(agreement, 1, 1)
     passed(agreement, 2)
-    agreement.end(broken=False)
+    agreement.end(failed=False)
     agreement.begin(Mode.SERVING, digest=9, total=3, window=1)
     ballot = replace(READY, generation=2, digest=9, step=2)
     assert (agreement.ballot(), agreement.update.agreed, agreement.update.limit, agreement.lead.boundaries) == (
@@ -233,7 +245,7 @@ def test_a_ballot_survives_the_wire(ballot: Ballot) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [(), (1,) * 9, (1,) * 11, (1, 7, 0, 0, 0, 0, 4, 0, 0, 0), (1, 7, 0, 0, 0, 0, -1, 0, 0, 0)]
+    "row", [(), (1,) * 9, (1,) * 11, (1, 7, 0, 0, 0, 0, 6, 0, 0, 0), (1, 7, 0, 0, 0, 0, -1, 0, 0, 0)]
 )
 def test_what_is_no_ballot_is_refused(row: tuple[int, ...]) -> None:
     """Too few numbers, too many, or a status that there is not."""

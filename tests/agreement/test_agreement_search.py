@@ -12,7 +12,7 @@ import pytest
 from support.agreement_model import Do, Violation, World
 from support.agreement_search import explore
 
-from async_eplb.agreement import boundaries, checks, lead, protocol
+from async_eplb.agreement import agreed, boundaries, checks, lead, protocol
 from async_eplb.agreement.rules import LaunchRule, Mode
 
 WORLDS = {
@@ -48,6 +48,11 @@ WORLDS = {
     ),
     "failed": World(leads=(1, 1, 1), layers=1, at_once=False, budget=(Do.FAIL,)),
     "failed, two layers": World(leads=(1, 2), layers=2, budget=(Do.FAIL,)),
+    "failed, then updated": World(leads=(1, 1), layers=1, updates=2, at_once=False, budget=(Do.FAIL,)),
+    "failed, then updated by grants": World(
+        leads=(1, 1), layers=1, updates=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.FAIL,)
+    ),
+    "given up, then updated": World(leads=(1, 1), layers=1, updates=3, at_once=False, budget=(Do.GIVE_UP,)),
     "left": World(leads=(1, 1, 1), layers=1, budget=(Do.LEAVE,)),
     "left with launches": World(leads=(1, 2), layers=2, launch_rule=LaunchRule.ORDERED, budget=(Do.LEAVE,)),
     "exclusive": World(leads=(1, 1, 1), layers=2, mode=Mode.EXCLUSIVE, updates=2, at_once=False),
@@ -93,6 +98,9 @@ LARGE_WORLDS = {
         leads=(1, 1), layers=3, window=2, launch_rule=LaunchRule.GRANTED, one_sided=True, budget=(Do.CANCEL,)
     ),
     "ranks stand between parts": World(leads=(1, 1), layers=1, parts=2, launch_rule=LaunchRule.ORDERED, standing=True),
+    "given up by one of three, then updated": World(
+        leads=(1, 1, 1), layers=1, updates=3, at_once=False, budget=(Do.GIVE_UP,)
+    ),
     "failed while ranks stand": World(leads=(2, 2), layers=1, standing=True, budget=(Do.FAIL,)),
     "failed while traffic ends": World(leads=(1, 2), layers=2, budget=(Do.FAIL, Do.QUIET)),
     "failed while traffic ends between parts": World(
@@ -242,8 +250,8 @@ RULES = (
     boundaries.Boundaries,
     checks.require_same_update,
     checks.require_same_steps,
-    protocol.Counts,
-    protocol.Agreed,
+    agreed.Counts,
+    agreed.Agreed,
     protocol.Agreement,
 )
 
@@ -252,7 +260,7 @@ def _changed(rule: str, instead: str) -> type[protocol.Agreement]:
     """Return the agreement with a rule of its source replaced."""
     source = "\n\n".join(inspect.getsource(each) for each in RULES)
     assert source.count(rule) == 1
-    names = {**vars(checks), **vars(boundaries), **vars(protocol), "replace": replace}
+    names = {**vars(checks), **vars(boundaries), **vars(agreed), **vars(protocol), "replace": replace}
     exec(source.replace(rule, instead), names)  # noqa: S102 - our own source
     changed: type[protocol.Agreement] = names["Agreement"]
     return changed

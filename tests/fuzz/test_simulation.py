@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from async_eplb.agreement.outlook import PeerFaults
@@ -13,7 +14,7 @@ from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.commit.committer import CopyCommit
-from async_eplb.fuzz import Invariant, Mishap, Scenario, Trouble, Tuning, scenario_for, simulate
+from async_eplb.fuzz import Invariant, Mishap, Scenario, Traffic, Trouble, Tuning, scenario_for, simulate
 from async_eplb.staging import BufferState, StagingPool
 from async_eplb.transport import Exchange
 from async_eplb.update.exchange import exchanges
@@ -27,7 +28,7 @@ FOUND = {
         87,
         num_slots=3,
         serving=True,
-        idle_every=3,
+        traffic=Traffic(idle_every=3),
         tuning=Tuning(staging_depth=3, verify="off"),
         troubles=(Trouble(Mishap.FAIL_WORK, 1, work="commit"),),
     ),
@@ -43,7 +44,7 @@ FOUND = {
         num_experts=2,
         num_updates=2,
         serving=True,
-        idle_every=3,
+        traffic=Traffic(idle_every=3),
         launch_rule=LaunchRule.ORDERED,
         troubles=(
             Trouble(Mishap.FREEZE, 1, event=20, count=13, work="finish", seconds=1.5),
@@ -160,7 +161,7 @@ MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     "a fence holds nobody": (
         Invariant.SAME_MAPS,
         "async_eplb.agreement.boundaries.Boundaries.may_pass",
-        lambda _self: True,
+        lambda _self, _number=0: True,
     ),
     "lost experts find no home": (Invariant.LIVE_REPLICAS, "async_eplb.recovery.recover.homes", lambda *_: ()),
     "a buffer is handed out twice": (Invariant.ONE_STATE, "async_eplb.staging.StagingPool.acquire", any_buffer),
@@ -173,6 +174,11 @@ MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
         Invariant.ENDS_IN_TIME,
         "async_eplb.agreement.shared.SharedAgreement.lose",
         deaf_when_lost,
+    ),
+    "time passes while nobody steps": (
+        Invariant.UNDISTURBED,
+        "async_eplb.update.watchdog.Watchdog._now",
+        lambda _self, _what: anyio.current_time(),
     ),
     "an error of no type": (Invariant.TYPED_ERRORS, "async_eplb.recovery.recover.roll_forward", failing_untyped),
     "who pulls nothing passes no turn on": (

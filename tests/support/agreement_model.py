@@ -10,11 +10,13 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
 from operator import attrgetter
 
-from async_eplb.agreement.ballot import Ballot, Decision, Status
+from async_eplb.agreement.agreed import Agreed, Counts
+from async_eplb.agreement.ballot import Ballot, Decision, Status, Verdict
 from async_eplb.agreement.boundaries import Boundaries
 from async_eplb.agreement.lead import Lead
-from async_eplb.agreement.protocol import Agreed, Agreement, Counts
+from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.rules import LaunchRule, Mode
+from async_eplb.errors import GenerationMismatch
 
 FIRST_BOUNDARY = 100
 """The last boundary that all ranks have passed: boundaries are counted from it. Not 0, which means none."""
@@ -26,6 +28,8 @@ class Do(Enum):
     """The kinds of actions of a rank."""
 
     BEGIN = auto()
+    END = auto()
+    """Be done with an update that has failed, before the next one begins."""
     PLAN = auto()
     """With launches that need the others: get a plan and a buffer for the next layer."""
     TRANSFER = auto()
@@ -47,6 +51,8 @@ class Do(Enum):
     WAITED = auto()
     CANCEL = auto()
     FAIL = auto()
+    GIVE_UP = auto()
+    """End the update alone, because others have not begun it."""
     LEAVE = auto()
     QUIET = auto()
     """Traffic ends for good: all ranks go idle before the same boundary."""
@@ -54,7 +60,7 @@ class Do(Enum):
     __hash__ = object.__hash__
 
 
-DISTURBANCES = frozenset({Do.WAITED, Do.CANCEL, Do.FAIL, Do.LEAVE, Do.QUIET})
+DISTURBANCES = frozenset({Do.WAITED, Do.CANCEL, Do.FAIL, Do.GIVE_UP, Do.LEAVE, Do.QUIET})
 """Optional events, each of which happens only so often."""
 COMMITTING = frozenset({Do.RECEIVE, Do.PASS, Do.SETTLE, Do.DRAIN})
 """Actions that can commit and launch layers."""
@@ -148,13 +154,24 @@ class Rank:
         over = agreement.update.over or self.gone or (self.left and not agreement.running)
         return over and not agreement.boundaries.decisions and self.committed == self.commits
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the update has ended early."""
+        agreement = self.agreement
+        return agreement.running and self.ended and agreement.update.finished < agreement.update.limit
+
+    @property
+    def latest(self) -> int:
+        """Number of the last update that this rank has begun, or has missed."""
+        return max(self.agreement.generation, self.agreement.missed)
+
     def key(self) -> tuple[object, ...]:
         """Return a key that is equal for equal ranks."""
         counts = (self.before, self.transfers, self.launches, self.commits)
         return (*_state(self.agreement), self.mail, *counts, self.history, self.left, self.gone)
 
 
-_OWN = attrgetter("generation", "running", "status", "demanded", "demand_shown")
+_OWN = attrgetter("generation", "running", "status", "demanded", "demand_shown", "missed")
 _PARTS = {
     "lead": attrgetter(*(each.name for each in fields(Lead))),
     "boundaries": attrgetter(*(each.name for each in fields(Boundaries))),
@@ -206,8 +223,7 @@ class Actions:
             yield Do.RECEIVE, self._receive(rank, rank.mail)
         elif rank.mail is None and not rank.left and (agreement.is_eager() or not self.world.eager):
             yield Do.JOIN, self._join(rank)
-        if not rank.left and agreement.generation < self.world.updates and (not agreement.running or rank.ended):
-            yield Do.BEGIN, self._begin(rank)
+        yield from self._updating(rank)
         if agreement.update.begun and not agreement.update.over and agreement.status is not Status.FAILED:
             yield from self._staging(rank)
         if self.world.mode is Mode.SERVING:
@@ -239,11 +255,17 @@ class Actions:
         return replace(rank, agreement=agreement, mail=mail, history=rank.history[steps:])
 
     def _begin(self, rank: Rank) -> Rank:
-        world, agreement = self.world, copied(rank.agreement)
-        if agreement.running:
-            agreement.end(broken=False)
+        world = self.world
+        rank = self._end(rank) if rank.agreement.running else rank
+        agreement = copied(rank.agreement)
         agreement.begin(world.mode, digest=1, total=world.layers, window=world.window)
         return replace(rank, agreement=agreement, before=rank.commits)
+
+    def _end(self, rank: Rank) -> Rank:
+        agreement = copied(rank.agreement)
+        agreement.end(failed=rank.has_failed)
+        transfers = rank.commits if rank.has_failed else rank.transfers
+        return replace(rank, agreement=agreement, transfers=transfers)
 
     def _join(self, rank: Rank) -> Rank:
         agreement = copied(rank.agreement)
@@ -252,7 +274,13 @@ class Actions:
 
     def _receive(self, rank: Rank, ballots: tuple[Ballot, ...]) -> Rank:
         agreement = copied(rank.agreement)
-        verdict = agreement.receive(ballots)
+        try:
+            verdict = agreement.receive(ballots)
+        except GenerationMismatch:
+            if Do.GIVE_UP not in self.world.budget:
+                raise
+            agreement.update.over = True
+            verdict = Verdict(over=True)
         agreement.update.seen = agreement.update.seen if self.world.eager else Counts()
         agreement.lead.calm = 0
         if not self.world.stands:
@@ -264,6 +292,13 @@ class Actions:
         if self.world.mode is Mode.EXCLUSIVE:
             return self._execute(rank, Decision(0, verdict.agreed, verdict.launched * self.world.parts))
         return self._execute(rank, agreement.boundaries.due_ever()) if leaves else rank
+
+    def _updating(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
+        may_begin = not rank.agreement.running or rank.ended
+        if may_begin and not rank.left and rank.latest < self.world.updates:
+            yield Do.BEGIN, self._begin(rank)
+        if rank.has_failed:
+            yield Do.END, self._end(rank)
 
     def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
         agreement, world = rank.agreement, self.world
@@ -301,6 +336,9 @@ class Actions:
             agreement.cancel()
         elif do is Do.FAIL and agreement.running and not agreement.update.over:
             agreement.fail()
+        elif do is Do.GIVE_UP and agreement.running and not (agreement.update.begun or agreement.update.over):
+            agreement.fail()
+            agreement.update.over = True
         elif do is Do.LEAVE:
             agreement.leave()
         elif do is Do.WAITED and not agreement.boundaries.may_pass():

@@ -92,7 +92,7 @@ class _Table:
             self.ranks.append(rank)
             if rank.gone or rank.agreement.boundaries.may_pass():
                 self.free.add(number)
-            last = rank.left or rank.agreement.generation == self._actions.world.updates
+            last = rank.left or rank.latest == self._actions.world.updates
             if rank.ended and last and not rank.agreement.boundaries.fence:
                 self.ended.add(number)
         return number
@@ -225,9 +225,11 @@ class _Search:
     def _check(self, do: Do, rank: Rank, moved: Rank, others: list[Rank]) -> None:
         """Check what a rank just did against the others."""
         agreement = moved.agreement
+        goes_on = self._world.updates > 1 and {Do.FAIL, Do.GIVE_UP} & set(self._world.budget)
+        in_vain = goes_on and any(other.agreement.generation > agreement.generation for other in others)
         if moved.commits > rank.commits and moved.commits > min(other.staged for other in others):
             raise Violation(f"{moved} commits what is not staged everywhere")
-        if do is Do.TRANSFER and self._world.launch_rule is LaunchRule.GRANTED:
+        if do is Do.TRANSFER and self._world.launch_rule is LaunchRule.GRANTED and not in_vain:
             granted = min(other.before + other.agreement.update.launchable for other in others)
             if moved.transfers > granted or min(other.committed for other in others) < moved.before:
                 raise Violation(f"{moved} reads what others have not granted")
@@ -243,7 +245,10 @@ class _Search:
         if do is Do.RECEIVE and agreement.update.over and not moved.left:
             ranks = (moved, *others)
             failed = any(rank.agreement.status is Status.FAILED for rank in ranks)
-            if not failed and min(rank.committed for rank in ranks) < moved.before + agreement.update.limit:
+            if (
+                not (failed or goes_on)
+                and min(rank.committed for rank in ranks) < moved.before + agreement.update.limit
+            ):
                 raise Violation(f"{moved} is over before all layers are committed")
 
     def _check_end(self, state: _State) -> None:
@@ -255,6 +260,11 @@ class _Search:
         if len(commits) > 1 or (self._world.ordered_launch and len({rank.transfers for rank in ranks}) > 1):
             raise Violation(told)
         if happened <= {Do.WAITED, Do.CANCEL, Do.QUIET} and begun != {(count, count) for count in commits}:
+            raise Violation(told)
+        num_failed = len(happened & {Do.FAIL, Do.GIVE_UP})
+        if not happened & {Do.CANCEL, Do.LEAVE} and min(commits) < self._world.layers * (
+            self._world.updates - num_failed
+        ):
             raise Violation(told)
         if happened <= {Do.WAITED, Do.QUIET} and commits != {self._world.layers * self._world.updates}:
             raise Violation(told)

@@ -11,13 +11,16 @@ from support.helpers import (
     on_all,
     together,
     two_placements,
+    until,
     with_virtual_time,
 )
 
 from async_eplb import EPTopology, ExpertUpdater, UpdateOptions
 from async_eplb.errors import (
     BusyUpdater,
+    SkippedPass,
     StepMismatch,
+    UpdateAborted,
 )
 from async_eplb.transport import MemorySchedule
 
@@ -53,18 +56,44 @@ async def test_idle_ranks_before_different_boundaries_get_an_error() -> None:
             rank.assert_consistent()
 
 
-async def test_a_skipped_step_is_refused() -> None:
-    """With the engine's own numbers, a rank that skipped a pass cannot go on; the boundary is not passed."""
+async def test_numbers_are_the_engines() -> None:
+    """Boundaries count as the engine does, wherever it begins; while no update runs, skipping hurts nobody."""
     old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         updater = ranks[0].updater
-        await updater.step(41)
-        await updater.step(42)
-        with pytest.raises(StepMismatch) as caught:
-            await updater.step(44)
-        assert caught.value.steps == (42, 44)
-        await updater.step(43)
-        assert updater.statistics().step == 43
+        for number, step in ((41, 41), (42, 42), (44, 44), (44, 44), (43, 44), (45, 45)):
+            await updater.step(number)
+            assert updater.statistics().step == step
+        for number in (0, -1):
+            with pytest.raises(StepMismatch):
+                await updater.step(number)
+
+
+@pytest.mark.parametrize("off_by", [1, -1, -2], ids=["skips", "repeats", "goes back"])
+@pytest.mark.parametrize("at", range(1, 6))
+async def test_a_rank_that_skips_a_pass_ends_the_update_everywhere(at: int, off_by: int) -> None:
+    """Its handle says so, step() does not; layers are the same on all ranks, and the next update works."""
+    old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
+    async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, options=UpdateOptions(lead=1)) as ranks:
+        number = 100
+        await on_all(ranks, lambda u: u.step(number))
+        handles = [rank.updater.begin(new) for rank in ranks]
+        await until(lambda: all(rank.updater.outlook.generation == 1 for rank in ranks))
+        while not all(handle.done for handle in handles):
+            number += 1
+            wrong = number + (off_by if number >= 100 + at else 0)
+            for rank, each in zip(ranks, (number, number, wrong), strict=True):
+                await rank.updater.step(each)
+            await anyio.sleep(0.002)
+        *others, skipper = await together([handle.wait for handle in handles])
+        assert isinstance(skipper, SkippedPass)
+        assert skipper.steps == (99 + at, 100 + at + off_by)
+        assert all(isinstance(other, UpdateAborted) and other.ranks == (2,) for other in others)
+        assert len({rank.updater.placement for rank in ranks}) == 1
+        await on_all(ranks, lambda u: u.update(new))
+        for rank in ranks:
+            assert rank.updater.placement == new
+            rank.assert_consistent()
 
 
 async def test_step_counts_that_drift_apart_end_the_update() -> None:

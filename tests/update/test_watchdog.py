@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -10,12 +11,13 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import CapturingLogger
-from support.helpers import memory_world, on_all, together, until
+from support.helpers import MemoryRank, memory_world, on_all, together, two_placements, until
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
 from async_eplb.errors import UpdateAborted, UpdateStalled
 from async_eplb.testing.workers import ScheduledWorkers
-from async_eplb.transport import MemorySchedule
+from async_eplb.transport import LaunchRule, MemorySchedule
+from async_eplb.update.handle import UpdateHandle
 from async_eplb.workers import Workers
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ FAR_AHEAD = replace(OPTIONS, lead=32)
 
 
 class HangingWorkers(ScheduledWorkers):
-    """Workers of which one kind takes very long, the first times excepted."""
+    """Workers of which one kind takes very long once, after some times."""
 
     def __init__(self, kind: str, *, after: int = 0, hangs_s: float = 8.0) -> None:
         super().__init__()
@@ -44,14 +46,14 @@ class HangingWorkers(ScheduledWorkers):
     async def run(self, kind: str, function: Callable[[], T]) -> T:
         if kind == self._kind:
             self._left -= 1
-            if self._left < 0:
+            if self._left == -1:
                 with anyio.CancelScope(shield=True):
                     await anyio.sleep(self._hangs_s)
         return await super().run(kind, function)
 
 
 class FailingWorkers(ScheduledWorkers):
-    """Workers that fail at one kind of work, the first times excepted."""
+    """Workers that fail once at one kind of work, after some times."""
 
     def __init__(self, kind: str, *, after: int) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class FailingWorkers(ScheduledWorkers):
     async def run(self, kind: str, function: Callable[[], T]) -> T:
         if kind == self._kind:
             self._left -= 1
-            if self._left < 0:
+            if self._left == -1:
                 await anyio.sleep(1.0)
                 raise OSError("no luck")
         return await super().run(kind, function)
@@ -102,18 +104,32 @@ def test_a_stage_that_hangs(kind: str, stage: str) -> None:
     assert any(text.startswith(stage) for text in event["stages"])
 
 
-def test_nobody_steps() -> None:
-    """Layers that wait for a step for ever: the error names the wait, and a step is refused from then on."""
+@pytest.mark.parametrize("launch_rule", LaunchRule)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_pause_is_no_stall(num_ranks: int, launch_rule: LaunchRule) -> None:
+    """No steps for five times the time-out, at every moment of an update: it goes on with the next ones, and ends."""
+    topology = EPTopology(num_ranks=num_ranks, num_nodes=1, num_local_physical_experts=2)
+    old, new = two_placements(topology, num_layers=2, num_experts=3)
+    schedule = replace(SCHEDULE, launch_rule=launch_rule)
 
-    async def update() -> list[Any]:
-        async with memory_world(OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS) as ranks:
-            handles = [rank.updater.begin(NEW) for rank in ranks]
-            outcomes = await together([handle.wait for handle in handles])
-            assert all(rank.updater.placement == OLD for rank in ranks)
-            return outcomes
+    async def update(pause_after: int) -> bool:
+        async with memory_world(old, topology, schedule=schedule, options=OPTIONS) as ranks:
+            handles = [rank.updater.begin(new) for rank in ranks]
+            number = 0
+            while not all(handle.done for handle in handles):
+                await on_all(ranks, lambda u: u.step())
+                number += 1
+                await anyio.sleep(5 * OPTIONS.progress_timeout_s if number == pause_after else 0.05)
+            await together([handle.wait for handle in handles])
+            for rank in ranks:
+                assert rank.updater.placement == new
+                rank.assert_consistent()
+            return number >= pause_after
 
-    for outcome in trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0)):
-        assert isinstance(outcome, UpdateStalled | UpdateAborted)
+    for pause_after in range(20):
+        if not trio.run(update, pause_after, clock=trio.testing.MockClock(autojump_threshold=0)):
+            break
+    assert pause_after > 3
 
 
 def test_progress_is_no_stall() -> None:
@@ -132,26 +148,53 @@ def test_progress_is_no_stall() -> None:
     assert trio.run(update, clock=start) > OPTIONS.progress_timeout_s
 
 
-def where_no_step_comes(workers: ScheduledWorkers, logger: CapturingLogger) -> list[Any]:
-    """Begin an update where nobody steps; return how it ended. The second rank has these workers and this logger."""
+def where_one_rank_steps(workers: ScheduledWorkers, logger: CapturingLogger) -> list[Any]:
+    """Update where the second rank stops to step, and does so only at the end; return how it ended on each.
+
+    :param workers: of the second rank, like the logger
+    """
     each_workers = iter([ScheduledWorkers(), workers])
+
+    async def step(rank: MemoryRank, handles: list[UpdateHandle], pause_s: float) -> None:
+        await anyio.sleep(pause_s)
+        while not all(handle.done for handle in handles):
+            await rank.updater.step()
+            await anyio.sleep(0.5)
 
     async def update() -> list[Any]:
         wrapped = [structlog.wrap_logger(each, processors=[]) for each in (CapturingLogger(), logger)]
         async with memory_world(
-            OLD, TOPOLOGY, schedule=SCHEDULE, options=FAR_AHEAD, workers=lambda: next(each_workers), loggers=wrapped
+            OLD, TOPOLOGY, schedule=SCHEDULE, options=OPTIONS, workers=lambda: next(each_workers), loggers=wrapped
         ) as ranks:
             handles = [rank.updater.begin(NEW) for rank in ranks]
-            with anyio.fail_after(20.0):
-                return await together([handle.wait for handle in handles])
+            pauses = (0.0, 3 * OPTIONS.progress_timeout_s)
+            with anyio.fail_after(25.0):
+                await together([partial(step, rank, handles, s) for rank, s in zip(ranks, pauses, strict=True)])
+            outcomes = await together([handle.wait for handle in handles])
+            assert ranks[0].updater.placement == ranks[1].updater.placement
+            for rank in ranks:
+                rank.assert_consistent()
+            await on_all(ranks, lambda u: u.update(OLD))
+            assert all(rank.updater.placement == OLD for rank in ranks)
+            return outcomes
 
     return trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_a_stall_after_another_is_no_less_seen() -> None:
-    """Planning hangs while an agreed layer waits for a step that never comes: the update ends all the same."""
+def test_a_rank_that_does_not_step_hurts_nobody() -> None:
+    """The error names the wait; what was agreed is committed at the next step, and the next update works."""
     logger = CapturingLogger()
-    first, second = where_no_step_comes(HangingWorkers("plan", after=1), logger)
+    first, second = where_one_rank_steps(ScheduledWorkers(), logger)
+    assert isinstance(first, UpdateAborted)
+    assert isinstance(second, UpdateStalled)
+    event, *_ = stalled_events(logger)
+    assert event["doing"] == "waiting for a step"
+
+
+def test_a_stall_after_another_is_no_less_seen() -> None:
+    """Planning hangs while an agreed layer waits for a step: both are told."""
+    logger = CapturingLogger()
+    first, second = where_one_rank_steps(HangingWorkers("plan", after=1), logger)
     assert isinstance(first, UpdateAborted)
     assert isinstance(second, UpdateStalled)
     assert [event["stage"] for event in stalled_events(logger)] == ["plan", "agree"]
@@ -160,7 +203,7 @@ def test_a_stall_after_another_is_no_less_seen() -> None:
 def test_a_stage_that_failed_does_nothing_any_more() -> None:
     """It makes no progress either, but that is no stall."""
     logger = CapturingLogger()
-    _, second = where_no_step_comes(FailingWorkers("plan", after=1), logger)
+    _, second = where_one_rank_steps(FailingWorkers("plan", after=1), logger)
     assert isinstance(second, OSError)
     (event,) = stalled_events(logger)
     assert event["doing"] == "waiting for a step"

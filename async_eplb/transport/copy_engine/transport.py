@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.device import DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, EplbError, IpcUnavailable, TransferTimeout
-from async_eplb.groups import gather
+from async_eplb.groups import Membership, gather
 from async_eplb.transport.base import PendingExchange, PreparedExchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
@@ -45,7 +45,7 @@ class CopyEngineTransport(Member):
 
     def __init__(
         self,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Membership | None = None,
         *,
         within_host: bool = False,
         memory: Callable[[torch.device], PeerMemory] = CudaIpc,
@@ -105,6 +105,11 @@ class CopyEngineTransport(Member):
         if exchange.has_messages:
             raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self.rank)
         return _PreparedPull(self._require_open, partial(_Pull, self, peers, exchange))
+
+    def replacement(self) -> "CopyEngineTransport":
+        """Return an unused transport between the same ranks, which maps their weights anew."""
+        place = self.board.part("replacement")
+        return CopyEngineTransport(place, within_host=self._within_host, memory=self._make_memory)
 
     def abort(self) -> None:
         """Break the transport. Copies under way end by themselves, and wait for no turn.

@@ -110,6 +110,10 @@ class MemoryTransport:
         self._world.require_open(self._rank)
         return PreparedInMemory(self._world, self._rank, exchange)
 
+    def replacement(self) -> "MemoryTransport":
+        """Return this rank's transport in a world that replaces this one."""
+        return MemoryTransport(self._world.replacement(), self._rank)
+
     def abort(self) -> None:
         """Leave the world."""
         self._world.leave(self._rank)

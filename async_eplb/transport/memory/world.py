@@ -4,6 +4,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from anyio import CancelScope, Event
 from torch import Tensor
@@ -58,6 +59,7 @@ class MemoryWorld:
         self.turns: dict[tuple[int, int, int], Event] = {}
         self.texts: dict[str, str] = {}
         """What ranks have left for each other."""
+        self._replacement: MemoryWorld | None = None
 
     def require_open(self, rank: int) -> None:
         """Raise BrokenTransport unless a rank has opened its transport, and neither closed nor aborted it."""
@@ -94,6 +96,19 @@ class MemoryWorld:
         for each in self.rounds.values():
             if rank not in each.rows:
                 each.over.set()
+
+        if self._replacement is not None:
+            self._replacement.die(rank)
+
+    def replacement(self) -> "MemoryWorld":
+        """Return the world of transports that replace this one's: with the same dead ranks, and no fault to come."""
+        if self._replacement is None:
+            schedule = replace(self.schedule, faults=(), lost_results=frozenset())
+            self._replacement = MemoryWorld(self.num_ranks, schedule)
+            self._replacement.run_id = self.run_id
+            self._replacement.dead = set(self.dead)
+            self._replacement.gone = set(self.dead)
+        return self._replacement
 
     def turn(self, source: int, reader: int, number: int) -> Event:
         """Return the event of a reader's turn at a source."""

@@ -8,6 +8,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from async_eplb.agreement.rules import LaunchRule
 from async_eplb.errors import BrokenTransport
+from async_eplb.groups import Membership
 from async_eplb.transport.base import PreparedExchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.exchange import Exchange
@@ -38,7 +39,7 @@ class TorchDistTransport(Member):
 
     def __init__(
         self,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Membership | None = None,
         *,
         backend: Backend | None = None,
         nccl: NcclOptions = NcclOptions(),  # noqa: B008 - a frozen value
@@ -78,6 +79,10 @@ class TorchDistTransport(Member):
         if self._link is None:
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self.rank)
         return self._link.prepare(exchange)
+
+    def replacement(self) -> "TorchDistTransport":
+        """Return an unused transport between the same ranks, with the same backend."""
+        return TorchDistTransport(self.board.part("replacement"), backend=self._backend, nccl=self._nccl)
 
     def abort(self) -> None:
         """Break the transport and close its data connections."""
