@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import InvalidWeights
+from async_eplb.modes import outside_modes
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
 _LOOKS = 12
@@ -91,7 +92,8 @@ class CpuDevice:
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised memory as uint8 ``[nbytes]``."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        with outside_modes():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def empty_cache(self) -> None:
         """Do nothing: the CPU allocator keeps no large blocks."""
@@ -134,7 +136,8 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised device memory as uint8 ``[nbytes]``."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        with outside_modes():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def empty_cache(self) -> None:
         """Return the caching allocator's unused blocks to the driver."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import TooManyReplicas
+from async_eplb.modes import outside_modes
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
@@ -57,6 +58,7 @@ class ExpertMap:
     :raises TooManyReplicas: if an expert of the placement has more than ``max_replicas``
     """
 
+    @outside_modes()
     def __init__(
         self,
         placement: ExpertPlacement,

@@ -189,6 +189,14 @@ class SyncUpdater:
 
         return self._call(recover)
 
+    def rebind(self, weights: ExpertWeights) -> None:
+        """Take other tensors in place of the live weights, inside :meth:`paused`; see :meth:`ExpertUpdater.rebind`."""
+
+        async def rebind() -> None:
+            await self.updater.rebind(weights)
+
+        self._call(rebind)
+
     def audit(self, group: Transport) -> AuditReport:
         """Block until :meth:`ExpertUpdater.audit` returns."""
 

@@ -20,7 +20,7 @@ from async_eplb.recovery.state import Attempts, Recovery
 from async_eplb.recovery.weight_source import WeightSource
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
-from async_eplb.update.admission import Request, admit_rank
+from async_eplb.update.admission import Request, admit_rank, rebound
 from async_eplb.update.handle import UpdateHandle
 from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
@@ -195,11 +195,31 @@ class ExpertUpdater(UpdaterViews):
 
         :param after: as for :meth:`idle`
         :raises BusyUpdater: if this rank stands already
+        :raises MovedWeights: at the end, if weights are not where they were and were not rebound; the pause is over
         """
         async with self._standing("paused", after):  # rule 16
             if self._session.running is not None:
                 await self._session.running.finished.wait()
             yield
+        self._rank.live.require_in_place()
+
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Take other tensors in place of the live weights, inside :meth:`paused`. All ranks call this together.
+
+        For a load that gives parameters other memory. Layouts must be equal; experts must lie as :attr:`placement`
+        says. The old tensors may be freed when this has returned on all ranks. Not cancelled.
+
+        :raises InvalidWeights: if layout, rows or device are not those of the weights before; nothing has changed
+        :raises BusyUpdater: outside of :meth:`paused`
+        :raises ClosedUpdater: if this updater is not open
+        :raises BrokenTransport: if a transport that reads peers' weights cannot read the new ones
+            (:class:`IpcUnavailable`), or a rank did not call this; ``recover()`` goes on with another transport
+        """
+        if self._session.closed:
+            raise ClosedUpdater(f"{self!r} cannot rebind weights")
+        if self._stepper.standing_for != "paused" or self.running is not None:
+            raise BusyUpdater(f"{self!r}: weights can be replaced inside paused() only, when no update is under way")
+        await self._session.rebind(self._equipped(rebound(self._rank, weights)))
 
     async def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
         """Go on with the ranks that are left after a failure; all call this together, and none serves meanwhile.
@@ -219,6 +239,7 @@ class ExpertUpdater(UpdaterViews):
         :raises BrokenControlGroup: if another rank is lost meanwhile; call this again without it
         """
         self._session.life.require_entered(f"{self!r} cannot recover")
+        self._rank.live.require_in_place()
         with self._stepper.standing("recovering"):
             return await reopen(self._rank, self._session, self._shared, self._attempts, surviving_group, source)
 
@@ -234,6 +255,7 @@ class ExpertUpdater(UpdaterViews):
         self._session.life.require_entered(f"{self!r} cannot audit")
         if self.running is not None:
             raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
+        self._rank.live.require_in_place()
         return await audit_replicas(
             self._rank.live,
             self.placement,

@@ -1,162 +1,193 @@
-"""Byte views of live expert weights: slots of any dtype as uint8."""
+"""Live expert weights of a rank: slots of any dtype and layout as bytes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from copy import copy
+from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from async_eplb.errors import InvalidSlot, InvalidWeights, SlotCountMismatch
+from async_eplb.errors import InvalidSlot, InvalidWeights, MovedWeights, SlotCountMismatch
+from async_eplb.slots import SlotTensor, is_list, moved, slot_tensor
+
+Slots = Tensor | Sequence[Tensor]
+"""One tensor of a row: ``[local physical experts, ...]``, or a list of one tensor for each local physical expert."""
+
+_MOST_NAMES = 5
+"""Names in a message; the error has all of them."""
 
 
 class ExpertWeights:
     """Byte views of the routed expert weights of a rank. They share the memory of the caller's tensors.
 
-    :param tensors: row of the placement → its tensors, each ``[local physical experts, ...]`` of any dtype. Slots
-        must be contiguous and share no memory; gaps between slots are fine.
+    What is moved of a slot is its extent: all bytes from its first element to its last. So dimensions may lie in any
+    order, and padding inside a slot moves along; gaps between slots stay as they are. Of a tensor that is distributed
+    (a DTensor) the local part is used. A tensor that gets other memory later (``p.data = ...``) is noticed if it is
+    the one that was given, such as the parameter itself, not a view of it.
+
+    :param tensors: row of the placement → its tensors, of any dtypes, each ``[local physical experts, ...]`` or, where
+        every expert has a tensor of its own, a list of these: ``{0: [w13, [w2_of_slot_0, w2_of_slot_1]]}``
     :param names: of the tensors of a row, in order, for errors
-    :raises InvalidSlot: if a slot is not contiguous, is expanded, or overlaps another
-    :raises SlotCountMismatch: if the first dimensions of tensors differ
-    :raises InvalidWeights: if tensors are on several devices, or there is nothing to move
+    :raises InvalidSlot: if a tensor is none, has no memory of its own, or slots of it are expanded or share memory
+    :raises SlotCountMismatch: if tensors have different numbers of slots
+    :raises InvalidWeights: if rows are no mapping of row to tensors, tensors are on several devices, or there is
+        nothing to move
     """
 
-    def __init__(self, tensors: Mapping[int, Sequence[Tensor]], *, names: Sequence[str] = ()) -> None:
-        if not tensors or not all(tensors.values()):
-            raise InvalidWeights("weights need at least one row, and each row at least one tensor")
-        named = {
-            (row, index): f"{names[index] if index < len(names) else f'tensor {index}'} of row {row}"
-            for row in tensors
-            for index in range(len(tensors[row]))
-        }
-        flat = {key: tensors[key[0]][key[1]].detach() for key in named}
-        _require_one_device(flat.values())
-        self.num_local_physical_experts = _slot_count(flat, named)
-        for key, tensor in flat.items():
-            _require_movable(tensor, named[key])
-        _require_disjoint(flat, named)
-        self.device = next(iter(flat.values())).device
-        self._tensors = {row: tuple(flat[row, index] for index in range(len(tensors[row]))) for row in tensors}
-        self._views = {row: tuple(_byte_view(tensor) for tensor in self._tensors[row]) for row in tensors}
+    def __init__(self, tensors: Mapping[int, Sequence[Slots]], *, names: Sequence[str] = ()) -> None:
+        rows = _rows(tensors)
+        if not is_list(names) or not all(isinstance(name, str) for name in names):
+            raise InvalidWeights(f"names are {names!r}; give a list of texts, one for each tensor of a row")
+        self.tensors: dict[int, tuple[SlotTensor, ...]] = {}
+        """Row → its tensors, as a block of memory for each slot."""
+        first: SlotTensor | None = None
+        for row, given in rows.items():
+            for index, each in enumerate(given):
+                name = f"{names[index] if index < len(names) else f'tensor {index}'} of row {row}"
+                tensor = slot_tensor(each, name, device=None if first is None else first.device)
+                first = first or tensor
+                _require_as_many_slots(tensor, first)
+                self.tensors[row] = (*self.tensors.get(row, ()), tensor)
+        every = [tensor for tensors in self.tensors.values() for tensor in tensors]
+        _require_disjoint(every)
+        self.num_local_physical_experts = every[0].num_slots
+        self.device = every[0].device
 
     @property
     def rows(self) -> tuple[int, ...]:
         """Rows of the placement that have weights, ascending."""
-        return tuple(sorted(self._views))
-
-    def views(self, row: int) -> tuple[Tensor, ...]:
-        """Return a row's tensors as uint8 ``[local physical experts, bytes of a slot]``, sharing their memory."""
-        return self._views[row]
+        return tuple(sorted(self.tensors))
 
     def slot_views(self, row: int, slot: int) -> tuple[Tensor, ...]:
-        """Return one slot of each tensor of a row as uint8 ``[bytes]``, sharing its memory."""
-        return tuple(view.select(0, slot) for view in self._views[row])
+        """Return one slot of each tensor of a row as uint8 ``[extent]``, sharing its memory."""
+        return tuple(tensor.views[slot] for tensor in self.tensors[row])
+
+    def slot_elements(self, row: int, slot: int) -> tuple[Tensor, ...]:
+        """Return the elements of one slot of each tensor of a row, in the order of its dimensions and without padding.
+
+        :returns: uint8 ``[*shape of the slot, bytes of an element]`` each, sharing the slot's memory
+        """
+        return tuple(tensor.elements(slot) for tensor in self.tensors[row])
 
     def slot_nbytes(self, row: int) -> tuple[int, ...]:
-        """Return the bytes of one slot in each tensor of a row."""
-        return tuple(view.shape[1] for view in self._views[row])
+        """Return the bytes of one slot, its extent, in each tensor of a row."""
+        return tuple(tensor.layout.nbytes for tensor in self.tensors[row])
 
     def addresses(self, row: int, slots: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the addresses of slots of a row: int64 ``[slots, tensors]``."""
-        # [tensors] each, in bytes
-        starts, strides = zip(*((view.data_ptr(), view.stride(0)) for view in self._views[row]), strict=True)
         places = np.array(slots, dtype=np.int64)
-        return np.array(starts, dtype=np.int64) + places[:, None] * np.array(strides, dtype=np.int64)
+        return np.stack([tensor.addresses[places] for tensor in self.tensors[row]], axis=1)
 
     def shapes(self, row: int) -> list[list[int]]:
-        """Return the shape of each of a row's tensors."""
-        return [list(tensor.shape) for tensor in self._tensors[row]]
+        """Return the shape of each of a row's tensors, the slot first."""
+        return [[tensor.num_slots, *tensor.layout.shape] for tensor in self.tensors[row]]
 
     def with_column(self, columns: Mapping[int, Tensor], name: str) -> "ExpertWeights":
         """Return these weights with one more tensor in each row, which is then moved with the others.
 
-        :param columns: row → tensor ``[local physical experts, ...]``
+        :param columns: row → tensor ``[local physical experts, ...]`` in memory of its own
         :param name: of the tensor, for errors
         :raises InvalidWeights: as the constructor
         """
-        extended = {row: (*tensors, columns[row]) for row, tensors in self._tensors.items()}
-        width = max(len(tensors) for tensors in extended.values())
-        return ExpertWeights(extended, names=[f"tensor {i}" for i in range(width - 1)] + [name])
+        extended = copy(self)
+        extended.tensors = {
+            row: (*tensors, slot_tensor(columns[row], f"{name} of row {row}", device=self.device))
+            for row, tensors in self.tensors.items()
+        }
+        return extended
 
     def digest(self) -> bytes:
-        """Return a hash of 16 bytes of rows, dtypes and shapes of slots: equal on ranks that can exchange slots."""
-        layout = [(row, [(str(t.dtype), tuple(t.shape[1:])) for t in self._tensors[row]]) for row in self.rows]
-        return hashlib.blake2b(repr(layout).encode(), digest_size=16).digest()
+        """Return a hash of 16 bytes of rows and layouts of slots: equal on ranks that can exchange slots (rule 23)."""
+        layouts = [(row, [tensor.layout for tensor in self.tensors[row]]) for row in self.rows]
+        return hashlib.blake2b(json.dumps(layouts).encode(), digest_size=16).digest()
 
+    def require_in_place(self) -> None:
+        """Check that the tensors that were given are where they were then (rule 22).
 
-_Key = tuple[int, int]
-
-
-def _require_one_device(tensors: Iterable[Tensor]) -> None:
-    devices = tuple(sorted({str(tensor.device) for tensor in tensors}))
-    if len(devices) > 1:
-        raise InvalidWeights(f"weights are on {', '.join(devices)}; all tensors of an updater must be on one device")
-
-
-def _slot_count(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str]) -> int:
-    first = next(iter(tensors.values()))
-    if first.ndim == 0:
-        raise InvalidWeights(f"{names[next(iter(tensors))]} has no dimensions; the first is the slot")
-    for key, tensor in tensors.items():
-        actual = tensor.shape[0] if tensor.ndim else 0
-        if actual != first.shape[0]:
-            raise SlotCountMismatch(
-                f"{names[key]} has {actual} slots in its first dimension; {names[next(iter(tensors))]} "
-                f"has {first.shape[0]}",
-                tensor=names[key],
-                expected=first.shape[0],
-                actual=actual,
+        :raises MovedWeights: if some are not, or have lost their memory
+        """
+        found = {row: moved(self.tensors[row]) for row in self.rows}
+        names = tuple(name for row in found.values() for name in row)
+        if names:
+            raise MovedWeights(
+                f"live weights are not where they were: {', '.join(names[:_MOST_NAMES])} ({len(names)} tensors); give "
+                "the new ones to rebind() inside paused()",
+                tensors=names,
+                layers=tuple(row for row in found if found[row]),
             )
-    return first.shape[0]
+
+    def require_alike(self, other: "ExpertWeights") -> None:
+        """Check that other weights can take the place of these: equal rows, layouts, number of slots and device.
+
+        :raises InvalidWeights: if not
+        """
+        if other.device != self.device:
+            raise InvalidWeights(f"the new weights are on {other.device}, the ones before on {self.device}")
+        if other.rows != self.rows:
+            raise InvalidWeights(
+                f"the new weights are for rows {list(other.rows)}, the ones before for {list(self.rows)}"
+            )
+        for row in self.rows:
+            before, now = (
+                [(tensor.num_slots, *tensor.layout) for tensor in each.tensors[row]] for each in (self, other)
+            )
+            if before != now:
+                raise InvalidWeights(
+                    f"the new weights of row {row} are laid out as {now}, the ones before as {before} (slots, "
+                    "then dtype, bytes of an element, shape and strides of a slot)"
+                )
 
 
-def _require_movable(tensor: Tensor, name: str) -> None:
-    if tensor.shape[0] == 0 or tensor[0].numel() == 0:
-        raise InvalidSlot(f"{name} has shape {list(tensor.shape)}: there is nothing to move", tensor=name)
-    if tensor.is_sparse or tensor.layout is not torch.strided:
-        raise InvalidSlot(f"{name} is not a dense tensor; its slots cannot be moved as bytes", tensor=name)
-    if not tensor[0].is_contiguous():
-        raise InvalidSlot(
-            f"{name} has strides {tensor.stride()}: a slot is not contiguous; lay each expert out in one block",
-            tensor=name,
+def _rows(tensors: object) -> dict[int, Sequence[object]]:
+    """Return what is given for each row.
+
+    :raises InvalidWeights: if it is no mapping of numbers of rows to lists
+    """
+    if not isinstance(tensors, Mapping):
+        raise InvalidWeights(
+            f"weights are a {type(tensors).__name__}; give a mapping of row to tensors, such as dict(enumerate(rows))"
         )
-    if tensor.shape[0] > 1 and tensor.stride(0) < tensor[0].numel():
-        raise InvalidSlot(
-            f"{name} has strides {tensor.stride()}: its slots share memory (an expanded or overlapping view); "
-            "give every slot memory of its own",
-            tensor=name,
+    rows: dict[int, Sequence[object]] = {}
+    for row, given in tensors.items():
+        if isinstance(row, bool) or not isinstance(row, Integral) or row < 0:
+            raise InvalidWeights(f"weights are given for row {row!r}; rows are numbers from 0")
+        if not is_list(given):
+            raise InvalidWeights(f"row {row} is a {type(given).__name__}; give a list of its tensors")
+        rows[int(row)] = given
+    if not rows or not all(len(given) for given in rows.values()):
+        raise InvalidWeights("weights need at least one row, and each row at least one tensor")
+    return rows
+
+
+def _require_as_many_slots(tensor: SlotTensor, first: SlotTensor) -> None:
+    if tensor.num_slots != first.num_slots:
+        raise SlotCountMismatch(
+            f"{tensor.name} has {tensor.num_slots} slots, {first.name} has {first.num_slots}; slots are the first "
+            "dimension of a tensor, or a list inside the row's list that has a tensor for each slot",
+            tensor=tensor.name,
+            expected=first.num_slots,
+            actual=tensor.num_slots,
         )
 
 
-def _require_disjoint(tensors: Mapping[_Key, Tensor], names: Mapping[_Key, str]) -> None:
+def _require_disjoint(tensors: Sequence[SlotTensor]) -> None:
     """Check that no two slots share a byte, also of different tensors: no slot may begin before the last one ends.
 
     :raises InvalidSlot: if two slots do
     """
-    keys = list(tensors)
-    starts, ends, owners = [], [], []
-    for number, key in enumerate(keys):
-        tensor = tensors[key]
-        stride = tensor.stride(0) * tensor.element_size()
-        first = tensor.data_ptr() + stride * np.arange(tensor.shape[0], dtype=np.int64)
-        starts.append(first)
-        ends.append(first + tensor[0].numel() * tensor.element_size())
-        owners.append(np.full(tensor.shape[0], number))
-    start, end, owner = np.concatenate(starts), np.concatenate(ends), np.concatenate(owners)
-    order = np.argsort(start)  # [slots of all tensors]
+    start = np.concatenate([tensor.addresses for tensor in tensors])  # [slots of all tensors]
+    end = np.concatenate([tensor.addresses + tensor.layout.nbytes for tensor in tensors])
+    order = np.argsort(start)
     overlapping = np.flatnonzero(end[order][:-1] > start[order][1:])
     if len(overlapping):
-        one, other = (names[keys[owner[order[overlapping[0] + side]]]] for side in (0, 1))
-        raise InvalidSlot(f"a slot of {other} shares memory with a slot of {one}", tensor=other)
-
-
-def _byte_view(tensor: Tensor) -> Tensor:
-    # Rule 8: bytes of the storage, whatever the dtype; torch cannot view every dtype as another.
-    size = tensor.element_size()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-        tensor.untyped_storage(),
-        tensor.storage_offset() * size,
-        (tensor.shape[0], tensor[0].numel() * size),
-        (tensor.stride(0) * size, 1),
-    )
+        pair = order[overlapping[0] : overlapping[0] + 2]
+        one, other = (tensors[number // tensors[0].num_slots].name for number in pair)
+        what = (
+            f"slots of {one} share memory or lie inside each other"
+            if one == other
+            else (f"a slot of {other} shares memory with a slot of {one}, or lies inside it")
+        )
+        raise InvalidSlot(f"{what}; give every slot a block of its own", tensor=other)

@@ -88,14 +88,14 @@ class CopyCommitter:
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> CopyCommit:
         """Copy own slots to staging, and list the copies of the commit."""
-        live = self._weights.views(row)
         for own in plan.local_copies:
+            live = self._weights.slot_views(row, own.src_slot)
             for view, staged in zip(live, buffer.views(own.dst_slot), strict=True):
-                staged.copy_(view[own.src_slot])
+                staged.copy_(view)
         copies = [
-            _in_words(view[live_slot], staged)
+            _in_words(view, staged)
             for staged_slot, live_slot in committed_slots(plan)
-            for view, staged in zip(live, buffer.views(staged_slot), strict=True)
+            for view, staged in zip(self._weights.slot_views(row, live_slot), buffer.views(staged_slot), strict=True)
         ]
         return CopyCommit(row, copies, buffer, self._expert_map, maps)
 

@@ -108,7 +108,7 @@ class InvalidWeights(EplbError, ValueError):
 
 
 class InvalidSlot(InvalidWeights):
-    """A slot of a tensor is not contiguous, is expanded, or shares memory with another slot."""
+    """A tensor has no memory to move slots to and from, or its slots are expanded or share memory."""
 
     tensor: str
 
@@ -119,6 +119,16 @@ class SlotCountMismatch(InvalidWeights):
     tensor: str
     expected: int
     actual: int
+
+
+class MovedWeights(InvalidWeights):
+    """Live weights are not where they were when the updater was given them, and were not rebound.
+
+    :param tensors: their names, with the row
+    """
+
+    tensors: tuple[str, ...]
+    layers: tuple[int, ...]
 
 
 class MissingWeights(InvalidWeights):

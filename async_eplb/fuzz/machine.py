@@ -144,18 +144,13 @@ class SimulatedUpdater(ExpertUpdater):
         super().__init__(weights, placement, topology, **parts)
 
     def _equipped(self, rank: Rank) -> Rank:
-        return replace(rank, committer=FailingCommitter(rank.committer, rank.weights.views, self._troubles))
+        return replace(rank, committer=FailingCommitter(rank.committer, rank.weights, self._troubles))
 
 
 class FailingCommitter:
-    """Commits, except that the first commit of each layer that the troubles name fails half way.
+    """Commits, except that the first commit of each layer that the troubles name fails half way."""
 
-    :param live: row → byte views of its tensors
-    """
-
-    def __init__(
-        self, committer: Committer, live: Callable[[int], tuple[Tensor, ...]], troubles: tuple[Trouble, ...]
-    ) -> None:
+    def __init__(self, committer: Committer, live: ExpertWeights, troubles: tuple[Trouble, ...]) -> None:
         self._committer = committer
         self._live = live
         self._failing = {t.layer for t in troubles if t.mishap is Mishap.TEAR}
@@ -167,8 +162,8 @@ class FailingCommitter:
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FailingCommit:
         """Prepare the committer's commit, and what is written if it fails."""
         one_slot = [
-            (live[slot], staged)
+            (live, staged)
             for slot in plan.staged_slots[:1]
-            for live, staged in zip(self._live(row), buffer.views(slot), strict=True)
+            for live, staged in zip(self._live.slot_views(row, slot), buffer.views(slot), strict=True)
         ]
         return FailingCommit(self._committer.prepare(row, plan, buffer, maps), row, self._failing, one_slot)

@@ -73,13 +73,13 @@ async def fetch_lost(
 
 
 def _load(rank: Rank, source: WeightSource, mine: Sequence[Home]) -> list[tuple[Home, list[Tensor]]]:
-    return [(home, _checked(rank, home, _from_source(source, home))) for home in mine]
+    return [(home, _from_source(rank, source, home)) for home in mine]
 
 
-def _from_source(source: WeightSource, home: Home) -> Sequence[Tensor]:
-    """Load an expert; whatever a source raises, the other ranks must hear of it."""
+def _from_source(rank: Rank, source: WeightSource, home: Home) -> list[Tensor]:
+    """Load an expert; whatever a source raises or returns, the other ranks must hear of it."""
     try:
-        return source.load(home.layer, home.logical_expert)
+        return _checked(rank, home, source.load(home.layer, home.logical_expert))
     except InvalidWeightSource:
         raise
     except Exception as error:
@@ -91,17 +91,26 @@ def _from_source(source: WeightSource, home: Home) -> Sequence[Tensor]:
 
 
 def _checked(rank: Rank, home: Home, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return an expert's tensors as bytes, if they are as large as a slot's."""
-    expected = rank.live.slot_nbytes(home.layer)
-    actual = tuple(tensor.nbytes for tensor in tensors)
-    if actual != expected:
+    """Return the bytes of an expert's elements, in the shapes of a slot's elements, if they fit there."""
+    slots = rank.live.slot_elements(home.layer, 0)
+    if len(tensors) != len(slots) or not all(map(_fits, tensors, slots)):
         raise InvalidWeightSource(
-            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have {list(actual)} "
-            f"bytes, those of a slot {list(expected)}",
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have "
+            f"{[tensor.nbytes for tensor in tensors]} bytes and shapes {[list(tensor.shape) for tensor in tensors]}, "
+            f"those of a slot {[slot.numel() for slot in slots]} and {[list(slot.shape[:-1]) for slot in slots]}",
             layer=home.layer,
             logical_expert=home.logical_expert,
         )
-    return [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return [
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).view(slot.shape)
+        for tensor, slot in zip(tensors, slots, strict=True)
+    ]
+
+
+def _fits(tensor: Tensor, slot: Tensor) -> bool:
+    """Return whether a tensor has a slot's bytes and, unless these lie in row-major order, its shape."""
+    same_shape = (*tensor.shape, tensor.element_size()) == tuple(slot.shape)
+    return tensor.nbytes == slot.numel() and (slot.is_contiguous() or same_shape)
 
 
 @torch.no_grad()
@@ -110,13 +119,13 @@ def _write(
 ) -> None:
     """Write experts into their homes, which the map says are empty meanwhile.
 
-    :param contents: of one layer, this rank's
+    :param contents: of one layer, this rank's, as bytes of elements
     """
     (layer,) = filled.changed_layers(empty)
     publish(rank, empty, layer)
     with rank.device.committing():
         for home, tensors in contents:
             slot = home.physical_expert - rank.slots.start
-            for view, tensor in zip(rank.live.views(layer), tensors, strict=True):
-                view[slot].copy_(tensor)
+            for elements, tensor in zip(rank.live.slot_elements(layer, slot), tensors, strict=True):
+                elements.copy_(tensor)
         publish(rank, filled, layer)

@@ -35,7 +35,7 @@ async def reopen(
         async with _holding_back(rank, shared, surviving_group):
             await session.disconnect()
             session.connection.use(surviving_group)
-            control = await session.connection.open()
+            control = await session.connection.open(rank)
             recovery = await recover(rank, state, attempts, control, source, outlook=shared.outlook)
         state.failed_run = None
         state.gone = tuple(number for number in range(num_ranks) if number not in recovery.ranks)

@@ -17,7 +17,9 @@ class WeightSource(Protocol):
     """Holds every expert of the model. Used from a worker thread, by one at a time."""
 
     def load(self, layer: int, logical_expert: int) -> Sequence[Tensor]:
-        """Return an expert as it is laid out in a slot: one CPU tensor for each of the layer's, of equal bytes.
+        """Return an expert in the shape of a slot: one CPU tensor for each of the layer's, with as many bytes.
+
+        Where a slot is not in row-major order, shapes must be equal, and elements go where they belong.
 
         :param layer: row of the placement
         :raises InvalidWeightSource: if the source does not hold it

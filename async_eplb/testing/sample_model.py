@@ -58,10 +58,10 @@ class SampleModel:
             layer: [torch.zeros((slots, *shape), dtype=dtype) for dtype, shape in self.tensors().values()]
             for layer in range(placement.num_layers)
         }
-        views = {layer: ExpertWeights({layer: tensors}).views(layer) for layer, tensors in rows.items()}
+        weights = ExpertWeights(rows)
         for layer, slot, expert in self._held(placement, topology, rank):
-            for view, content in zip(views[layer], self.expert_bytes(layer, expert), strict=True):
-                view[slot] = content
+            for view, content in zip(weights.slot_views(layer, slot), self.expert_bytes(layer, expert), strict=True):
+                view.copy_(content)
         return {layer: [tensor.to(device) for tensor in tensors] for layer, tensors in rows.items()}
 
     def wrong_slots(
@@ -75,8 +75,8 @@ class SampleModel:
         weights = ExpertWeights(tensors)
         wrong = []
         for layer, slot, expert in self._held(placement, topology, rank):
-            contents = zip(weights.views(layer), self.expert_bytes(layer, expert), strict=True)
-            if not all(torch.equal(view[slot].cpu(), content) for view, content in contents):
+            contents = zip(weights.slot_elements(layer, slot), self.expert_bytes(layer, expert), strict=True)
+            if not all(torch.equal(elements.reshape(-1).cpu(), content) for elements, content in contents):
                 wrong.append((layer, slot))
         return wrong
 

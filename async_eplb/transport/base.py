@@ -149,7 +149,7 @@ class Transport(Protocol):
     ) -> ControlGroup:
         """Connect to all ranks, which must all be opening; return a control group for this transport's owner.
 
-        :param weights: live weights of this rank, all that will ever be moved
+        :param weights: live weights of this rank: all that is moved, until :meth:`rebind` brings others
         :param control_timeout_s: how long a control round waits for the slowest rank
         :param open_timeout_s: how long this waits for all ranks
         :param identity: what it is opened for, if that must be the same on all ranks
@@ -159,6 +159,15 @@ class Transport(Protocol):
         :raises OpenTimeout: if a rank does not come in time
         :raises UpdaterMismatch: if ranks open it for different updaters, on every rank
         :raises BusyGroup: if such an updater is open on the group already, on every rank
+        """
+        ...
+
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Take other live weights in place of those that :meth:`open` was given; all ranks call this together.
+
+        Nothing is under way. The weights before may be freed when this has returned, on all ranks.
+
+        :raises BrokenTransport: if the transport is not open, or a rank does not take part; it is then broken
         """
         ...
 

@@ -103,6 +103,14 @@ class HybridTransport:
         await open_far()
         return control
 
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Map the new weights of this host's ranks.
+
+        :raises IpcUnavailable: as :meth:`open`
+        """
+        await self._near.rebind(weights)
+        await self._far.rebind(weights)
+
     def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Prepare messages between hosts and pulls within this one."""
         far = self._far.prepare(replace(exchange, pulls=None))

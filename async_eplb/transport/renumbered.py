@@ -98,6 +98,11 @@ class RenumberedTransport:
         )
         return RenumberedControlGroup(control, self._members)
 
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Replace the transport's weights."""
+        with _renumbered(self._members):
+            await self._transport.rebind(weights)
+
     def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Prepare an exchange between places."""
         groups = tuple(

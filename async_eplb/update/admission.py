@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from async_eplb.errors import (
 )
 from async_eplb.events.emit import Logger
 from async_eplb.expert_map import ExpertMap
+from async_eplb.modes import outside_modes
 from async_eplb.options import UpdateOptions, canonical
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
@@ -85,6 +86,7 @@ def admit(
     :param gone: ranks that were lost
     :raises EplbError: a child of it for each way in which the request does not fit; nothing has changed
     """
+    rank.live.require_in_place()
     require_empty(request.new, rank.topology, gone)
     require_relays(rank.options, transport)
     rows = changed_rows(
@@ -102,6 +104,7 @@ def admit(
     )
 
 
+@outside_modes()
 def admit_rank(
     weights: ExpertWeights,
     placement: ExpertPlacement,
@@ -153,6 +156,18 @@ def admit_rank(
         options=options,
         on_commit=on_commit,
     )
+
+
+@outside_modes()
+def rebound(rank: Rank, weights: ExpertWeights) -> Rank:
+    """Return a rank with other live weights; its maps stay, for the model reads them (rule 7).
+
+    :raises InvalidWeights: if the weights are not laid out as those before
+    """
+    rank.live.require_alike(weights)
+    verifier = Verifier(rank.verifier.mode, weights, rank.number)
+    committer = committer_for(verifier.weights, rank.expert_map)
+    return replace(rank, live=weights, verifier=verifier, committer=committer)
 
 
 def changed_rows(

@@ -11,7 +11,6 @@ from anyio import move_on_after
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.device import DeviceEvent
 from async_eplb.errors import ClosedUpdater
-from async_eplb.update.rank import Rank
 from async_eplb.update.session import Session
 from async_eplb.workers import Work
 
@@ -24,8 +23,7 @@ PATIENCE_S = 1.0
 class BoundaryCalls:
     """Calls functions at boundaries for the event loop: what reads the model's state does so in the model's order."""
 
-    def __init__(self, rank: Rank, shared: SharedAgreement, session: Session) -> None:
-        self._rank = rank
+    def __init__(self, shared: SharedAgreement, session: Session) -> None:
         self._shared = shared
         self._session = session
         self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -53,7 +51,7 @@ class BoundaryCalls:
             return call.result()
         if session.closed:
             raise ClosedUpdater(f"nothing is called at a boundary any more: {session.closed}")
-        return await self._rank.workers.run(Work.LOAD, partial(self._beside, function, session.stood))
+        return await self._session.rank.workers.run(Work.LOAD, partial(self._beside, function, session.stood))
 
     def make(self) -> None:
         """Make the calls that wait; the serving thread does this at each boundary."""
@@ -76,7 +74,7 @@ class BoundaryCalls:
         return True
 
     def _beside(self, function: Callable[[], T], after: DeviceEvent | None) -> T:
-        device = self._rank.device
+        device = self._session.rank.device
         with device.committing():
             if after is not None:
                 device.wait(after)

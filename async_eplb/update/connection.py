@@ -12,9 +12,8 @@ class Connection:
     :param transport: an unused one
     """
 
-    def __init__(self, rank: Rank, transport: Transport) -> None:
+    def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self._rank = rank
         self._of_rounds = transport
         self._broken: Transport | None = None
 
@@ -23,9 +22,9 @@ class Connection:
         """Whether the transport replaces one that broke, and is not open yet."""
         return self._broken is not None
 
-    async def open(self) -> ControlGroup:
+    async def open(self, rank: Rank) -> ControlGroup:
         """Open the transport for what this rank moves, with ranks of the same updater; return its control group."""
-        rank, transport = self._rank, self.transport
+        transport = self.transport
         among_all = transport.num_ranks == rank.topology.num_ranks
         return await transport.open(
             rank.device,
@@ -41,13 +40,18 @@ class Connection:
         """Have the next update open a replacement of the transport; all ranks do this after the same update."""
         self._broken, self.transport = self.transport, self.transport.replacement()
 
-    async def open_replacement(self) -> None:
+    async def open_replacement(self, rank: Rank) -> None:
         """Open the transport if it is a replacement, unless that was done. Control rounds go on meanwhile."""
         broken, self._broken = self._broken, None
         if broken is not None:
             if broken is not self._of_rounds:
                 await broken.aclose()
-            await self.open()
+            await self.open(rank)
+
+    async def rebind(self, rank: Rank) -> None:
+        """Have the transport take the rank's weights; a replacement that is not open yet is opened with them."""
+        if not self.is_replaced:
+            await self.transport.rebind(rank.weights)
 
     def use(self, transport: Transport) -> None:
         """Go on with an open transport between the ranks that remain; the one before is closed."""

@@ -1,4 +1,4 @@
-"""One rank and its parts, for the life of its updater."""
+"""One rank and its parts."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from async_eplb.workers import Workers
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rank:
-    """One rank and what belongs to it. Made once, and handed whole to all that works on its updates.
+    """One rank and what belongs to it. Handed whole to all that works on its updates, and replaced whole by a rebind.
 
     :param number: of the rank in the EP group
     :param name: of the updater; None if it has none

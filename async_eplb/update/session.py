@@ -7,6 +7,7 @@ boundary.
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from anyio import (
@@ -46,12 +47,13 @@ class Session:
     """
 
     def __init__(self, rank: Rank, placement: ExpertPlacement, shared: SharedAgreement, transport: Transport) -> None:
-        self.connection = Connection(rank, transport)
+        self.connection = Connection(transport)
         self.state = RankState(placement)
         self.pool = StagingPool(rank.options.staging_depth, rank.device)
         self.running: UpdateRun | None = None
         self.life = Life()
-        self._rank = rank
+        self.rank = rank
+        """Replaced whole when weights are rebound; nothing keeps it from one update to the next."""
         self._shared = shared
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
@@ -65,7 +67,7 @@ class Session:
     async def open(self) -> None:
         """Connect to all ranks, which do this together, and begin to hold control rounds."""
         async with AsyncExitStack() as stack:
-            doorbell = self._rank.workers.doorbell()
+            doorbell = self.rank.workers.doorbell()
             stack.callback(doorbell.close)
             self._shared.listen_with(doorbell)
             tasks = AsyncExitStack()
@@ -75,7 +77,7 @@ class Session:
             stack.push_async_callback(self._end_tasks, tasks, listening)
             stack.callback(self.life.enter, LifeState.LEFT, "it could not be entered")
             try:
-                control = await self.connection.open()
+                control = await self.connection.open(self.rank)
             except BusyTransport:  # which somebody else has open
                 raise
             except BaseException:
@@ -99,12 +101,26 @@ class Session:
         self.life.enter(LifeState.OPEN)
         await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
 
+    async def rebind(self, rank: Rank) -> None:
+        """Go on with another rank, which differs in where its weights are. All ranks do this together. Not cancelled.
+
+        :raises EplbError: if the transport cannot; no update can begin then before ``recover()``
+        """
+        with CancelScope(shield=True):
+            async with self._due_work:
+                self.rank = rank
+                try:
+                    await self.connection.rebind(rank)
+                except BaseException as error:
+                    self.life.enter(LifeState.BROKEN, f"weights could not be rebound ({error}); recover() reopens it")
+                    raise
+
     async def disconnect(self) -> None:
         """End the running update after what was agreed, the control rounds, and the transport."""
         run = self.running
         if run is not None:
-            self.stand(self._rank.device.record(), for_good=True)
-            number = self._rank.number
+            self.stand(self.rank.device.record(), for_good=True)
+            number = self.rank.number
             run.failure.fail(UpdateAborted(f"rank {number} gave the update up to recover", ranks=(number,)), alone=True)
             try:
                 await run.finished.wait()
@@ -156,19 +172,19 @@ class Session:
         """
         update = admit(
             request,
-            self._rank,
+            self.rank,
             self.state.placement,
             transport=self.connection.transport,
             gone=self.state.gone,
             generation=self._shared.outlook.following,
         )
         run = UpdateRun(
-            self._rank,
+            self.rank,
             update,
             transport=self.connection.transport,
             shared=self._shared,
             pool=self.pool,
-            open_transport=self.connection.open_replacement,
+            open_transport=partial(self.connection.open_replacement, self.rank),
         )
         before, landed = self._layers
         self._layers = before + len(landed), run.progress.landed
@@ -266,8 +282,8 @@ class Session:
             run = self.running
             if run is not None:
                 run.cancel()
-                self.stand(self._rank.device.record(), for_good=True)
-                cancelled += await _outlast(run.finished, self._rank.options.control_timeout_s)
+                self.stand(self.rank.device.record(), for_good=True)
+                cancelled += await _outlast(run.finished, self.rank.options.control_timeout_s)
                 if not run.finished.is_set():
                     self._shared.fail(alone=True)
                 cancelled += await _outlast(run.finished)

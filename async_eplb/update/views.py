@@ -27,16 +27,15 @@ class UpdaterViews:
     """
 
     def __init__(self, rank: Rank, placement: ExpertPlacement, transport: Transport) -> None:
-        self._rank = rank
         self.run_id = transport.run_id
         """Names this updater's life in logs; equal on all its ranks."""
-        agreement = Agreement(lead=self.options.lead, max_step_skew=self.options.max_step_skew)
+        agreement = Agreement(lead=rank.options.lead, max_step_skew=rank.options.max_step_skew)
         self._shared = SharedAgreement(agreement)
-        self._session = Session(self._rank, placement, self._shared, transport)
-        self.calls = BoundaryCalls(self._rank, self._shared, self._session)
+        self._session = Session(rank, placement, self._shared, transport)
+        self.calls = BoundaryCalls(self._shared, self._session)
         """For a rebalancer: what it reads of the model is read at a boundary."""
         self._stepper = Stepper(
-            self._shared, self._rank.logger, rank.number, self._session.execute, at_boundary=self.calls.make
+            self._shared, rank.logger, rank.number, self._session.execute, at_boundary=self.calls.make
         )
         self.demands = RebalanceDemands(self._shared, lambda: self.closed)
         """For a rebalancer: when all ranks make the next rebalance."""
@@ -50,6 +49,11 @@ class UpdaterViews:
     def name(self) -> str | None:
         """Tells this updater from others of its group; None if it has no name."""
         return self._rank.name
+
+    @property
+    def _rank(self) -> Rank:
+        """This rank and its parts; another whole one takes its place when weights are rebound."""
+        return self._session.rank
 
     @property
     def options(self) -> UpdateOptions:

@@ -109,7 +109,7 @@ def slot_checksums(
         for place, row in enumerate(weights.rows):
             held = np.flatnonzero(local[row] != EMPTY_SLOT)
             if len(held):
-                contents = [[view[slot] for view in weights.views(row)] for slot in held.tolist()]
+                contents = [[tensor.content(slot) for tensor in weights.tensors[row]] for slot in held.tolist()]
                 sums[place, torch.from_numpy(held)] = checksums(contents).cpu()
     values: list[int] = sums.flatten().tolist()
     return values

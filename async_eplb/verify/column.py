@@ -53,7 +53,7 @@ class Verifier:
         whose peer is gone.
         """
         row = self.weights.rows[0]
-        content = {0: tuple(view[0] for view in self.weights.views(row))}
+        content = {0: self.weights.slot_views(row, 0)}
         self.mark(row, np.zeros(self.weights.num_local_physical_experts, dtype=np.int64), content)
         self.check(row, {0: 0}, content, "live")
 

@@ -64,7 +64,14 @@ class Experts:
     @cached_property
     def staging(self) -> tuple[Tensor, ...]:
         """Memory for one layer, laid out like the live slots."""
-        return tuple(torch.zeros_like(view) for view in self.weights.views(0))
+        slots, device = self.weights.num_local_physical_experts, self.weights.device
+        return tuple(
+            torch.zeros(slots, nbytes, dtype=torch.uint8, device=device) for nbytes in self.weights.slot_nbytes(0)
+        )
+
+    def staged(self, slot: int) -> list[Tensor]:
+        """Return one slot of :attr:`staging`."""
+        return [tensor[slot] for tensor in self.staging]
 
     def plan(self, layer: int, old: ExpertPlacement, new: ExpertPlacement) -> LayerPlan:
         """Plan a layer for this rank."""
@@ -74,20 +81,21 @@ class Experts:
     def messages(self, layer: int, plan: LayerPlan) -> MessageGroup:
         """Return what this rank sends from live slots and receives into :attr:`staging`."""
 
-        def tagged(expert: int, peer: int, tensors: Sequence[Tensor], slot: int) -> Iterator[Message]:
+        def tagged(expert: int, peer: int, tensors: Sequence[Tensor]) -> Iterator[Message]:
             for index, tensor in enumerate(tensors):
-                yield Message(peer, expert * len(tensors) + index, tensor[slot])
+                yield Message(peer, expert * len(tensors) + index, tensor)
 
-        live = self.weights.views(layer)
-        sends = (m for s in plan.sends for m in tagged(s.logical_expert, s.dst_rank, live, s.src_slot))
-        recvs = (m for r in plan.recvs for m in tagged(r.logical_expert, r.src_rank, self.staging, r.dst_slot))
+        live = partial(self.weights.slot_views, layer)
+        sends = (m for s in plan.sends for m in tagged(s.logical_expert, s.dst_rank, live(s.src_slot)))
+        recvs = (m for r in plan.recvs for m in tagged(r.logical_expert, r.src_rank, self.staged(r.dst_slot)))
         return MessageGroup(tuple(sends), tuple(recvs))
 
     def copy_own(self, layer: int, plan: LayerPlan) -> None:
         """Copy slots that this rank holds already into :attr:`staging`."""
         for copy in plan.local_copies:
-            for view, staged in zip(self.weights.views(layer), self.staging, strict=True):
-                staged[copy.dst_slot].copy_(view[copy.src_slot])
+            live = self.weights.slot_views(layer, copy.src_slot)
+            for view, staged in zip(live, self.staged(copy.dst_slot), strict=True):
+                staged.copy_(view)
 
     def peak_nbytes(self, layer: int, old: ExpertPlacement, new: ExpertPlacement) -> int:
         """Return the bytes that the busiest rank sends or receives for a layer."""
@@ -172,8 +180,9 @@ class Blocking(Mode):
         sources = [(slot, slot) for slot in plan.staged_slots]
         sources += [(fan_out.staged_slot, fan_out.dst_slot) for fan_out in plan.fan_outs]
         for staged_slot, live_slot in sources:
-            for view, staged in zip(experts.weights.views(layer), experts.staging, strict=True):
-                view[live_slot].copy_(staged[staged_slot])
+            live = experts.weights.slot_views(layer, live_slot)
+            for view, staged in zip(live, experts.staged(staged_slot), strict=True):
+                view.copy_(staged)
         self.expert_map.publish(layer, self.expert_map.layer_maps(new, layer))
 
 

@@ -140,8 +140,8 @@ class _Rank:
 
     def _copy_each(self, row: int) -> None:
         for slot in self._plan.staged_slots:
-            for view, staged in zip(self._weights.views(row), self._buffers[row].views(slot), strict=True):
-                view[slot].copy_(staged)
+            for view, staged in zip(self._weights.slot_views(row, slot), self._buffers[row].views(slot), strict=True):
+                view.copy_(staged)
 
     def _exchanged(self, physical: np.ndarray, slots: int) -> np.ndarray:
         """Return the map in which the first slots of ranks 0 and 1 have changed places."""

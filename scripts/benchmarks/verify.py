@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     layers = {mode: _Layers(device, tensors, mode) for mode in Verify}
     nbytes = sum(tensor.nbytes for tensor in tensors[0])
     slots = [
-        [[view[slot] for view in layers[Verify.OFF].live.views(row)] for slot in range(options.slots)]
-        for row in range(_NUM_ROWS)
+        [layers[Verify.OFF].live.slot_views(row, slot) for slot in range(options.slots)] for row in range(_NUM_ROWS)
     ]
     flat = [[_random(device, nbytes) for _ in range(2)] for _ in range(_NUM_ROWS)]
     ways: dict[str, tuple[Callable[[], object], ...]] = {
@@ -101,7 +100,7 @@ class _Layers:
         self._content: list[list[dict[int, tuple[Tensor, ...]]]] = []
         for row, buffer in enumerate(pool.buffers):
             buffer.lay_out(self._slots, weights.slot_nbytes(row))
-            live = {slot: tuple(view[slot] for view in weights.views(row)) for slot in self._slots}
+            live = {slot: weights.slot_views(row, slot) for slot in self._slots}
             staged = {slot: buffer.views(slot) for slot in self._slots}
             self._verifier.mark(row, self._experts, self._slots)
             for slot in self._slots:

@@ -190,7 +190,7 @@ def _read_offer(data: bytes) -> None:
 
 
 def _offers() -> list[bytes]:
-    return [Offer("host", "name", ["ab"], {0: [(0, 0, 64)]}, "cells").to_json().encode()]
+    return [Offer("host", "name", ["ab"], {0: [[(0, 0), (0, 64)]]}, "cells").to_json().encode()]
 
 
 def _read_index(data: bytes) -> None:

@@ -70,8 +70,9 @@ def commits(
         with device.transferring():
             device.wait(callers_work)
             for copy in plan.local_copies:
-                for view, staged in zip(model.weights.views(layer), buffer.views(copy.dst_slot), strict=True):
-                    staged.copy_(view[copy.src_slot])
+                live = model.weights.slot_views(layer, copy.src_slot)
+                for view, staged in zip(live, buffer.views(copy.dst_slot), strict=True):
+                    staged.copy_(view)
             prepared = committer.prepare(layer, plan, buffer, maps)
             device.record().synchronize()
         buffer.enter(BufferState.STAGED)

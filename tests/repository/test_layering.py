@@ -11,10 +11,10 @@ import pytest
 import async_eplb
 
 LAYERS = [
-    "errors",
+    "errors modes",
     "groups",
     "topology placement",
-    "workers device events",
+    "workers device events slots",
     "weights staging expert_map",
     "load policy plan agreement",
     "transport verify commit",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.groups import host_id
@@ -29,15 +30,14 @@ class Offer:
     :param host: equal for processes of one host
     :param host_name: for messages
     :param handles: of allocations
-    :param slots: row → for each tensor: number of the allocation, offset of the first slot there and from one slot to
-        the next, in bytes
+    :param slots: row → for each tensor, for each slot: number of the allocation, and offset there in bytes
     :param turns: path of the cells by which peers signal to this rank that its turn has come
     """
 
     host: str
     host_name: str
     handles: list[str]
-    slots: dict[int, list[tuple[int, int, int]]]
+    slots: dict[int, list[list[tuple[int, int]]]]
     turns: str
 
     def to_json(self) -> str:
@@ -53,12 +53,15 @@ class Offer:
         try:
             fields = json.loads(text)
             slots = {
-                int(row): [(int(number), int(first), int(stride)) for number, first, stride in places]
-                for row, places in fields["slots"].items()
+                int(row): [[(int(number), int(offset)) for number, offset in places] for places in tensors]
+                for row, tensors in fields["slots"].items()
             }
             handles = [bytes.fromhex(handle).hex() for handle in fields["handles"]]
-            if not {number for places in slots.values() for number, _, _ in places} <= set(range(len(handles))):
+            every = [places for tensors in slots.values() for places in tensors]
+            if not {number for places in every for number, _ in places} <= set(range(len(handles))):
                 raise ValueError("a slot is in an allocation that is not offered")  # noqa: TRY301 - one answer to all
+            if len({len(places) for places in every}) > 1:
+                raise ValueError("tensors have different numbers of slots")  # noqa: TRY301
             return cls(str(fields["host"]), str(fields["host_name"]), handles, slots, str(fields["turns"]))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RuntimeError(f"a rank's offer makes no sense; does it run this version? ({error!r})") from error
@@ -79,28 +82,35 @@ class PeerWeights:
     def __init__(self, memory: PeerMemory, device: Device, workers: Workers, rank: int, num_ranks: int) -> None:
         self.workers = workers
         self._memory = memory
-        self._device = device
+        self.device = device
         self.end = device.record()
         """Of all copies so far."""
         self._mappings: list[int] = []
         self._rank = rank
         self._places: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
-        """Peer and row → ``[2, tensors]``: where first slots are mapped, and how far it is from one to the next."""
+        """Peer and row → ``[slots, tensors]``: addresses where slots are mapped."""
         self.turns = Turns(rank, num_ranks)
 
     def offer(self, weights: ExpertWeights) -> Offer:
         """Export live weights."""
         numbers: dict[int, int] = {}
         handles: list[str] = []
-        slots: dict[int, list[tuple[int, int, int]]] = {}
-        for row in weights.rows:
-            slots[row] = []
-            for view in weights.views(row):
-                base, handle = self._memory.export(view.data_ptr())
-                number = numbers.setdefault(base, len(handles))
-                if number == len(handles):
+        exported: dict[int, tuple[int, int]] = {}
+        """Address of a storage → number and address of its allocation."""
+
+        def place(view: Tensor) -> tuple[int, int]:
+            storage = view.untyped_storage().data_ptr()
+            if storage not in exported:
+                base, handle = self._memory.export(storage)
+                exported[storage] = numbers.setdefault(base, len(handles)), base
+                if len(numbers) > len(handles):
                     handles.append(handle.hex())
-                slots[row].append((number, view.data_ptr() - base, view.stride(0)))
+            number, base = exported[storage]
+            return number, view.data_ptr() - base
+
+        slots = {
+            row: [[place(view) for view in tensor.views] for tensor in weights.tensors[row]] for row in weights.rows
+        }
         return Offer(host_id(), socket.gethostname(), handles, slots, self.turns.path)
 
     @property
@@ -120,8 +130,8 @@ class PeerWeights:
             if offer.host != here.host:
                 raise RuntimeError(f"rank {peer} is on another host, {offer.host_name}; this is {here.host_name}")
             bases = [self._open(peer, bytes.fromhex(handle)) for handle in offer.handles]
-            for row, places in offer.slots.items():
-                mapped = [(bases[number] + offset, stride) for number, offset, stride in places]
+            for row, tensors in offer.slots.items():
+                mapped = [[bases[number] + offset for number, offset in places] for places in tensors]
                 self._places[peer, row] = np.array(mapped, dtype=np.int64).T
         self.turns.map({peer: offers[peer].turns for peer in self.ranks}, self._memory.map_host)
 
@@ -130,8 +140,8 @@ class PeerWeights:
 
         A device's first copy from another takes a tenth of a second.
         """
-        with self._device.transferring():
-            target = self._device.allocate(1)
+        with self.device.transferring():
+            target = self.device.allocate(1)
             read = Copies.of([(target.data_ptr(), address, 1) for address in self._mappings])
             self._copy([Step(read, *self.turns.trial())])
         self.end.synchronize()
@@ -144,15 +154,15 @@ class PeerWeights:
         :raises RuntimeError: if a pull is from a rank that is not mapped, or a copy cannot be enqueued
         """
         steps = [] if exchange.pulls is None else self._steps(exchange.row, exchange.pulls)
-        with self._device.transferring():
+        with self.device.transferring():
             self._copy(steps)
         return self.end
 
     def hold_up(self) -> None:
         """Make the transfer stream, and so the next user of staging, wait for copies that nobody waits for any more."""
         self.turns.release()
-        with self._device.transferring():
-            self._device.wait(self.end)
+        with self.device.transferring():
+            self.device.wait(self.end)
 
     def close(self) -> None:
         """Unmap everything, unless copies are still under way after a while: these must not lose their source."""
@@ -175,8 +185,7 @@ class PeerWeights:
         steps = []
         for peer in sources_of(self._rank, self.turns.members):
             slots = by_peer.pop(peer, [])
-            first, stride = self._places[peer, row]
-            sources = first + np.array([pull.src_slot for pull in slots], dtype=np.int64)[:, None] * stride
+            sources = self._places[peer, row][np.array([pull.src_slot for pull in slots], dtype=np.int64)]
             targets = pulls.memory.addresses([pull.dst_slot for pull in slots])
             nbytes = np.broadcast_to(np.array(pulls.memory.slot_nbytes, dtype=np.int64), targets.shape)
             copies = Copies(targets.ravel(), sources.ravel(), nbytes.ravel())

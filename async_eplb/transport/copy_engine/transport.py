@@ -15,16 +15,17 @@ import torch
 from torch.distributed import ProcessGroup
 
 from async_eplb.agreement.rules import LaunchRule
-from async_eplb.device import DeviceEvent, until_passed
+from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import BrokenTransport, EplbError, IpcUnavailable, TransferTimeout
 from async_eplb.groups import Membership, gather
-from async_eplb.transport.base import PendingExchange, PreparedExchange
+from async_eplb.transport.base import OPEN_TIMEOUT_S, PendingExchange, PreparedExchange
 from async_eplb.transport.control import GlooControlGroup
 from async_eplb.transport.copy_engine.cuda_ipc import CudaIpc, PeerMemory
 from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer, PeerWeights
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.joining import Member, Opening
-from async_eplb.workers import Work
+from async_eplb.weights import ExpertWeights
+from async_eplb.workers import Work, Workers
 
 
 class CopyEngineTransport(Member):
@@ -54,6 +55,8 @@ class CopyEngineTransport(Member):
         self._within_host = within_host
         self._make_memory = memory
         self._peers: PeerWeights | None = None
+        self._num_mapped = 0
+        self._open_timeout_s = OPEN_TIMEOUT_S
 
     def __repr__(self) -> str:
         return f"<CopyEngineTransport rank {self.rank} of {self.num_ranks}, {self._state}>"
@@ -68,23 +71,54 @@ class CopyEngineTransport(Member):
 
         :raises IpcUnavailable: if a rank cannot read those of another, on every rank
         """
+        self._open_timeout_s = opening.open_timeout_s
         control = self._connect_control(opening)
-        device, timeout_s = opening.device, opening.open_timeout_s
+        self._map(opening.device, opening.workers, opening.weights)
+        return control
+
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Unmap the weights of all other ranks, and map their new ones.
+
+        :raises OpenTimeout: if a rank does not call this within the time in which all had to open
+        :raises IpcUnavailable: as :meth:`open`
+        """
+        peers = self._require_open()
+        await peers.workers.run(Work.EXCHANGE, partial(self._remap, peers, weights))
+
+    def _remap(self, peers: PeerWeights, weights: ExpertWeights) -> None:
+        self._peers = None
+        try:
+            peers.close()
+            self._gather("unmapped", "")
+            self._map(peers.device, peers.workers, weights)
+        except EplbError:
+            self.abort()
+            raise
+        except RuntimeError as error:
+            self.abort()
+            raise BrokenTransport(f"{self!r} cannot rebind weights: {error}", rank=self.rank) from error
+
+    def _map(self, device: Device, workers: Workers, weights: ExpertWeights) -> None:
+        """Offer this rank's weights, and map what all other ranks offer.
+
+        :raises IpcUnavailable: if a rank cannot read those of another, on every rank
+        """
+        self._num_mapped += 1
         offer, failure = "", ""
         try:
             memory = self._make_memory(device.torch_device)
-            self._peers = PeerWeights(memory, device, opening.workers, self.rank, self.num_ranks)
-            offer = self._peers.offer(opening.weights).to_json()
+            self._peers = PeerWeights(memory, device, workers, self.rank, self.num_ranks)
+            offer = self._peers.offer(weights).to_json()
         except (RuntimeError, OSError) as error:
             failure = str(error)
-        offers = gather(self.board, "offer", offer, timeout_s)
+        offers = self._gather("offer", offer)
         if self._peers is not None and all(offers):
             try:
                 self._peers.map([Offer.from_json(each) for each in offers], within_host=self._within_host)
                 self._peers.warm_up()
             except RuntimeError as error:
                 failure = str(error)
-        failures = gather(self.board, "failure", failure, timeout_s)
+        failures = self._gather("failure", failure)
         if self._peers is not None:
             self._peers.turns.unlink()
         ranks = tuple(rank for rank, each in enumerate(failures) if each)
@@ -94,7 +128,6 @@ class CopyEngineTransport(Member):
                 self._peers = None
             reasons = "; ".join(f"rank {rank}: {failures[rank]}" for rank in ranks)
             raise IpcUnavailable(f"the copy engine cannot move weights between these ranks: {reasons}", ranks=ranks)
-        return control
 
     def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Check an exchange. Its pulls are enqueued when the launched exchange is started.
@@ -136,6 +169,9 @@ class CopyEngineTransport(Member):
         if self._peers is None or not self.is_open:
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self.rank)
         return self._peers
+
+    def _gather(self, what: str, text: str) -> list[str]:
+        return gather(self.board, f"{what} {self._num_mapped}", text, self._open_timeout_s)
 
 
 class _PreparedPull:

@@ -105,6 +105,11 @@ class MemoryTransport:
             self.board.put(f"open/{self._rank}", own)
         return MemoryControlGroup(self._world, self._rank, control_timeout_s)
 
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Replace this rank's weights in the world."""
+        self._world.require_open(self._rank)
+        self._world.weights[self._rank] = weights
+
     def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Prepare an exchange, which takes nothing."""
         self._world.require_open(self._rank)

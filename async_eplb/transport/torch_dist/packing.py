@@ -61,8 +61,7 @@ class Packer:
         """Return scratch memory of at least so many bytes. Smaller memory is in use until the stream is past it."""
         scratch = self._scratch[side]
         if scratch.nbytes < nbytes:
-            with torch.inference_mode(mode=False):  # the next launch may be outside of the caller's
-                scratch = self._scratch[side] = self._allocate(nbytes)
+            scratch = self._scratch[side] = self._allocate(nbytes)
         return scratch
 
 

@@ -74,6 +74,9 @@ class TorchDistTransport(Member):
         )
         return self._connect_control(opening)
 
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Do nothing: messages bring their bytes."""
+
     def prepare(self, exchange: Exchange) -> PreparedExchange:
         """Prepare an exchange; with NCCL, work out how small messages are packed and allocate memory for that."""
         if self._link is None:
