@@ -3,7 +3,8 @@
 Here alone it is decided what can be moved (rules 8 and 24): all later code sees addresses, extents and byte views.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, TypeGuard
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from async_eplb.errors import EplbError, InvalidSlot, InvalidWeights
+from async_eplb.errors import EplbError, InvalidSlot
 from async_eplb.modes import outside_modes
 
 
@@ -100,20 +101,14 @@ def slot_tensor(given: object, name: str, *, device: torch.device | None) -> Slo
     :param given: ``[slots, ...]``, or a sequence of one tensor for each slot
     :param name: for errors
     :param device: that it must be on; any without it
-    :raises InvalidSlot: if it is no tensor, has no memory that its slots could be moved to and from, or has slots that
-        are expanded or share memory in themselves
-    :raises InvalidWeights: if it is on another device
+    :raises InvalidSlot: if it is no tensor, is on another device, has no memory that its slots could be moved to and
+        from, or elements of a slot share memory
     """
-    try:
-        with outside_modes():
-            if isinstance(given, Tensor):
-                return _of_one(given, name, device)
-            if is_list(given):
-                return _of_each(given, name, device)
-    except EplbError:
-        raise
-    except Exception as error:
-        raise _refusal(name, f"has no memory that can be read: {error!r}") from error
+    with outside_modes(), _refusing(name):
+        if isinstance(given, Tensor):
+            return _of_one(given, name, device)
+        if is_list(given):
+            return _of_each(given, name, device)
     raise _refusal(name, f"is a {type(given).__name__}; give a tensor, or a list of one tensor for each slot")
 
 
@@ -156,9 +151,10 @@ def _of_each(given: Sequence[object], name: str, device: torch.device | None) ->
         its_name = f"slot {slot} of {name}"
         if not isinstance(part, Tensor):
             raise _refusal(its_name, f"is a {type(part).__name__}, and no tensor")
-        tensors.append(_with_memory(part, its_name, device))
-        device = tensors[0].device
-        layouts.add(_movable(tensors[-1], its_name, slot_dimensions=0))
+        with _refusing(its_name):
+            tensors.append(_with_memory(part, its_name, device))
+            device = tensors[0].device
+            layouts.add(_movable(tensors[-1], its_name, slot_dimensions=0))
         if len(layouts) > 1:
             raise _refusal(its_name, "has another dtype, shape or strides than the slots before; all must be alike")
     if not tensors:
@@ -197,13 +193,13 @@ _WITHOUT_MEMORY: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
 def _with_memory(given: Tensor, name: str, device: torch.device | None) -> Tensor:
     """Return the part of a tensor that is in this rank's memory.
 
-    :raises InvalidSlot: if there is none, as with wrappers, freed storage, and layouts that are not strided
-    :raises InvalidWeights: if it is on another device
+    :raises InvalidSlot: if there is none, as with wrappers, freed storage, and layouts that are not strided, or it is
+        on another device
     """
     tensor = _local(given)
     if device is not None and tensor.device != device:
-        raise InvalidWeights(
-            f"{name} is on {tensor.device}, others are on {device}; all tensors of an updater must be on one device"
+        raise _refusal(
+            name, f"is on {tensor.device}, others are on {device}; all tensors of an updater must be on one device"
         )
     for reason, holds in _WITHOUT_MEMORY:
         if holds(tensor):
@@ -247,6 +243,17 @@ def _bytes(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tens
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Return the elements from the first to the last, inclusive, of a view that has some."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Refuse a tensor for whatever torch raises in the body."""
+    try:
+        yield
+    except EplbError:
+        raise
+    except Exception as error:
+        raise _refusal(name, f"has no memory that can be read: {error!r}") from error
 
 
 def _refusal(name: str, reason: str) -> InvalidSlot:

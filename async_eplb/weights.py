@@ -40,7 +40,7 @@ class ExpertWeights:
     def __init__(self, tensors: Mapping[int, Sequence[Slots]], *, names: Sequence[str] = ()) -> None:
         rows = _rows(tensors)
         if not is_list(names) or not all(isinstance(name, str) for name in names):
-            raise InvalidWeights(f"names are {names!r}; give a list of texts, one for each tensor of a row")
+            raise InvalidWeights("names are no list of texts; give one for each tensor of a row")
         self.tensors: dict[int, tuple[SlotTensor, ...]] = {}
         """Row → its tensors, as a block of memory for each slot."""
         first: SlotTensor | None = None
@@ -153,7 +153,8 @@ def _rows(tensors: object) -> dict[int, Sequence[object]]:
     rows: dict[int, Sequence[object]] = {}
     for row, given in tensors.items():
         if isinstance(row, bool) or not isinstance(row, Integral) or row < 0:
-            raise InvalidWeights(f"weights are given for row {row!r}; rows are numbers from 0")
+            what = row if isinstance(row, int) else f"of type {type(row).__name__}"
+            raise InvalidWeights(f"weights are given for a row {what}; rows are numbers from 0")
         if not is_list(given):
             raise InvalidWeights(f"row {row} is a {type(given).__name__}; give a list of its tensors")
         rows[int(row)] = given

@@ -10,6 +10,7 @@ from async_eplb.errors import CommitFailed, EplbError, InvalidWeightSource
 from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.survivors import Home, by_layer, vacated, with_homes
 from async_eplb.recovery.weight_source import WeightSource
+from async_eplb.slots import slot_tensor
 from async_eplb.transport.base import ControlGroup
 from async_eplb.transport.one_round import hold_round
 from async_eplb.update.rank import Rank
@@ -93,24 +94,21 @@ def _from_source(rank: Rank, source: WeightSource, home: Home) -> list[Tensor]:
 def _checked(rank: Rank, home: Home, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the bytes of an expert's elements, in the shapes of a slot's elements, if they fit there."""
     slots = rank.live.slot_elements(home.layer, 0)
-    if len(tensors) != len(slots) or not all(map(_fits, tensors, slots)):
+    given = [slot_tensor([tensor], f"tensor {n}", device=None).elements(0) for n, tensor in enumerate(tensors)]
+    if len(given) != len(slots) or not all(map(_fits, given, slots)):
+        actual, expected = ([list(each.shape) for each in tensors] for tensors in (given, slots))
         raise InvalidWeightSource(
-            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have "
-            f"{[tensor.nbytes for tensor in tensors]} bytes and shapes {[list(tensor.shape) for tensor in tensors]}, "
-            f"those of a slot {[slot.numel() for slot in slots]} and {[list(slot.shape[:-1]) for slot in slots]}",
+            f"layer {home.layer}, logical expert {home.logical_expert}: the source's tensors have shapes {actual}, "
+            f"those of a slot {expected}; the last size is the bytes of an element",
             layer=home.layer,
             logical_expert=home.logical_expert,
         )
-    return [
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8).view(slot.shape)
-        for tensor, slot in zip(tensors, slots, strict=True)
-    ]
+    return [each.reshape(slot.shape) for each, slot in zip(given, slots, strict=True)]
 
 
-def _fits(tensor: Tensor, slot: Tensor) -> bool:
-    """Return whether a tensor has a slot's bytes and, unless these lie in row-major order, its shape."""
-    same_shape = (*tensor.shape, tensor.element_size()) == tuple(slot.shape)
-    return tensor.nbytes == slot.numel() and (slot.is_contiguous() or same_shape)
+def _fits(given: Tensor, slot: Tensor) -> bool:
+    """Return whether an expert has a slot's bytes and, unless these lie in row-major order, its shape."""
+    return given.numel() == slot.numel() and (slot.is_contiguous() or given.shape == slot.shape)
 
 
 @torch.no_grad()

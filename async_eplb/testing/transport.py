@@ -27,10 +27,10 @@ async def check_transport(
     """Check that a transport keeps its contract; all ranks call this together, each with its unused transport.
 
     It moves messages of many sizes from live weights that change between exchanges, between all pairs of ranks, in
-    several groups, and compares every byte; runs control rounds; and checks that a transport is opened once and refuses
-    work when it is closed. For transports that need grants, a control round grants each layer, and every other layer is
-    pulled in turn. Other transports must find out for themselves when a peer has sent, and move the second hop of a row
-    beside the first of the next.
+    several groups, and compares every byte, before and after the weights are others; runs control rounds; and checks
+    that a transport is opened once and refuses work when it is closed. For transports that need grants, a control round
+    grants each layer, and every other layer is pulled in turn. Other transports must find out for themselves when a
+    peer has sent, and move the second hop of a row beside the first of the next.
 
     :param seed: of the messages, equal on all ranks
     :raises AssertionError: if the contract is broken, with what and where
@@ -47,6 +47,10 @@ async def check_transport(
     else:
         raise AssertionError("a transport was opened twice")
     for number in range(num_exchanges):
+        if number == num_exchanges // 2:
+            await control.run(CountingVoter(transport.rank, 1))  # nothing is under way on any rank
+            weights = _weights(transport, device)
+            await transport.rebind(weights)
         exchange, expected = _exchange(transport, device, weights, seed + number)
         if transport.launch_rule.needs_grant:
             await control.run(CountingVoter(transport.rank, 1))
@@ -58,11 +62,7 @@ async def check_transport(
         _compare(f"exchange {number}", expected)
     if not transport.launch_rule.needs_grant:
         await _check_hops(transport, device, weights, control, seed=seed, timeout_s=timeout_s)
-    voter = CountingVoter(transport.rank, num_exchanges)
-    await control.run(voter)
-    for number, rows in enumerate(voter.rounds):
-        assert rows == [[rank, number] for rank in range(transport.num_ranks)], rows  # noqa: S101
-    assert len(voter.rounds) == num_exchanges, f"{len(voter.rounds)} control rounds were held"  # noqa: S101
+    await _check_rounds(transport, control, num_exchanges)
     prepared = transport.prepare(Exchange(0, ()))
     await transport.aclose()
     for what, act in (("prepared", lambda: transport.prepare(Exchange(0, ()))), ("launched", prepared.launch)):
@@ -71,6 +71,15 @@ async def check_transport(
         except BrokenTransport:
             continue
         raise AssertionError(f"a closed transport {what} an exchange")
+
+
+async def _check_rounds(transport: Transport, control: ControlGroup, num_rounds: int) -> None:
+    """Hold control rounds; each must bring every rank's ballot of that round."""
+    voter = CountingVoter(transport.rank, num_rounds)
+    await control.run(voter)
+    for number, rows in enumerate(voter.rounds):
+        assert rows == [[rank, number] for rank in range(transport.num_ranks)], rows  # noqa: S101
+    assert len(voter.rounds) == num_rounds, f"{len(voter.rounds)} control rounds were held"  # noqa: S101
 
 
 async def _check_hops(
@@ -141,11 +150,11 @@ _NUM_ROWS = 2
 
 
 def _weights(transport: Transport, device: Device) -> ExpertWeights:
-    """Return live weights with a slot for each peer and group."""
+    """Return live weights with a slot for each peer and group: of row 0 in one block each, of others one by one."""
     num_slots = _NUM_GROUPS * transport.num_ranks
-    return ExpertWeights(
-        {row: [device.allocate(num_slots * size).view(num_slots, size) for size in _SIZES] for row in range(_NUM_ROWS)}
-    )
+    together = [device.allocate(num_slots * size).view(num_slots, size) for size in _SIZES]
+    apart = [[[device.allocate(size) for _ in range(num_slots)] for size in _SIZES] for _ in range(1, _NUM_ROWS)]
+    return ExpertWeights({0: together, **dict(enumerate(apart, start=1))})
 
 
 def _exchange(

@@ -280,7 +280,8 @@ def require_slots(weights: ExpertWeights, placement: ExpertPlacement, topology: 
     if weights.num_local_physical_experts != topology.num_local_physical_experts:
         raise SlotCountMismatch(
             f"the weights' first dimension is {weights.num_local_physical_experts}, but each rank has "
-            f"{topology.num_local_physical_experts} local physical experts",
+            f"{topology.num_local_physical_experts} local physical experts; where each expert has a tensor of its own, "
+            "give a list of these for each tensor of a row",
             tensor="all",
             expected=topology.num_local_physical_experts,
             actual=weights.num_local_physical_experts,

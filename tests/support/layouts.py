@@ -14,6 +14,7 @@ from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.plan import FanOut, LayerPlan, LocalCopy, Recv, SlotSource
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.testing.sample_model import random_placement
+from async_eplb.weights import Slots
 
 ROW = 1
 """The layer that is committed, of two."""
@@ -25,7 +26,7 @@ _NUM_EXPERTS = 6
 
 @dataclass(frozen=True)
 class Layer:
-    """A staged layer: live weights with gaps between their slots, a published map, and what shall replace them."""
+    """A staged layer: live weights in many layouts, a published map, and what shall replace them."""
 
     storages: list[Tensor]
     """All memory that the live tensors are views of, with the gaps."""
@@ -85,8 +86,8 @@ def random_layer(
 
 def _random_tensor(
     rng: np.random.Generator, num_slots: int, device: torch.device | str, max_elements: int, *, aligned: bool
-) -> tuple[Tensor, Tensor]:
-    """Return a storage of random bytes and a tensor ``[slots, elements]`` in it."""
+) -> tuple[Tensor, Slots]:
+    """Return a storage of random bytes and a tensor in it: ``[slots, elements]``, transposed with padding, or apart."""
     dtype = _DTYPES[rng.integers(len(_DTYPES))]
     kind = rng.integers(3)
     elements = 1 if kind == 0 else int(rng.integers(1, max_elements))
@@ -95,7 +96,12 @@ def _random_tensor(
         elements, start, gap = -(-elements // 16) * 16, 0, 0
     stride = elements + gap
     storage = _random_bytes(rng, (start + num_slots * stride) * dtype.itemsize).to(device)
-    return storage, storage.view(dtype).as_strided((num_slots, elements), (stride, 1), start)
+    tensor = storage.view(dtype).as_strided((num_slots, elements), (stride, 1), start)
+    width = int(rng.integers(1, 5))
+    if elements % width == 0 and not aligned:
+        tensor = tensor.view(num_slots, width, elements // width).transpose(1, 2)[:, : max(1, elements // width - 1)]
+        return storage, tensor if rng.integers(2) else [tensor[slot] for slot in rng.permutation(num_slots)]
+    return storage, tensor
 
 
 def _random_plan(rng: np.random.Generator, num_slots: int) -> LayerPlan:

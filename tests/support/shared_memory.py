@@ -52,7 +52,7 @@ class SharedMemory(CpuDevice):
 
     def export(self, address: int) -> tuple[int, bytes]:
         """Return an allocation's address, and the name under which other processes see its file."""
-        for base, (file, nbytes) in self._allocations.items():
+        for base, (file, nbytes) in reversed(self._allocations.items()):  # an older one there is no more
             if base <= address < base + nbytes:
                 return base, f"/proc/{os.getpid()}/fd/{file}".encode()
         raise RuntimeError("this memory cannot be shared")
