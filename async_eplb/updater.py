@@ -9,7 +9,7 @@ from typing import Self
 from anyio.lowlevel import checkpoint
 
 from async_eplb.agreement.rules import Mode
-from async_eplb.device import Device, DeviceEvent, device_for
+from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BusyUpdater, ClosedUpdater
 from async_eplb.events.emit import Logger, default_logger
 from async_eplb.events.schema import LayerCommitted
@@ -78,7 +78,7 @@ class ExpertUpdater(UpdaterViews):
             on_commit=on_commit or (lambda _layer: None),
             logger=(logger or default_logger()).bind(run_id=transport.run_id, **({"updater": name} if name else {})),
             workers=workers or ThreadWorkers(),
-            device=device or device_for(weights.device),
+            device=device,
         )
         super().__init__(self._equipped(admitted), placement, transport)
         self._attempts = Attempts()

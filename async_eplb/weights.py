@@ -124,6 +124,7 @@ class ExpertWeights:
 
         :raises InvalidWeights: if not
         """
+        require_weights(other)
         if other.device != self.device:
             raise InvalidWeights(f"the new weights are on {other.device}, the ones before on {self.device}")
         if other.rows != self.rows:
@@ -139,6 +140,15 @@ class ExpertWeights:
                     f"the new weights of row {row} are laid out as {now}, the ones before as {before} (slots, "
                     "then dtype, bytes of an element, shape and strides of a slot)"
                 )
+
+
+def require_weights(given: object) -> None:
+    """Check that something is live weights, and not the tensors that they are made of.
+
+    :raises InvalidWeights: if not
+    """
+    if not isinstance(given, ExpertWeights):
+        raise InvalidWeights(f"weights are a {type(given).__name__}; give ExpertWeights(tensors)")
 
 
 def _rows(tensors: object) -> dict[int, Sequence[object]]:

@@ -10,7 +10,7 @@ import torch
 from support.odd_layouts import apart, oddly_laid_out, padded, transposed
 from torch import Tensor, nn
 
-from async_eplb import ExpertWeights
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport
 from async_eplb.errors import InvalidSlot, InvalidWeights, MovedWeights, SlotCountMismatch
 from async_eplb.weights import Slots
 
@@ -267,3 +267,11 @@ def test_all_odd_layouts_together() -> None:
     assert [elements.reshape(-1).view(torch.float32).tolist() for elements in weights.slot_elements(0, 1)] == [
         TENSOR[1].reshape(-1).tolist()
     ] * 3
+
+
+@pytest.mark.parametrize("given", [None, {0: [TENSOR]}, [TENSOR], TENSOR], ids=["None", "rows", "list", "tensor"])
+def test_an_updater_takes_weights_and_no_tensors(given: Any) -> None:
+    """The tensors go into ExpertWeights, which checks them."""
+    (transport,) = MemoryTransport.world(1)
+    with pytest.raises(InvalidWeights, match="give ExpertWeights"):
+        ExpertUpdater(given, ExpertPlacement.from_mapping([[0, 1]]), EPTopology(1, 1, 2), rank=0, transport=transport)

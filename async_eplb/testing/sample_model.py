@@ -10,7 +10,7 @@ from torch import Tensor
 
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
-from async_eplb.weights import ExpertWeights
+from async_eplb.weights import ExpertWeights, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SampleModel:
 
     def wrong_slots(
         self,
-        tensors: Mapping[int, Sequence[Tensor]],
+        tensors: Mapping[int, Sequence[Slots]],
         placement: ExpertPlacement,
         topology: EPTopology,
         rank: int,

@@ -9,7 +9,7 @@ import numpy as np
 
 from async_eplb.agreement.rules import Mode
 from async_eplb.commit.committer import committer_for
-from async_eplb.device import Device, DeviceEvent
+from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.errors import (
     DeadRankPlaced,
     InvalidOptions,
@@ -29,7 +29,7 @@ from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
 from async_eplb.update.rank import Rank
 from async_eplb.verify.column import Verifier, Verify
-from async_eplb.weights import ExpertWeights
+from async_eplb.weights import ExpertWeights, require_weights
 from async_eplb.workers import Workers
 
 
@@ -117,13 +117,16 @@ def admit_rank(
     on_commit: Callable[[int], None],
     logger: Logger,
     workers: Workers,
-    device: Device,
+    device: Device | None,
 ) -> Rank:
     """Return a rank whose parts fit together; device memory for maps and verification is allocated.
 
+    :param device: that of the weights without it
     :raises EplbError: a child of it for each way in which they do not
     """
     require_name(name)
+    require_weights(weights)
+    device = device or device_for(weights.device)
     require_ranks(topology, number, transport)
     placement.require_fit(topology)
     require_slots(weights, placement, topology)

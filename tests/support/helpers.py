@@ -21,6 +21,7 @@ from async_eplb.staging import BufferState
 from async_eplb.testing.sample_model import SampleModel, random_placement
 from async_eplb.testing.workers import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
+from async_eplb.weights import Slots
 from async_eplb.workers import Workers
 
 TINY = SampleModel(hidden=8, intermediate=4)
@@ -48,7 +49,8 @@ class MemoryRank:
     """One rank of a world in memory."""
 
     updater: ExpertUpdater
-    tensors: Mapping[int, list[Tensor]]
+    tensors: Mapping[int, Sequence[Any]]
+    """Row → tensors, or lists of them."""
     transport: MemoryTransport
 
     def assert_consistent(self) -> None:
@@ -70,11 +72,15 @@ def memory_ranks(
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
+    lay_out: Callable[[Mapping[int, list[Tensor]]], Mapping[int, Sequence[Slots]]] = lambda tensors: tensors,
 ) -> list[MemoryRank]:
-    """Make an updater for each rank; none is entered yet."""
+    """Make an updater for each rank; none is entered yet.
+
+    ``lay_out`` gives the live weights another layout than one block for each tensor.
+    """
     ranks = []
     for rank, transport in enumerate(MemoryTransport.world(topology.num_ranks, schedule)):
-        tensors = TINY.weights(placement, topology, rank)
+        tensors = lay_out(TINY.weights(placement, topology, rank))
         updater = ExpertUpdater(
             ExpertWeights(tensors),
             placement,
@@ -100,6 +106,7 @@ async def memory_world(
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
     on_commit: Sequence[Callable[[int], None]] = (),
+    lay_out: Callable[[Mapping[int, list[Tensor]]], Mapping[int, Sequence[Slots]]] = lambda tensors: tensors,
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank; all leave at once, as processes do."""
     ranks = memory_ranks(
@@ -110,6 +117,7 @@ async def memory_world(
         workers=workers,
         loggers=loggers,
         on_commit=on_commit,
+        lay_out=lay_out,
     )
     stop = Event()
 

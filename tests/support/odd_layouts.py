@@ -12,8 +12,8 @@ Allocate = Callable[[int], Tensor]
 
 
 def on_cpu(nbytes: int) -> Tensor:
-    """Return memory of the CPU full of 0xEE: uint8 ``[bytes]``."""
-    return torch.full((nbytes,), 0xEE, dtype=torch.uint8)
+    """Return memory of the CPU full of any bytes, so that padding is never equal: uint8 ``[bytes]``."""
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
 
 
 def transposed(tensor: Tensor, allocate: Allocate = on_cpu) -> Tensor:
