@@ -26,7 +26,7 @@ from async_eplb.report import read_events, summarize
 from async_eplb.report.conditions import parse_condition
 from async_eplb.report.text import report_lines
 from async_eplb.transport.copy_engine.peer_weights import Offer
-from fuzzing import command_line
+from fuzzing import command_line, live_weights
 
 _JSON_WORDS = (b"null", b"true", b"-1", b"1e999", b"9223372036854775808", b"[[", b"]]", b'{"', b'":', b"\\ud800")
 
@@ -244,5 +244,13 @@ TARGETS = {
     "checkpoint": Target("safetensors files", _read_checkpoint, _checkpoints, _JSON_WORDS),
     "scenario": Target("worlds to simulate", _read_scenario, _scenarios, _JSON_WORDS, (ValueError,), is_json=True),
     "condition": Target("conditions on figures", _read_condition, lambda: [b"num_failed > 2", b"num_failed == -1.5e3"]),
+    "weights": Target(
+        "live weights: rows, layouts, dtypes and kinds of tensors",
+        live_weights.feed,
+        live_weights.seeds,
+        live_weights.WORDS,
+        (ValueError,),
+        is_json=True,
+    ),
     "command-line": Target("arguments, one a line", command_line.feed, lambda: command_line.SEEDS, command_line.WORDS),
 }
