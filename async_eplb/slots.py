@@ -175,7 +175,7 @@ _WITHOUT_MEMORY: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("is a negated view; resolve it first", lambda tensor: tensor.is_neg()),
     ("is empty: there is nothing to move", lambda tensor: tensor.numel() == 0),
     (
-        "has no memory of its own: its storage was freed, or it wraps other tensors; give those",
+        "has no memory: its storage was freed",
         lambda tensor: tensor.untyped_storage().data_ptr() == 0,
     ),
     (
@@ -253,7 +253,7 @@ def _refusing(name: str) -> Iterator[None]:
     except EplbError:
         raise
     except Exception as error:
-        raise _refusal(name, f"has no memory that can be read: {error!r}") from error
+        raise _refusal(name, f"has no memory of its own; if it wraps other tensors, give those ({error!r})") from error
 
 
 def _refusal(name: str, reason: str) -> InvalidSlot:

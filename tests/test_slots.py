@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from support.odd_layouts import apart, transposed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from async_eplb.errors import InvalidSlot
 from async_eplb.slots import slot_tensor
+from async_eplb.testing import WorldRank, run_world
 
 TENSOR = torch.arange(24.0).view(2, 3, 4)
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.float32, torch.bool, torch.complex64, torch.int64]
@@ -156,9 +159,23 @@ def test_subclasses_with_memory_are_taken(make: Callable[[Tensor], Tensor]) -> N
 
 
 def test_the_local_part_of_a_distributed_tensor_is_taken() -> None:
-    """As DTensor has one."""
+    """Also where only this rank has one."""
     assert slot_tensor(Local(TENSOR), "w2", device=None).addresses[0] == TENSOR.data_ptr()
     assert slot_tensor([Local(TENSOR)], "w2", device=None).addresses[0] == TENSOR.data_ptr()
+
+
+def take_dtensors(_: WorldRank) -> list[float]:
+    """Be the only rank of a mesh; write to what a DTensor's slots are."""
+    given = DTensor.from_local(TENSOR.clone(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with torch.inference_mode():
+        slots = slot_tensor(nn.Parameter(given), "w2", device=None)
+    slots.views[1].zero_()
+    return given.to_local().sum(dim=(1, 2)).tolist()  # type: ignore[no-any-return]
+
+
+def test_dtensors_are_taken() -> None:
+    """Their local parts, in any mode of torch."""
+    assert run_world(take_dtensors, 1) == [[66.0, 0.0]]
 
 
 @st.composite
