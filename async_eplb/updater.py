@@ -212,8 +212,8 @@ class ExpertUpdater(UpdaterViews):
         :raises InvalidWeights: if layout, rows or device are not those of the weights before; nothing has changed
         :raises BusyUpdater: outside of :meth:`paused`
         :raises ClosedUpdater: if this updater is not open
-        :raises BrokenTransport: if a transport that reads peers' weights cannot read the new ones
-            (:class:`IpcUnavailable`), or a rank did not call this; ``recover()`` goes on with another transport
+        :raises IpcUnavailable: if a transport that reads peers' weights cannot read the new ones;
+            :class:`OpenTimeout` if a rank did not call this; ``recover()`` goes on with another transport
         """
         if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot rebind weights")

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from support.odd_layouts import apart, transposed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from async_eplb.errors import InvalidSlot
 from async_eplb.slots import slot_tensor
@@ -166,13 +164,19 @@ def test_the_local_part_of_a_distributed_tensor_is_taken() -> None:
 
 def take_dtensors(_: WorldRank) -> list[float]:
     """Be the only rank of a mesh; write to what a DTensor's slots are."""
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - takes seconds
+    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
+
     given = DTensor.from_local(TENSOR.clone(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    parameter = nn.Parameter(given)
     with torch.inference_mode():
-        slots = slot_tensor(nn.Parameter(given), "w2", device=None)
+        slots = slot_tensor(parameter, "w2", device=None)
     slots.views[1].zero_()
-    return given.to_local().sum(dim=(1, 2)).tolist()  # type: ignore[no-any-return]
+    sums: list[float] = given.to_local().sum(dim=(1, 2)).tolist()
+    return sums
 
 
+@pytest.mark.exhaustive
 def test_dtensors_are_taken() -> None:
     """Their local parts, in any mode of torch."""
     assert run_world(take_dtensors, 1) == [[66.0, 0.0]]

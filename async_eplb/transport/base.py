@@ -167,7 +167,8 @@ class Transport(Protocol):
 
         Nothing is under way. The weights before may be freed when this has returned, on all ranks.
 
-        :raises BrokenTransport: if the transport is not open, or a rank does not take part; it is then broken
+        :raises BrokenTransport: if the transport is not open
+        :raises EplbError: if it cannot, or a rank does not take part; the transport is then broken
         """
         ...
 

@@ -17,6 +17,7 @@ from async_eplb.transport.torch_dist.exchange import OpenLink
 from async_eplb.transport.torch_dist.gloo import GlooLink
 from async_eplb.transport.torch_dist.nccl import NcclOptions
 from async_eplb.transport.torch_dist.nccl_lanes import NcclLanes
+from async_eplb.weights import ExpertWeights
 
 Backend = Literal["gloo", "nccl"]
 
