@@ -174,18 +174,7 @@ _WITHOUT_MEMORY: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("is a conjugated view; resolve it first", lambda tensor: tensor.is_conj()),
     ("is a negated view; resolve it first", lambda tensor: tensor.is_neg()),
     ("is empty: there is nothing to move", lambda tensor: tensor.numel() == 0),
-    (
-        "has no memory: its storage was freed",
-        lambda tensor: tensor.untyped_storage().data_ptr() == 0,
-    ),
-    (
-        "does not lie in its storage",
-        lambda t: t.data_ptr() != t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size(),
-    ),
-    (
-        "reaches beyond its storage, which was made smaller",
-        lambda t: t.untyped_storage().nbytes() < t.element_size() * (t.storage_offset() + _extent(t.shape, t.stride())),
-    ),
+    ("has no memory, or too little: its storage was freed", lambda tensor: not _is_in_storage(tensor)),
 )
 """Why a tensor's elements cannot be moved as the bytes at its address, in the order in which it can be asked."""
 
@@ -205,6 +194,13 @@ def _with_memory(given: Tensor, name: str, device: torch.device | None) -> Tenso
         if holds(tensor):
             raise _refusal(name, reason)
     return tensor
+
+
+def _is_in_storage(tensor: Tensor) -> bool:
+    """Return whether all elements are in the storage, and the first one where the tensor says."""
+    storage, size, start = tensor.untyped_storage(), tensor.element_size(), tensor.storage_offset()
+    end = size * (start + _extent(tensor.shape, tensor.stride()))
+    return 0 != storage.data_ptr() == tensor.data_ptr() - size * start and end <= storage.nbytes()
 
 
 def _movable(tensor: Tensor, name: str, *, slot_dimensions: int) -> SlotLayout:

@@ -88,16 +88,31 @@ WITHOUT_MEMORY: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.mark.parametrize("make", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
-def test_what_has_no_memory_is_refused_by_name(make: Callable[[], object]) -> None:
+REASONS = {
+    "wrapper": "wraps other tensors",
+    "freed": "freed",
+    "freed in part": "freed",
+    "meta": "on the meta device",
+    "sparse": "not dense",
+    "mkldnn": "not dense",
+    "nested": "is nested",
+    "jagged": "is nested",
+    "empty": "nothing to move",
+    "numpy": "is a ndarray",
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_MEMORY)
+def test_what_has_no_memory_is_refused_by_name(what: str) -> None:
     """Whatever it is, alone or as one slot of a list; torch raises nothing of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some are prototypes of torch, others are going
-        tensor = make()
+        tensor = WITHOUT_MEMORY[what]()
     for each, name in ((tensor, "w2"), ([TENSOR[0], tensor], "slot 1 of w2")):
         with pytest.raises(InvalidSlot, match=f"^{name} ") as caught:
             slot_tensor(each, "w2", device=None)
         assert caught.value.tensor == name
+        assert REASONS.get(what, "") in str(caught.value) or "others are on" in str(caught.value)
 
 
 def test_tensors_inside_transforms_are_refused() -> None:

@@ -79,7 +79,7 @@ class Impatient(CopyEngineTransport):
 
 async def rebind_alone(rank: int, topology: EPTopology) -> tuple[int, ...]:
     """Rebind on rank 0 only; return the ranks that its error names."""
-    transport_module.CLOSE_TIMEOUT_S = 0.2
+    transport_module.CLOSE_TIMEOUT_S = 0.2  # type: ignore[attr-defined] # as it imports it
     memory = SharedMemory()
     placement = random_placement(np.random.default_rng(0), 1, 4, 3)
     tensors = memory.share(MODEL.weights(placement, topology, rank))
