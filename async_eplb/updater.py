@@ -219,7 +219,7 @@ class ExpertUpdater(UpdaterViews):
             raise ClosedUpdater(f"{self!r} cannot rebind weights")
         if self._stepper.standing_for != "paused" or self.running is not None:
             raise BusyUpdater(f"{self!r}: weights can be replaced inside paused() only, when no update is under way")
-        await self._session.rebind(self._equipped(rebound(self._rank, weights)))
+        await self._session.rebind(lambda: self._equipped(rebound(self._rank, weights)))
 
     async def recover(self, surviving_group: Transport, *, source: WeightSource | None = None) -> Recovery:
         """Go on with the ranks that are left after a failure; all call this together, and none serves meanwhile.

@@ -163,13 +163,15 @@ def admit_rank(
 
 @outside_modes()
 def rebound(rank: Rank, weights: ExpertWeights) -> Rank:
-    """Return a rank with other live weights; its maps stay, for the model reads them (rule 7).
+    """Return a rank with other live weights; its maps stay, for the model reads them (rule 7). Blocks.
 
     :raises InvalidWeights: if the weights are not laid out as those before
     """
     rank.live.require_alike(weights)
-    verifier = Verifier(rank.verifier.mode, weights, rank.number)
-    committer = committer_for(verifier.weights, rank.expert_map)
+    with rank.device.committing():
+        verifier = Verifier(rank.verifier.mode, weights, rank.number)
+        committer = committer_for(verifier.weights, rank.expert_map)
+        rank.device.record().synchronize()
     return replace(rank, live=weights, verifier=verifier, committer=committer)
 
 

@@ -37,7 +37,7 @@ from async_eplb.update.rank import Rank
 from async_eplb.update.run import UpdateRun
 from async_eplb.update.state import RankState
 from async_eplb.update.summary import UpdaterStatistics
-from async_eplb.workers import Doorbell
+from async_eplb.workers import Doorbell, Work
 
 
 class Session:
@@ -101,16 +101,18 @@ class Session:
         self.life.enter(LifeState.OPEN)
         await checkpoint()  # the rounds have begun, even if the caller's loop is blocked from here on
 
-    async def rebind(self, rank: Rank) -> None:
+    async def rebind(self, make: Callable[[], Rank]) -> None:
         """Go on with another rank, which differs in where its weights are. All ranks do this together. Not cancelled.
 
-        :raises EplbError: if the transport cannot; no update can begin then before ``recover()``
+        :param make: returns it; called in another thread
+        :raises EplbError: what ``make`` raises, and nothing has changed; or if the transport cannot, and no update can
+            begin before ``recover()``
         """
         with CancelScope(shield=True):
             async with self._due_work:
-                self.rank = rank
+                self.rank = await self.rank.workers.run(Work.COMMIT, make)
                 try:
-                    await self.connection.rebind(rank)
+                    await self.connection.rebind(self.rank)
                 except BaseException as error:
                     self.life.enter(LifeState.BROKEN, f"weights could not be rebound ({error}); recover() reopens it")
                     raise
