@@ -14,14 +14,17 @@ from torch import Tensor
 from async_eplb import EPTopology, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
 from async_eplb.errors import (
     BrokenControlGroup,
+    BrokenTransport,
     BusyUpdater,
     ClosedUpdater,
     InvalidWeights,
     IpcUnavailable,
     MovedWeights,
+    TransferTimeout,
+    UpdateAborted,
     UpdateNotBegun,
 )
-from async_eplb.transport import LaunchRule, MemorySchedule
+from async_eplb.transport import Fault, FaultKind, LaunchRule, MemorySchedule
 from async_eplb.weights import Slots
 
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=1, num_local_physical_experts=3)
@@ -266,3 +269,18 @@ async def test_weights_are_rebound_after_a_recovery(rule: LaunchRule) -> None:
         await on_all(here, lambda updater: updater.update(NEW))
         assert assert_same_layer(here, OLD) == 2
         assert not isinstance(here[0], BrokenControlGroup)
+
+
+@pytest.mark.parametrize("rule", [LaunchRule.AT_ONCE, LaunchRule.GRANTED], ids=str)
+@in_virtual_time
+async def test_weights_are_rebound_after_a_failed_update(rule: LaunchRule) -> None:
+    """The transport that replaces the broken one is opened with the weights that there are by then."""
+    lost = tuple(Fault(FaultKind.DROP, src, dst, 0) for src, dst in ((0, 1), (1, 0)))
+    schedule = MemorySchedule(launch_rule=rule, control_s=0.01, faults=lost)
+    async with memory_world(OLD, TOPOLOGY, schedule=schedule, options=OPTIONS) as ranks:
+        outcomes = await on_all(ranks, lambda updater: updater.update(NEW))
+        assert {type(outcome) for outcome in outcomes} <= {TransferTimeout, BrokenTransport, UpdateAborted}
+        here = await rebind(ranks)
+        await on_all(here, lambda updater: updater.update(NEW))
+        assert assert_same_layer(here, OLD) == 2
+        assert_spoilt(ranks)
