@@ -15,6 +15,7 @@ from async_eplb.errors import (
     InvalidGroup,
     InvalidOptions,
     NoUsableTransport,
+    OpenTimeout,
     UpdaterMismatch,
 )
 from async_eplb.groups import Board
@@ -99,7 +100,7 @@ class FirstUsable:
         if self._is_used:
             raise BusyTransport(f"{self!r} was opened before; make one transport for each updater")
         self._is_used = True
-        patience_s = 2 * max(open_timeout_s, 2 * control_timeout_s)
+        patience_s = open_timeout_s + 2 * control_timeout_s  # others may be connecting, with these deadlines
         for number, candidate in enumerate(self._candidates):
             what, self._chosen, self._own = f"candidate {number}", candidate, candidate
             open_it = partial(
@@ -151,6 +152,7 @@ class FirstUsable:
 
         :raises UpdaterMismatch: if ranks open it for different updaters, which no other candidate would mend
         :raises BusyGroup: if such an updater is open already
+        :raises OpenTimeout: if a rank does not come
         """
         control, reason, failed = None, "given up with the others", f"{what} failed"
         hopeless: EplbError | None = None
@@ -158,7 +160,7 @@ class FirstUsable:
             tasks.start_soon(self._watch, failed, workers, tasks.cancel_scope)
             try:
                 control, reason = await open_it(), ""
-            except (UpdaterMismatch, BusyGroup) as error:
+            except (UpdaterMismatch, BusyGroup, OpenTimeout) as error:
                 hopeless = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the next candidate may work
                 reason = f"{type(error).__name__}: {error}"
