@@ -1,12 +1,10 @@
 """Opening: all ranks come, are who they should be, or are named."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 
 import anyio
 import pytest
-import torch.distributed as dist
 from support.groups import small_updater, stateless_groups
 from support.helpers import together
 from support.shared_memory import SharedMemory
@@ -115,20 +113,3 @@ async def test_what_fails_while_ranks_connect_is_typed(monkeypatch: pytest.Monke
         assert isinstance(outcome, BrokenTransport)
         assert outcome.rank == rank
         assert "connectFullMesh failed" in str(outcome)
-
-
-async def test_two_updaters_open_at_once_in_any_order() -> None:
-    """One that waits for its peers in a store over TCP does not keep the other of its process from answering."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))  # type: ignore[attr-defined]
-    client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=20))  # type: ignore[attr-defined]
-    groups = [stateless_groups(2, store)[rank] for rank, store in enumerate((server, client))]
-    updaters = [
-        {name: small_updater(TorchDistTransport(group), name=name) for name in ("target", "draft")} for group in groups
-    ]
-    calls = [partial(enter, updaters[rank][name]) for rank, name in ((0, "target"), (1, "draft"), (0, "draft"))]
-
-    async def enter_late() -> None:
-        await anyio.sleep(0.1)
-        await enter(updaters[1]["target"])
-
-    assert await together([*calls, enter_late]) == [None] * 4
