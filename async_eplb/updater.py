@@ -35,7 +35,8 @@ class ExpertUpdater(UpdaterViews):
     """Moves the expert weights of one model to new placements, with the other ranks of its EP group.
 
     An async context manager: entering connects, which all ranks do together; leaving waits for a running update
-    to end, cancelled. Enter and leave it in the same task.
+    to end, cancelled. Enter and leave it in the same task. Entering raises :class:`OpenTimeout` if not all come,
+    :class:`UpdaterMismatch` if they are not the same, and :class:`BusyGroup` if its name is taken in the group.
 
     :param weights: live weights of this rank
     :param placement: the placement that they have now

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from async_eplb.errors import BusyGroup, UpdaterMismatch
 
@@ -37,16 +37,16 @@ def require_one(texts: Sequence[str], rank: int) -> None:
     :raises UpdaterMismatch: if names or layouts differ
     :raises BusyGroup: if it is open already
     """
-    told = [json.loads(text) for text in texts]
-    names = tuple(fields["name"] for fields, _ in told)
-    for key in asdict(Identity()):
+    told = [_read(text) for text in texts]
+    names = tuple(identity.name for identity, _ in told)
+    for key, label in _LABELS.items():
         values: dict[str, list[int]] = defaultdict(list)
-        for place, (fields, _) in enumerate(told):
-            values[fields[key]].append(place)
+        for place, (identity, _) in enumerate(told):
+            values[getattr(identity, key)].append(place)
         if len(values) > 1:
             parts = ", ".join(f"{value or None!r} on ranks {ranks}" for value, ranks in values.items())
             raise UpdaterMismatch(
-                f"rank {rank}: ranks open different updaters over one transport: {_LABELS[key]} is {parts}; ranks make "
+                f"rank {rank}: ranks open different updaters over one transport: {label} is {parts}; ranks make "
                 "their updaters and transports in one order, and give each the same name, weights and topology",
                 names=names,
             )
@@ -59,6 +59,16 @@ def require_one(texts: Sequence[str], rank: int) -> None:
             updater=names[rank],
             ranks=ranks,
         )
+
+
+def _read(text: str) -> tuple[Identity, bool]:
+    """Read what :meth:`Identity.to_json` wrote; anything else is an identity that no rank of this version has."""
+    try:
+        fields, taken = json.loads(text)
+        identity = Identity(**fields)
+    except (ValueError, TypeError, RecursionError):
+        return Identity(name=f"of another version ({text[:40]})"), False
+    return Identity(*map(str, astuple(identity))), taken is True
 
 
 _LABELS = {"name": "the name", "weights": "the layout of the weights", "topology": "the topology"}

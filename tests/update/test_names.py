@@ -1,5 +1,6 @@
 """Two updaters of one group are never mixed (rule 17): names and layouts are compared when they open."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -226,3 +227,15 @@ def test_all_ranks_draw_the_same_conclusion(told: list[tuple[Identity, bool]]) -
     same, taken_by = len({identity for identity, _ in told}) == 1, tuple(n for n, (_, t) in enumerate(told) if t)
     expected = (UpdaterMismatch, None) if not same else (BusyGroup, taken_by) if taken_by else (type(None), None)
     assert kinds == {expected}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda t: st.lists(t) | st.dictionaries(st.text(), t)
+)
+
+
+@given(st.text() | JSON.map(json.dumps) | st.just("[" * 100_000) | st.just('[{"name": 3}, true]'))
+def test_what_no_rank_of_this_version_writes_is_another_updater(text: str) -> None:
+    """Whatever it is, all ranks are told; the error shows it."""
+    with pytest.raises((UpdaterMismatch, BusyGroup)):
+        require_one([Identity("target", "a", "b").to_json(), text], 0)
