@@ -83,14 +83,27 @@ class Membership:
                 return None
             return [self.own.get(key).decode() for key in keys]
 
-    def explain(self, missing: Sequence[int]) -> str:
-        """Say how many of the kind the missing ranks have made, if it is another number."""
+    def say(self, what: str) -> None:
+        """Tell all ranks of the group what this one waits in, in case that others wait elsewhere."""
         with _answering(self.rank):
-            made = {rank: self.shared.add(_counter(self.kind, rank), 0) for rank in missing}
-        others = [f"rank {rank} has made {count}" for rank, count in made.items() if count != self.number]
-        if not others:
+            self.shared.set(f"{_counter(self.kind, self.rank)}/now", f"{self.kind} {self.number}{what}")
+
+    def explain(self, missing: Sequence[int]) -> str:
+        """Say how many of the kind the missing ranks have made, if not as many as this, and what they opened last."""
+        facts = []
+        with _answering(self.rank):
+            here = self.shared.add(_counter(self.kind, self.rank), 0)
+            for rank in missing:
+                counter = _counter(self.kind, rank)
+                made = self.shared.add(counter, 0)
+                if made != here:
+                    facts.append(f"rank {rank} has made {made}")
+                if self.shared.check([f"{counter}/now"]):
+                    facts.append(f"rank {rank} opened {self.shared.get(f'{counter}/now').decode()} last")
+        if not facts:
             return ""
-        return f"; this is {self.kind} {self.number} here, and {', '.join(others)}: ranks make them in the same order"
+        order = "ranks make and open them in the same order"
+        return f"; this is {self.kind} {self.number} of {here} here, and {', '.join(facts)}: {order}"
 
 
 def join(group: ProcessGroup | Membership | None, kind: str) -> Membership:

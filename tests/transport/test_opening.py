@@ -57,10 +57,10 @@ async def enter(updater: ExpertUpdater) -> None:
 async def test_a_rank_that_never_opens_is_named(make: Make) -> None:
     """In time, on all that wait, whatever they wait with."""
     groups = stateless_groups(3)
-    updaters = [small_updater(make(group), open_timeout_s=0.3) for group in groups]
+    updaters = [small_updater(make(group), open_timeout_s=0.1) for group in groups]
     begun = anyio.current_time()
     outcomes = await together([partial(enter, updater) for updater in updaters[:2]])
-    assert [(type(each), each.missing, each.timeout_s) for each in outcomes] == [(OpenTimeout, (2,), 0.3)] * 2
+    assert [(type(each), each.missing, each.timeout_s) for each in outcomes] == [(OpenTimeout, (2,), 0.1)] * 2
     assert anyio.current_time() - begun < 5
 
 
@@ -69,12 +69,24 @@ async def test_a_rank_that_has_made_one_more_is_told_from_one_that_is_late(make:
     """The error of each rank says how many the other has made."""
     groups = stateless_groups(2)
     make(groups[1])
-    updaters = [small_updater(make(group), open_timeout_s=0.2) for group in groups]
+    updaters = [small_updater(make(group), open_timeout_s=0.1) for group in groups]
     for rank, outcome in enumerate(await together([partial(enter, updater) for updater in updaters])):
         assert isinstance(outcome, OpenTimeout)
         assert outcome.missing == (1 - rank,)
         assert f"rank {1 - rank} has made" in str(outcome)
-        assert "in the same order" in str(outcome)
+        assert "and open them in the same order" in str(outcome)
+
+
+async def test_ranks_that_wait_in_different_updaters_are_told_of_both() -> None:
+    """They have made as many, but open them in another order, one after another."""
+    updaters = [
+        {name: small_updater(TorchDistTransport(group), name=name, open_timeout_s=0.1) for name in ("target", "draft")}
+        for group in stateless_groups(2)
+    ]
+    outcomes = await together([partial(enter, updaters[0]["target"]), partial(enter, updaters[1]["draft"])])
+    assert [outcome.missing for outcome in outcomes] == [(1,), (0,)]
+    assert "this is transport 1 of 2 here, and rank 1 opened transport 2 for 'draft' last" in str(outcomes[0])
+    assert "this is transport 2 of 2 here, and rank 0 opened transport 1 for 'target' last" in str(outcomes[1])
 
 
 async def test_a_named_updater_in_memory_waits_for_the_others() -> None:
@@ -87,7 +99,7 @@ async def test_a_named_updater_in_memory_waits_for_the_others() -> None:
 
 async def test_a_load_group_that_not_all_open_names_those() -> None:
     """As the groups of weights do."""
-    outcomes = await together([partial(GlooLoadGroup.open, group, timeout_s=0.2) for group in stateless_groups(3)[1:]])
+    outcomes = await together([partial(GlooLoadGroup.open, group, timeout_s=0.1) for group in stateless_groups(3)[1:]])
     assert [(type(each), each.missing) for each in outcomes] == [(BrokenLoadGroup, (0,))] * 2
 
 
