@@ -131,6 +131,10 @@ class FirstUsable:
         """Prepare an exchange over the chosen one."""
         return self._chosen.prepare(exchange)
 
+    async def rebind(self, weights: ExpertWeights) -> None:
+        """Have the chosen one take other live weights."""
+        await self._chosen.rebind(weights)
+
     def replacement(self) -> Transport:
         """Return the chosen one's: what it can do is known."""
         return self._chosen.replacement()
