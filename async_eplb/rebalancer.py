@@ -19,7 +19,7 @@ from async_eplb.errors import (
     PlacementDisagreement,
     RebalanceFailed,
 )
-from async_eplb.events.emit import Logger, default_logger, emit
+from async_eplb.events.emit import Logger, emit, guarded
 from async_eplb.events.schema import RebalanceFinished
 from async_eplb.events.stopwatch import Stopwatch
 from async_eplb.load.source import LoadGroup, LoadSource
@@ -88,6 +88,7 @@ class RebalancerStatistics:
     :param num_moved: of these, how often weights were moved
     :param received_nbytes: that all ranks together received for it
     :param balancedness: mean over layers, as the last rebalance left it; NaN before the first
+    :param num_events_lost: events that the logger, or one of its observers, raised at
     """
 
     running: bool
@@ -95,6 +96,7 @@ class RebalancerStatistics:
     num_moved: int
     received_nbytes: int
     balancedness: float
+    num_events_lost: int
 
 
 class Rebalancer:
@@ -129,7 +131,7 @@ class Rebalancer:
         self._policy = policy
         self._group = group
         self._terms = terms
-        self._logger = (logger or default_logger()).bind(run_id=updater.run_id)
+        self._logger = guarded(logger, run_id=updater.run_id)
         self._workers = workers or ThreadWorkers()
         self._running = False
         self._done: dict[int, tuple[Event, list[Rebalance | Exception]]] = {}
@@ -149,6 +151,7 @@ class Rebalancer:
             num_moved=self._num_moved,
             received_nbytes=self._received_nbytes,
             balancedness=self._balancedness,
+            num_events_lost=self._logger.num_lost,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:

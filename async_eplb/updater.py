@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 from async_eplb.agreement.rules import Mode
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BusyUpdater, ClosedUpdater
-from async_eplb.events.emit import Logger, default_logger
+from async_eplb.events.emit import Logger, guarded
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
@@ -47,7 +47,7 @@ class ExpertUpdater(UpdaterViews):
     :param transport: an unused transport of that group; the updater opens and closes it
     :param on_commit: called with a layer right after its commit is enqueued, in the same thread and stream; for
         state derived from weights, such as fused scales. It must not wait for the device
-    :param logger: structlog logger for events; the application's without it
+    :param logger: for events, such as one of structlog; the application's without it. What it raises is counted
     :param workers: where blocking work runs; threads without it
     :param device: streams and events; the device of the weights without it
     :raises EplbError: if these do not fit together; see :mod:`async_eplb.errors` for each way
@@ -77,7 +77,7 @@ class ExpertUpdater(UpdaterViews):
             transport=transport,
             options=options or UpdateOptions(),
             on_commit=on_commit or (lambda _layer: None),
-            logger=(logger or default_logger()).bind(run_id=transport.run_id, **({"updater": name} if name else {})),
+            logger=guarded(logger, run_id=transport.run_id, updater=name),
             workers=workers or ThreadWorkers(),
             device=device,
         )

@@ -1,25 +1,28 @@
 """A logger with a level for each kind of event, and observers, such as metrics, that are called with every event."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.events.emit import Logger, default_logger
+from async_eplb.events.emit import LEVELS, LeveledLogger, Logger, require_logger
 from async_eplb.events.schema import EVENTS
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Called with every event as it is logged, including ``event`` and ``run_id``. Must be fast, and safe on any thread."""
 
-LEVELS = ("off", "debug", "info", "warning")
+_CHOICES = ("off", *LEVELS)
 
 
-class EventLogger:
-    """Forwards events to a structlog logger; pass it as ``logger`` wherever this package takes one.
+class EventLogger(LeveledLogger):
+    """Forwards events to a logger; pass it as ``logger`` wherever this package takes one.
+
+    One listener that raises does not keep an event from the others.
 
     :param logger: target of the events; without it, the application's logger
     :param levels: event name → level to log it at, ``"off"`` for not at all; the level of the schema if not named
     :param observers: called with every event, also with those that are off
-    :raises InvalidOptions: for an unknown event or level
+    :raises InvalidOptions: for an unknown event or level, or what is no logger
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class EventLogger:
         levels: Mapping[str, str] | None = None,
         observers: Iterable[Observer] = (),
     ) -> None:
-        self._logger = logger or default_logger()
+        self._logger = require_logger(logger)
         self._levels = dict(levels or {})
         self._observers = tuple(observers)
         self._bound: dict[str, Any] = {}
@@ -37,9 +40,9 @@ class EventLogger:
         for name, level in self._levels.items():
             if name not in known:
                 raise InvalidOptions(f"there is no event {name!r}; EVENTS.md lists all", option="levels")
-            if level not in LEVELS:
+            if level not in _CHOICES:
                 raise InvalidOptions(
-                    f"the level of {name} is {level!r}; it must be one of {', '.join(LEVELS)}", option="levels"
+                    f"the level of {name} is {level!r}; it must be one of {', '.join(_CHOICES)}", option="levels"
                 )
 
     def bind(self, **values: Any) -> "EventLogger":  # noqa: ANN401
@@ -48,21 +51,16 @@ class EventLogger:
         bound._bound = {**self._bound, **values}
         return bound
 
-    def debug(self, event: str, **values: Any) -> None:  # noqa: ANN401
-        """Log at level debug."""
-        self._log("debug", event, values)
-
-    def info(self, event: str, **values: Any) -> None:  # noqa: ANN401
-        """Log at level info."""
-        self._log("info", event, values)
-
-    def warning(self, event: str, **values: Any) -> None:  # noqa: ANN401
-        """Log at level warning."""
-        self._log("warning", event, values)
-
-    def _log(self, own_level: str, event: str, values: dict[str, Any]) -> None:
-        for observe in self._observers:
-            observe({"event": event, **self._bound, **values})
-        level = self._levels.get(event, own_level)
+    def _log(self, level: str, event: str, values: dict[str, Any]) -> None:
+        calls = [partial(observe, {"event": event, **self._bound, **values}) for observe in self._observers]
+        level = self._levels.get(event, level)
         if level != "off":
-            getattr(self._logger, level)(event, **values)
+            calls.append(partial(getattr(self._logger, level), event, **values))
+        errors = []
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - the caller's code
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup(f"not every listener took {event}", errors)

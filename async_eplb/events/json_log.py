@@ -1,14 +1,10 @@
 """Events as lines of JSON in a file, written by a separate thread: logging never waits for the disk."""
 
-import json
+import atexit
 import os
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import accumulate
-from threading import Lock
+from collections import Counter
+from collections.abc import Callable
+from logging import LogRecord
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -16,22 +12,25 @@ import structlog
 from structlog.typing import EventDict, Processor
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.events.emit import Logger, stamped
-from async_eplb.events.schema import LogDropped
+from async_eplb.events.emit import LEVELS, STANDARD, Logger
+from async_eplb.events.line_file import Entry, LineFile, Writer
 
 MAX_WAITING = 100_000
 """Limit of events that wait to be written; one has about 500 bytes."""
 
-_LEVELS = {"debug": 10, "info": 20, "warning": 30}
+_EXIT_S = 1.0
 
 
 def configure_json_logging(path: str | os.PathLike[str], *, level: str = "info") -> "JsonLog":
     """Make structlog log to a file of JSON lines, for applications that have no logging of their own.
 
-    Nothing else in this package configures anything. Lines are appended. When the disk is full or too slow, events are
-    dropped and counted: :attr:`JsonLog.num_dropped`, and an ``eplb.log.dropped`` line as soon as writing works again.
-    Every line is written by the end of the process. Closing the log, or leaving it as a context manager, writes them
-    before and restores the former configuration of structlog.
+    Nothing else in this package configures anything. Lines are appended; folders are made, and a file that was renamed
+    or removed is opened anew. When the disk is full or too slow, events are dropped and counted:
+    :attr:`JsonLog.num_dropped`, and an ``eplb.log.dropped`` line as soon as writing works again. Every line is written
+    by the end of the process, if the disk answers within a second. Closing the log, or leaving it as a context manager,
+    writes them before and restores the former configuration of structlog.
+
+    In a child made by ``os.fork`` there is no thread: what it logs is written at once, to the same file.
 
     :param level: ``"debug"``, ``"info"`` or ``"warning"``
     :raises InvalidOptions: if the file cannot be opened, or the level is none of these
@@ -58,26 +57,30 @@ class JsonLog:
         max_waiting: int = MAX_WAITING,
         write: Callable[[int, bytes], int] = os.write,
     ) -> None:
-        if level not in _LEVELS:
-            raise InvalidOptions(f"level is {level!r}; it must be one of {', '.join(_LEVELS)}", option="level")
-        self.num_dropped = 0
-        """Events dropped so far."""
-        self._level = _LEVELS[level]
-        self._max_waiting = max_waiting
-        self._waiting: deque[EventDict] = deque()
-        self._lock = Lock()
-        self._draining = False
-        self._dropped: LogDropped | None = None
-        self._run_id = ""
+        if level not in LEVELS:
+            raise InvalidOptions(f"level is {level!r}; it must be one of {', '.join(LEVELS)}", option="level")
+        self._level = LEVELS[level]
+        self._entry = Entry(max_waiting)
+        try:
+            self._file = LineFile(path, self._entry, write)
+        except (OSError, TypeError, ValueError) as error:
+            raise InvalidOptions(f"{path!r} cannot be written: {error}", option="path") from error
+        self._writer = Writer(self._entry, self._file)
+        self._writer.start()
+        self._pid = os.getpid()
         self._previous: dict[str, Any] | None = None
         self._was_configured = False
-        self._closed = False
-        try:
-            self._lines = _LineFile(path, write)
-        except OSError as error:
-            raise InvalidOptions(f"{path} cannot be written: {error.strerror}", option="path") from error
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="eplb-log")
-        self._writer.submit(lambda: None)  # starts the thread now, not while the model serves
+        atexit.register(self.close, _EXIT_S)
+
+    @property
+    def num_dropped(self) -> int:
+        """Events dropped so far."""
+        return self.num_dropped_by_reason.total()
+
+    @property
+    def num_dropped_by_reason(self) -> Counter[str]:
+        """Events dropped so far, by reason; it is empty for those that found ``max_waiting`` others waiting."""
+        return self._entry.num_lost
 
     def logger(self) -> Logger:
         """Return a logger that writes to this file only; structlog stays as it is configured."""
@@ -96,16 +99,26 @@ class JsonLog:
             cache_logger_on_first_use=False,
         )
 
-    def close(self) -> None:
-        """Write all waiting events, close the file, and restore the former configuration of structlog."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write all waiting events, close the file, and restore the former configuration of structlog.
+
+        If events were dropped, standard logging is warned, with their number and the reasons.
+
+        :param timeout_s: how long to wait for the disk, in seconds; without it, until it answers
+        """
         if self._previous is not None:
             structlog.configure(**self._previous) if self._was_configured else structlog.reset_defaults()
             self._previous = None
-        if not self._closed:
-            self._closed = True
-            self._writer.submit(self._report_dropped)
-            self._writer.shutdown()
-            self._lines.close()
+        if not self._entry.close_once():
+            return
+        atexit.unregister(self.close)
+        if self._is_forked() or self._writer.finish(timeout_s):
+            self._file.finish()
+        else:
+            self._entry.num_lost["the disk did not answer"] += self._entry.waiting.qsize()
+        if self.num_dropped:
+            reasons = dict(self.num_dropped_by_reason)
+            STANDARD.warning("%s: %d events were dropped: %s", self._file.baseFilename, self.num_dropped, reasons)
 
     def __enter__(self) -> Self:
         return self
@@ -121,93 +134,18 @@ class JsonLog:
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
             structlog.processors.TimeStamper(fmt="iso"),
-            self._queue,
+            self._hand_over,
         ]
 
-    def _queue(self, _logger: object, _method: str, event: EventDict) -> NoReturn:
+    def _hand_over(self, _logger: object, method: str, event: EventDict) -> NoReturn:
         """Queue the event for the writer; the last processor of a chain."""
-        with self._lock:
-            if len(self._waiting) < self._max_waiting:
-                self._waiting.append(event)
-            else:
-                self._count_dropped([event], "")
-            start, self._draining = not self._draining, True
-        if start:
-            try:
-                self._writer.submit(self._drain)
-            except RuntimeError:  # closed, or the interpreter is about to end
-                with self._lock:
-                    self._count_dropped(list(self._waiting), "the log is closed")
-                    self._waiting.clear()
-                    self._draining = False
+        record = LogRecord(STANDARD.name, LEVELS.get(method, 0), "", 0, event, None, None)
+        if self._is_forked() and not self._entry.closed:
+            with self._entry.locked():
+                self._file.handle(record)
+        else:
+            self._entry.handle(record)
         raise structlog.DropEvent
 
-    def _drain(self) -> None:
-        """Write until no event waits; runs in the writer's thread."""
-        while True:
-            with self._lock:
-                events, self._waiting = list(self._waiting), deque()
-                if not events:
-                    self._draining = False
-                    return
-            self._report_dropped()
-            num_written = self._lines.write([_line(event) for event in events])
-            with self._lock:
-                self._count_dropped(events[num_written:], str(self._lines.error))
-
-    def _report_dropped(self) -> None:
-        """Write the number of events that were dropped since writing last succeeded."""
-        with self._lock:
-            dropped, run_id = self._dropped, self._run_id
-        if dropped is None:
-            return
-        if self._lines.write([_line({"event": dropped.name, "run_id": run_id, **stamped(dropped)})]):
-            with self._lock:
-                num_since = self._dropped.num_events - dropped.num_events if self._dropped else 0
-                self._dropped = replace(self._dropped or dropped, num_events=num_since) if num_since else None
-
-    def _count_dropped(self, events: list[EventDict], error: str) -> None:
-        """Add to the number that is written when writing succeeds again. The caller holds the lock."""
-        if not events:
-            return
-        self.num_dropped += len(events)
-        if self._dropped is None:
-            facts = {name: int(events[0].get(name, 0)) for name in ("generation", "rank", "step")}
-            self._dropped = LogDropped(num_events=len(events), error=error, **facts)
-            self._run_id = str(events[0].get("run_id", ""))
-        else:
-            number = self._dropped.num_events + len(events)
-            self._dropped = replace(self._dropped, num_events=number, error=error or self._dropped.error)
-
-
-class _LineFile:
-    """Appends whole lines to a file."""
-
-    def __init__(self, path: str | os.PathLike[str], write: Callable[[int, bytes], int]) -> None:
-        self.error: OSError | None = None
-        """Last error of writing."""
-        self._write = write
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._torn = False
-
-    def write(self, lines: list[bytes]) -> int:
-        """Write lines and return the number that is wholly in the file: fewer than given if writing failed."""
-        data = (b"\n" if self._torn else b"") + b"".join(lines)
-        start = len(data) - sum(map(len, lines))
-        done = 0
-        try:
-            while done < len(data):
-                done += self._write(self._file, data[done:])
-        except OSError as error:
-            self.error = error
-        ends = list(accumulate(map(len, lines), initial=start))
-        num_written = max(bisect_right(ends, done) - 1, 0)
-        self._torn = done not in ends if done else self._torn
-        return num_written
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-def _line(event: Mapping[str, Any]) -> bytes:
-    return json.dumps(event, default=repr).encode() + b"\n"
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._pid

@@ -7,6 +7,7 @@ from enum import Enum
 import numpy as np
 
 from async_eplb.errors import InvalidOptions
+from async_eplb.events.plain import shown
 from async_eplb.events.schema import RebalanceEvaluated
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
@@ -100,7 +101,7 @@ class RebalanceDecision:
             generation=generation,
             rank=rank,
             step=step,
-            policy=repr(policy),
+            policy=shown(policy),
             pays=self.pays,
             reason=self.reason.value,
             num_layers=len(self.balancedness_before),

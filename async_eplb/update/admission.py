@@ -20,7 +20,7 @@ from async_eplb.errors import (
     SlotCountMismatch,
     UnplacedExpert,
 )
-from async_eplb.events.emit import Logger
+from async_eplb.events.emit import GuardedLogger
 from async_eplb.expert_map import ExpertMap
 from async_eplb.modes import outside_modes
 from async_eplb.options import UpdateOptions, canonical
@@ -115,7 +115,7 @@ def admit_rank(
     transport: Transport,
     options: UpdateOptions,
     on_commit: Callable[[int], None],
-    logger: Logger,
+    logger: GuardedLogger,
     workers: Workers,
     device: Device | None,
 ) -> Rank:

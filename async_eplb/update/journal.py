@@ -9,6 +9,7 @@ from async_eplb.agreement.ballot import Ballot
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import UpdateStalled
 from async_eplb.events.emit import emit
+from async_eplb.events.plain import shown
 from async_eplb.events.schema import (
     Event,
     LayerCommitted,
@@ -180,7 +181,7 @@ class Journal:
                     **self._now(),
                     duration_ms=duration_ms,
                     error=type(error).__name__,
-                    error_message=str(error),
+                    error_message=shown(error, str),
                     committed_layers=list(committed_rows),
                 )
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from async_eplb.commit.committer import Committer
 from async_eplb.device import Device
-from async_eplb.events.emit import Logger
+from async_eplb.events.emit import GuardedLogger
 from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions, canonical
 from async_eplb.topology import EPTopology
@@ -37,7 +37,7 @@ class Rank:
     committer: Committer
     device: Device
     workers: Workers
-    logger: Logger
+    logger: GuardedLogger
     options: UpdateOptions
     on_commit: Callable[[int], None]
 

@@ -127,11 +127,8 @@ class UpdateRun:
         return len(self.progress.landed) > index or self.finished.is_set()
 
     def log_end(self) -> None:
-        """Log how the update ended; what the caller's logger raises is raised to the caller."""
-        try:
-            self.journal.ended(self.error, self.progress.committed_rows, self.duration_ms)
-        except Exception as error:  # noqa: BLE001 - the caller's
-            self.failure.error = self.failure.error or error
+        """Log how the update ended."""
+        self.journal.ended(self.error, self.progress.committed_rows, self.duration_ms)
 
     def summary(self) -> UpdateSummary:
         """Return what the update did.
@@ -204,10 +201,7 @@ class UpdateRun:
                 self.progress.copy_failed = True  # peers commit the layer; here no step comes, and none may any more
             activities, ballots = self._watchdog.activities, self._shared.ballots
             self.failure.fail(error)
-            try:
-                self.journal.stalled(error, activities, self.pool, ballots)
-            except Exception as unlogged:  # noqa: BLE001 - whatever the caller's logger raises, other stages are watched
-                error.add_note(f"the event could not be logged: {unlogged!r}")
+            self.journal.stalled(error, activities, self.pool, ballots)
 
     def _steps(self) -> object:
         """Return how far the ranks have come; None where nothing waits for steps, or no round tells of them."""

@@ -165,6 +165,7 @@ class Session:
             num_fence_waits=stepper.num_waits,
             fence_wait_ms=stepper.wait_ms,
             longest_step_ms=stepper.longest_ms,
+            num_events_lost=self._rank.logger.num_lost,
         )
 
     def start_update(self, request: Request) -> UpdateRun:
@@ -249,9 +250,11 @@ class Session:
             self.state.failed_run = run
         elif self._shared.outlook.void or (opens_transport and run.error is not None):
             self.connection.replace()
-        run.log_end()
-        run.finished.set()
-        self._shared.news.notify()
+        try:
+            run.log_end()
+        finally:
+            run.finished.set()
+            self._shared.news.notify()
 
     async def _hold_rounds(self, control: ControlGroup) -> None:
         try:

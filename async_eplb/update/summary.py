@@ -73,6 +73,7 @@ class UpdaterStatistics:
     :param num_fence_waits: steps that had to wait for a round
     :param fence_wait_ms: how long they waited together
     :param longest_step_ms: longest time inside ``step()`` so far, waits included
+    :param num_events_lost: events that the logger, or one of its observers, raised at
     """
 
     generation: int
@@ -86,6 +87,7 @@ class UpdaterStatistics:
     num_fence_waits: int
     fence_wait_ms: float
     longest_step_ms: float
+    num_events_lost: int
 
 
 @dataclass(slots=True)
