@@ -6,6 +6,7 @@ Every event of this package goes through a :class:`GuardedLogger`: whatever logg
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from operator import attrgetter
 from threading import RLock
@@ -44,6 +45,9 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 STANDARD = logging.getLogger("async_eplb")
 """The package's logger in standard logging: quiet unless the application gives it, or the root logger, a handler."""
 STANDARD.addHandler(logging.NullHandler())
+
+FAULTS = (Exception, structlog.DropEvent)
+"""What loggers and observers raise that did not take an event; anything else, such as a cancellation, is no fault."""
 
 _FIELDS = {event: (field_names(event), attrgetter(*field_names(event))) for event in EVENTS}
 _OF_RECORDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
@@ -91,7 +95,7 @@ class LeveledLogger:
 class GuardedLogger(LeveledLogger):
     """Forwards events to a logger, and goes on whatever it raises.
 
-    Lost events are counted; the first is told to standard logging, with what was raised. What is no ``Exception``,
+    Lost events are counted; the first is told to standard logging, with what was raised. What is no fault,
     such as a cancellation, passes.
     """
 
@@ -108,7 +112,7 @@ class GuardedLogger(LeveledLogger):
     def _log(self, level: str, event: str, values: dict[str, Any]) -> None:
         try:
             getattr(self._logger, level)(event, **values)
-        except Exception:  # noqa: BLE001 - the caller's code
+        except FAULTS:
             with self._lock:
                 self.num_lost += 1
                 first = self.num_lost == 1
@@ -124,13 +128,13 @@ class StandardLogger(LeveledLogger):
     :param bound: fields of each event
     """
 
-    def __init__(self, logger: logging.Logger, **bound: Any) -> None:  # noqa: ANN401
+    def __init__(self, logger: logging.Logger, bound: Mapping[str, Any] | None = None) -> None:
         self._logger = logger
-        self._bound = bound
+        self._bound = dict(bound or {})
 
     def bind(self, **values: Any) -> "StandardLogger":  # noqa: ANN401
         """Return a logger that adds ``values`` to each event."""
-        return StandardLogger(self._logger, **{**self._bound, **values})
+        return StandardLogger(self._logger, {**self._bound, **values})
 
     def _log(self, level: str, event: str, values: dict[str, Any]) -> None:
         if not self._logger.isEnabledFor(LEVELS[level]):
@@ -138,19 +142,19 @@ class StandardLogger(LeveledLogger):
         fields = {**self._bound, **values}
         told = " ".join(f"{key}={shown(value)}" for key, value in fields.items() if key not in _NOT_IN_MESSAGES)
         extra = {f"{key}_" if key in _OF_RECORDS else key: value for key, value in fields.items()}
-        self._logger.log(LEVELS[level], "%s %s", event, told, extra={"event": event, **extra})
+        self._logger.log(LEVELS[level], "%s %s", event, told, extra={**extra, "event": event})
 
 
 class _ApplicationsLogger(LeveledLogger):
     """Logs to structlog if the application has configured it by the time of an event, else to standard logging."""
 
-    def __init__(self, **bound: Any) -> None:  # noqa: ANN401
+    def __init__(self, bound: Mapping[str, Any]) -> None:
         self._bound = bound
         self._structlog: Logger = structlog.get_logger(STANDARD.name, **bound)
-        self._standard = StandardLogger(STANDARD, **bound)
+        self._standard = StandardLogger(STANDARD, bound)
 
     def bind(self, **values: Any) -> "_ApplicationsLogger":  # noqa: ANN401
-        return _ApplicationsLogger(**{**self._bound, **values})
+        return _ApplicationsLogger({**self._bound, **values})
 
     def _log(self, level: str, event: str, values: dict[str, Any]) -> None:
         getattr(self._structlog if structlog.is_configured() else self._standard, level)(event, **values)
@@ -158,7 +162,7 @@ class _ApplicationsLogger(LeveledLogger):
 
 def default_logger() -> Logger:
     """Return the logger for callers that pass none: the application's structlog, or its standard logging."""
-    return _ApplicationsLogger()
+    return _ApplicationsLogger({})
 
 
 def require_logger(logger: Logger | None) -> Logger:

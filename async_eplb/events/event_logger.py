@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from async_eplb.errors import InvalidOptions
-from async_eplb.events.emit import LEVELS, LeveledLogger, Logger, require_logger
+from async_eplb.events.emit import FAULTS, LEVELS, LeveledLogger, Logger, require_logger
 from async_eplb.events.schema import EVENTS
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -17,7 +17,7 @@ _CHOICES = ("off", *LEVELS)
 class EventLogger(LeveledLogger):
     """Forwards events to a logger; pass it as ``logger`` wherever this package takes one.
 
-    One listener that raises does not keep an event from the others.
+    A listener that raises keeps no event from the others; then what the first one raised goes on.
 
     :param logger: target of the events; without it, the application's logger
     :param levels: event name → level to log it at, ``"off"`` for not at all; the level of the schema if not named
@@ -56,11 +56,11 @@ class EventLogger(LeveledLogger):
         level = self._levels.get(event, level)
         if level != "off":
             calls.append(partial(getattr(self._logger, level), event, **values))
-        errors = []
+        faults = []
         for call in calls:
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - the caller's code
-                errors.append(error)
-        if errors:
-            raise ExceptionGroup(f"not every listener took {event}", errors)
+            except FAULTS as fault:
+                faults.append(fault)
+        if faults:
+            raise faults[0]
