@@ -4,7 +4,6 @@ import atexit
 import os
 from collections import Counter
 from collections.abc import Callable
-from logging import LogRecord
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -13,7 +12,7 @@ from structlog.typing import EventDict, Processor
 
 from async_eplb.errors import InvalidOptions
 from async_eplb.events.emit import LEVELS, STANDARD, Logger
-from async_eplb.events.line_file import Entry, LineFile, Writer
+from async_eplb.events.line_file import Entry, EventRecord, LineFile, Writer
 
 MAX_WAITING = 100_000
 """Limit of events that wait to be written; one has about 500 bytes."""
@@ -137,9 +136,9 @@ class JsonLog:
             self._hand_over,
         ]
 
-    def _hand_over(self, _logger: object, method: str, event: EventDict) -> NoReturn:
+    def _hand_over(self, _logger: object, _method: str, event: EventDict) -> NoReturn:
         """Queue the event for the writer; the last processor of a chain."""
-        record = LogRecord(STANDARD.name, LEVELS.get(method, 0), "", 0, event, None, None)
+        record = EventRecord(event)
         if self._is_forked() and not self._entry.closed:
             with self._entry.locked():
                 self._file.handle(record)

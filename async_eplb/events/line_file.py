@@ -1,8 +1,8 @@
-"""A file of JSON lines behind a bounded queue, of standard logging's handlers: records whose message is an event."""
+"""A file of JSON lines behind a bounded queue, made of standard logging's handlers."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from logging import LogRecord
@@ -15,6 +15,13 @@ from typing import Any
 from async_eplb.events.emit import stamped
 from async_eplb.events.plain import json_line, shown
 from async_eplb.events.schema import LogDropped
+
+
+class EventRecord(LogRecord):
+    """A record with an event for its message, and nothing else: the rest would take longer to make than the event."""
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        self.msg = event
 
 
 class Entry(QueueHandler):
@@ -32,7 +39,7 @@ class Entry(QueueHandler):
         self.num_lost: Counter[str] = Counter()
         """Events that are in no line, by reason; it is empty for those that found the queue full."""
         self._max_waiting = max_waiting
-        self._untold: tuple[dict[str, Any], int, str] | None = None
+        self._untold: tuple[Mapping[str, Any], int, str] | None = None
         """Losses that no line tells of: the first event, their number, and the last reason."""
 
     def prepare(self, record: LogRecord) -> LogRecord:
@@ -163,6 +170,6 @@ class Writer(QueueListener):
         return written.is_set()
 
 
-def _event_of(record: LogRecord) -> dict[str, Any]:
-    event: dict[str, Any] = vars(record)["msg"]
+def _event_of(record: LogRecord) -> Mapping[str, Any]:
+    event: Mapping[str, Any] = vars(record)["msg"]
     return event

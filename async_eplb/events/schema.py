@@ -5,6 +5,7 @@ annotation is its description in EVENTS.md, which is generated from these classe
 """
 
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Annotated, ClassVar
 
 SCHEMA_VERSION = 1
@@ -220,6 +221,15 @@ class RebalanceFinished(Event):
     num_layers: Annotated[int, "layers that were moved"]
     balancedness_before: Annotated[float, "mean over the maximum of ranks' loads, mean of all layers"]
     balancedness_after: Annotated[float, "the same under the placement that is now in use"]
+
+
+class Reason(Enum):
+    """Why a rebalance was chosen or not."""
+
+    PAYS = "pays"
+    BALANCED = "balanced"
+    NO_GAIN = "no_gain"
+    DOES_NOT_PAY = "does_not_pay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Policies: from a load to a placement, as pure functions; what they balance, and whether a rebalance pays."""
 
+from async_eplb.events.schema import Reason
 from async_eplb.policy.base import PlacementPolicy
 from async_eplb.policy.check import require_policy_output
-from async_eplb.policy.choose import Reason, RebalanceDecision, RebalanceTerms, choose
+from async_eplb.policy.choose import RebalanceDecision, RebalanceTerms, choose
 from async_eplb.policy.global_replan import Global
 from async_eplb.policy.hierarchical import Hierarchical
 from async_eplb.policy.incremental import Incremental

@@ -2,28 +2,18 @@
 
 import math
 from dataclasses import dataclass, fields
-from enum import Enum
 
 import numpy as np
 
 from async_eplb.errors import InvalidOptions
 from async_eplb.events.plain import shown
-from async_eplb.events.schema import RebalanceEvaluated
+from async_eplb.events.schema import Reason, RebalanceEvaluated
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy.check import require_complete, require_same_kind
 from async_eplb.policy.measure import balancedness, rank_costs, receives
 from async_eplb.policy.objective import Objective, tokens
 from async_eplb.topology import EPTopology
-
-
-class Reason(Enum):
-    """Why a rebalance was chosen or not."""
-
-    PAYS = "pays"
-    BALANCED = "balanced"
-    NO_GAIN = "no_gain"
-    DOES_NOT_PAY = "does_not_pay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,15 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support.logs import log_of_serving
 
-from async_eplb.errors import MissingExtra
+from async_eplb.errors import InvalidOptions, MissingExtra
 from async_eplb.events.metrics import Metrics
+from async_eplb.events.schema import Reason
 from async_eplb.events.tracing import Spans
+from async_eplb.update.outcome import OUTCOMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,14 +35,26 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [*events, {**started, "generation": 3}, {**failed, "generation": 3}]
 
 
-def samples(events: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Return name and label values → value of what Prometheus would scrape."""
+Samples = dict[tuple[str, tuple[str, ...]], float]
+
+
+def samples(events: list[dict[str, Any]], updater: str = "", **options: Any) -> Samples:
+    """Return name and label values → value of what Prometheus would scrape of one updater."""
     registry = CollectorRegistry()
-    observe = Metrics(registry)
+    observe = Metrics(registry, **options)
     for event in events:
         observe(event)
+    return scraped(registry, updater)
+
+
+def scraped(registry: CollectorRegistry, updater: str) -> Samples:
     families = text_string_to_metric_families(generate_latest(registry).decode())
-    return {(s.name, tuple(s.labels.values())): s.value for family in families for s in family.samples}
+    return {
+        (s.name, tuple(value for label, value in s.labels.items() if label != "updater")): s.value
+        for family in families
+        for s in family.samples
+        if s.labels["updater"] == updater and not s.name.endswith("_created")
+    }
 
 
 def total(events: list[dict[str, Any]], name: str, key: str) -> float:
@@ -65,7 +79,7 @@ def test_metrics_are_the_sums_of_the_log(events: list[dict[str, Any]]) -> None:
     commits = total(events, "eplb.layer.committed", "copy_ms") / 1e3
     assert seen["eplb_serving_stall_seconds_sum", ("commit",)] == pytest.approx(commits)
     fences = sum(event["event"] == "eplb.fence.waited" for event in events)
-    assert seen.get(("eplb_serving_stall_seconds_count", ("fence",)), 0) == fences
+    assert seen["eplb_serving_stall_seconds_count", ("fence",)] == fences
     assert seen["eplb_update_duration_seconds_count", ("finished",)] == 2
     assert seen["eplb_update_duration_seconds_sum", ("failed",)] == 0.005
     assert seen["eplb_update_faults_total", ("BrokenTransport",)] == 1
@@ -76,7 +90,43 @@ def test_metrics_are_the_sums_of_the_log(events: list[dict[str, Any]]) -> None:
 def test_an_exclusive_commit_stalls_nobody(events: list[dict[str, Any]]) -> None:
     """Its step is 0."""
     exclusive = [{**event, "step": 0} for event in events if event["event"] == "eplb.layer.committed"]
-    assert ("eplb_serving_stall_seconds_count", ("commit",)) not in samples(exclusive)
+    assert samples(exclusive)["eplb_serving_stall_seconds_count", ("commit",)] == 0
+
+
+def test_counters_that_are_known_begin_with_0(events: list[dict[str, Any]]) -> None:
+    """So that Prometheus sees the first fault as an increase; all causes of an update's end are known."""
+    before = samples([], updaters=["draft"], updater="draft")
+    assert set(before.values()) == {0.0}
+    causes = {outcome.cause for outcome in OUTCOMES if outcome.cause is not Exception}
+    known = causes | {kind for cause in causes for kind in cause.__subclasses__()}
+    assert {labels[0] for name, labels in before if name == "eplb_update_faults_total"} == {e.__name__ for e in known}
+    assert {labels[0] for name, labels in before if name == "eplb_rebalances_total"} == {r.value for r in Reason}
+    assert {name for name, _ in set(samples(events)) - set(before)} == {"eplb_balancedness_ratio"}
+
+
+def test_two_updaters_are_told_apart(events: list[dict[str, Any]]) -> None:
+    """By the name that is bound to their events; one that nobody has foretold begins with its first event."""
+    both = [*events, *({**event, "updater": "draft"} for event in events[: len(events) // 2])]
+    assert samples(both) == samples(events)
+    assert samples(both, updater="draft") == samples(events[: len(events) // 2])
+
+
+def test_metrics_made_twice_are_refused_with_a_hint() -> None:
+    """And the registry is as it was, whichever name is taken."""
+    registry = CollectorRegistry()
+    counted = Metrics(registry)
+    for _ in range(2):
+        with pytest.raises(InvalidOptions, match="share one Metrics"):
+            Metrics(registry)
+    failed = {"event": "eplb.update.failed", "duration_ms": 1.0, "error": "UpdateAborted"}
+    counted(failed)
+    assert scraped(registry, "")["eplb_update_faults_total", ("UpdateAborted",)] == 1
+    other = CollectorRegistry()
+    taken = Gauge("eplb_balancedness_ratio", "of the application", registry=other)
+    with pytest.raises(InvalidOptions):
+        Metrics(other)
+    other.unregister(taken)
+    Metrics(other)
 
 
 def test_updates_are_spans_and_stages_are_their_children(events: list[dict[str, Any]]) -> None:
@@ -121,8 +171,8 @@ def test_the_dashboard_asks_for_metrics_that_there_are(events: list[dict[str, An
     dashboard = json.loads((ROOT / "examples" / "grafana" / "dashboard.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     asked = set(re.findall(r"eplb_\w+", queries))
-    scraped = {name for name, _ in samples(events)}
-    assert asked <= scraped
-    families = {name.removesuffix("_bucket") for name in scraped if name.endswith("_bucket")}
-    families |= {name for name in scraped if name.endswith(("_total", "_ratio"))}
+    there = {name for name, _ in samples(events)}
+    assert asked <= there
+    families = {name.removesuffix("_bucket") for name in there if name.endswith("_bucket")}
+    families |= {name for name in there if name.endswith(("_total", "_ratio"))}
     assert {each for each in families if not any(name.startswith(each) for name in asked)} == set()
