@@ -120,6 +120,8 @@ class TableBuilder:
     def __init__(self, columns: Mapping[str, str], links: Mapping[str, tuple[str, str]]) -> None:
         self.num_malformed = 0
         """Rows that were left out because a value is not of its key's kind."""
+        self.num_repeated = 0
+        """Rows that were left out because an equal one is there."""
         self._columns = dict(columns)
         self._links = dict(links)
         self._rows: list[tuple[Any, ...]] = []
@@ -136,17 +138,20 @@ class TableBuilder:
         if len(self._rows) == _CHUNK:
             self._flush()
 
-    def table(self) -> Table:
-        """Return all rows. Of lists, only the lengths are columns."""
-        self._flush()
-        names = self._chunks[0] if self._chunks else _columns_of([], self._columns)
-        return {name: np.concatenate([chunk[name] for chunk in self._chunks] or [names[name]]) for name in names}
+    def tables(self) -> tuple[Table, dict[str, Table]]:
+        """Return all rows, each once, and the tables of links, which have a row for each peer of each of them.
 
-    def link_table(self, name: str) -> Table:
-        """Return one row for each peer of each event: :data:`LINK_COLUMNS`."""
-        chunks = self._link_chunks[name]
-        empty = [np.zeros(0, dtype=np.int64)]
-        return {column: np.concatenate([chunk[column] for chunk in chunks] or empty) for column in LINK_COLUMNS}
+        Of lists, only the lengths are columns. Columns of links are :data:`LINK_COLUMNS`.
+        """
+        self._flush()
+        table = _joined(self._chunks, _columns_of([], self._columns))
+        kept = _first_of_each(table)
+        self.num_repeated = int((~kept).sum())
+        links = {}
+        for name, (peers, _) in self._links.items():
+            links[name] = _joined(self._link_chunks[name], dict.fromkeys(LINK_COLUMNS, np.zeros(0, dtype=np.int64)))
+            links[name] = _rows_of(links[name], np.repeat(kept, table[f"num_{peers}"]))
+        return _rows_of(table, kept), links
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
@@ -168,6 +173,28 @@ class TableBuilder:
             for peers, nbytes in self._links.values()
             if columns
         )
+
+
+def _joined(chunks: Sequence[Table], empty: Table) -> Table:
+    return {name: np.concatenate([chunk[name] for chunk in chunks] or [empty[name]]) for name in empty}
+
+
+def _rows_of(table: Table, kept: NDArray[np.bool_]) -> Table:
+    return table if kept.all() else {name: column[kept] for name, column in table.items()}
+
+
+def _first_of_each(table: Table) -> NDArray[np.bool_]:
+    """Return which rows have no equal one before them: what a rank logs twice differs in its time at least."""
+    _, which, counts = np.unique(table["monotonic_s"], return_inverse=True, return_counts=True)
+    kept: NDArray[np.bool_] = counts[which] == 1
+    suspects = np.flatnonzero(~kept).tolist()
+    first: dict[tuple[Any, ...], int] = {}
+    for number, row in zip(
+        suspects, zip(*(column[suspects].tolist() for column in table.values()), strict=True), strict=True
+    ):
+        first.setdefault(row, number)
+    kept[list(first.values())] = True
+    return kept
 
 
 def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:

@@ -4,7 +4,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,10 @@ from async_eplb.events.schema import EVENTS, SCHEMA_VERSION, LayerTransferred
 from async_eplb.report.columns import COLUMNS, LINKS, Table, TableBuilder
 from async_eplb.report.files import find_logs, read_lines
 
-try:
+loads: Callable[[bytes], Any] = json.loads
+with suppress(ImportError):  # the extra "report" only makes this faster
     import orjson
-except ImportError:  # the extra "report" only makes this faster
-    loads: Callable[[bytes], Any] = json.loads
-else:
+
     loads = orjson.loads
 
 _KNOWN = frozenset(event.name for event in EVENTS)
@@ -57,7 +56,8 @@ class EventLog:
 def read_events(*logs: str) -> EventLog:
     """Read logs of any ranks and runs: files, folders, globs, gzip, ``-`` for standard input.
 
-    Lines that are no events of this package, or cannot be read, are left out and counted.
+    Lines that are no events of this package, cannot be read, or were read already (of the same log under another name,
+    or packed), are left out and counted.
 
     :raises UnreadableLog: if a log is not there, cannot be opened, or none holds an event
     """
@@ -109,7 +109,7 @@ class EventReader:
                     left_out[source, _CUT_OFF if is_cut else "of other programs"] += 1
                 continue
             try:
-                event = loads(line)
+                event = _parsed(line)
                 add = adders.get(event["event"])
                 version = event["schema_version"]
                 if add is None or version != SCHEMA_VERSION:
@@ -123,19 +123,20 @@ class EventReader:
 
     def log(self) -> EventLog:
         """Return the log of all lines so far."""
-        tables = {name: builder.table() for name, builder in self._builders.items()}
-        transfers = self._builders[LayerTransferred.name]
+        tables = {name: builder.tables() for name, builder in self._builders.items()}
         malformed = tuple(
             LeftOut(name, "a value that its key cannot have", builder.num_malformed)
             for name, builder in self._builders.items()
             if builder.num_malformed
         )
         left_out = tuple(LeftOut(*key, number) for key, number in sorted(self._left_out.items()))
+        num_repeated = sum(builder.num_repeated for builder in self._builders.values())
+        repeated = (LeftOut("all logs", "of events that were read already", num_repeated),) if num_repeated else ()
         return EventLog(
-            tables=tables,
-            links={name: transfers.link_table(name) for name in LINKS},
+            tables={name: table for name, (table, _) in tables.items()},
+            links=tables[LayerTransferred.name][1],
             run_ids=tuple(self._runs),
-            left_out=(*left_out, *malformed),
+            left_out=(*left_out, *malformed, *repeated),
         )
 
     def _refuse(self, source: str, event: Mapping[str, Any]) -> None:
@@ -149,9 +150,17 @@ class EventReader:
             self._left_out[source, "of other programs"] += 1
 
 
+def _parsed(line: bytes) -> Any:  # noqa: ANN401 - any JSON
+    """Return the value of a line of JSON; NaN, and what else orjson refuses, is read as the standard library does."""
+    try:
+        return loads(line)
+    except ValueError:
+        return json.loads(line)
+
+
 def _reason(line: bytes, error: Exception) -> str:
     if isinstance(error, KeyError):
         return "of other programs" if error.args[0] == "event" else f"without {error.args[0]}"
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | RecursionError):
         return "no JSON" if line.endswith(b"\n") else _CUT_OFF
     return "not an event"

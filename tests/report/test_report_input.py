@@ -3,15 +3,19 @@
 import gzip
 import io
 import json
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import orjson
 import pytest
 from support.logs import log_of_serving
 
 from async_eplb.cli import main
 from async_eplb.errors import UnreadableLog
-from async_eplb.report import Report, read_events, summarize
+from async_eplb.report import Report, read_events, reading, summarize
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,100 @@ def test_every_prefix_of_a_log_is_reported(log: Path, tmp_path: Path) -> None:
         report = report_of(path)
         assert all("cut off" in reason for reason in report.left_out)
         assert report.updates == () or report.updates[0].outcome in ("unfinished", "finished")
+
+
+def copied(log: Path, folder: Path) -> list[str]:
+    """A copy under another name."""
+    shutil.copytree(log, folder / "copy")
+    return [str(log), str(folder / "copy")]
+
+
+def linked(log: Path, folder: Path) -> list[str]:
+    """A link to the folder."""
+    (folder / "link").symlink_to(log)
+    return [str(folder / "link"), str(log)]
+
+
+def packed(log: Path, folder: Path) -> list[str]:
+    """Packed files beside the others, as a rotation may leave them."""
+    shutil.copytree(log, folder / "both")
+    for path in log.iterdir():
+        (folder / "both" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return [str(folder / "both")]
+
+
+def spelled(log: Path, _folder: Path) -> list[str]:
+    """The folder, and its files by other names."""
+    return [str(log), f"{log}/../{log.name}/rank-*.jsonl"]
+
+
+@pytest.mark.parametrize("twice", [copied, linked, packed, spelled])
+def test_the_same_log_twice_is_counted_once_and_told(
+    log: Path, lines: list[str], twice: Callable[[Path, Path], list[str]], tmp_path: Path
+) -> None:
+    """All figures are those of one."""
+    once = read_events(str(log))
+    both = read_events(*twice(log, tmp_path))
+    num_events = sum(len(table["rank"]) for table in once.tables.values())
+    assert [str(each) for each in both.left_out] == [
+        f"all logs: {num_events} lines left out: of events that were read already"
+    ]
+    assert num_events == len(lines)
+    assert replace(summarize(both), left_out=()) == summarize(once)
+    assert {name: len(table["peer"]) for name, table in both.links.items()} == {
+        name: len(table["peer"]) for name, table in once.links.items()
+    }
+
+
+def test_events_that_differ_in_one_value_are_two(lines: list[str], tmp_path: Path) -> None:
+    """Though they have the same time, as on ranks of one host."""
+    event = next(json.loads(line) for line in lines if '"eplb.layer.transferred"' in line)
+    others = [{**event, key: event[key] + 1} for key in ("rank", "layer", "step", "copied_nbytes")]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [event, *others, event]))
+    log = read_events(str(path))
+    assert len(log.tables["eplb.layer.transferred"]["rank"]) == 5
+    assert len(log.links["sent"]["peer"]) == 5 * len(event["sent_to_ranks"])
+    assert [each.num_lines for each in log.left_out] == [1]
+
+
+@pytest.mark.parametrize("with_orjson", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "is_read"),
+    [
+        ("bound", "NaN", True),
+        ("bound", "[-Infinity]", True),
+        ("bound", '"\\ud800"', True),
+        ("bound", "1" + "0" * 400, True),
+        ("bound", "1" + "0" * 5000, False),
+        ("bound", "[" * 100_000, False),
+        ("duration_ms", "NaN", False),
+        ("duration_ms", "1e999", False),
+        ("nbytes", "1" + "0" * 30, False),
+        ("num_layers", "Infinity", True),
+    ],
+)
+def test_lines_are_read_alike_with_and_without_orjson(
+    key: str,
+    value: str,
+    *,
+    is_read: bool,
+    with_orjson: bool,
+    lines: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Old logs hold numbers that are no JSON: only keys that the report needs must have good values."""
+    assert reading.loads is orjson.loads
+    if not with_orjson:
+        monkeypatch.setattr(reading, "loads", json.loads)
+    committed = next(json.loads(line) for line in lines if '"eplb.layer.committed"' in line)
+    path = tmp_path / "log.jsonl"
+    text = json.dumps({**committed, key: "VALUE"}).replace('"VALUE"', value)
+    path.write_text(f"{text}\n{json.dumps({**committed, 'rank': 1})}\n")
+    log = read_events(str(path))
+    assert len(log.tables["eplb.layer.committed"]["rank"]) == 1 + is_read
+    assert sum(each.num_lines for each in log.left_out) == 1 - is_read
 
 
 def test_two_runs_in_one_file_are_two_runs(log: Path, tmp_path: Path) -> None:
