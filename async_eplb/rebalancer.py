@@ -131,7 +131,7 @@ class Rebalancer:
         self._policy = policy
         self._group = group
         self._terms = terms
-        self._logger = guarded(logger, run_id=updater.run_id)
+        self._logger = guarded(logger, run_id=updater.run_id, updater=updater.name)
         self._workers = workers or ThreadWorkers()
         self._running = False
         self._done: dict[int, tuple[Event, list[Rebalance | Exception]]] = {}

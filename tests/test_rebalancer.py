@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import ANY
 
 import anyio
@@ -160,6 +160,19 @@ async def test_a_demand_rebalances_all_ranks(demanding: list[int], run_policy_in
         assert len({server.updater.placement for server in world}) == 1
         for server in world:
             server.rank.assert_consistent()
+
+
+async def test_a_rebalance_ends_well_whatever_its_logger_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The events that it did not take are in the statistics."""
+
+    def raise_error(*_arguments: object) -> NoReturn:
+        raise RuntimeError("deaf")
+
+    monkeypatch.setattr(LogCapture, "__call__", raise_error)
+    async with servers(every_steps=None) as world, rebalancing(world):
+        outcome = await world[1].rebalancer.rebalance_now()
+        assert outcome.decision.reason is Reason.PAYS
+        assert world[1].rebalancer.statistics().num_events_lost == 2
 
 
 async def test_an_engine_may_count_by_itself() -> None:

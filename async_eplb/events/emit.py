@@ -180,9 +180,11 @@ def require_logger(logger: Logger | None) -> Logger:
     return chosen
 
 
-def guarded(logger: Logger | None, **bound: object) -> GuardedLogger:
-    """Return a logger, the default one for None, with bound fields, that never raises.
+def guarded(logger: Logger | None, *, run_id: str, updater: str | None = None) -> GuardedLogger:
+    """Return a logger, the default one for None, for the events of one updater, that never raises.
 
+    :param updater: name of the updater, if it has one
     :raises InvalidOptions: as :func:`require_logger`
     """
-    return GuardedLogger(require_logger(logger).bind(**bound))
+    names = {"updater": updater} if updater else {}
+    return GuardedLogger(require_logger(logger).bind(run_id=run_id, **names))

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import anyio
@@ -92,10 +93,17 @@ def test_an_application_may_configure_structlog_at_any_time(
     assert len(caplog.records) == 1
 
 
+def test_events_have_the_name_of_an_updater_that_has_one(caplog: pytest.LogCaptureFixture) -> None:
+    """A target and a draft model in one process can be told apart."""
+    emit(guarded(None, run_id="some run", updater="draft"), FENCE)
+    emit(guarded(None, run_id="some run"), FENCE)
+    assert [getattr(record, "updater", "no name") for record in caplog.records] == ["draft", "no name"]
+
+
 @pytest.mark.parametrize("logger", [logging.getLogger("some"), object(), "logger", structlog.testing.CapturingLogger])
 def test_what_is_no_logger_is_refused(logger: Any) -> None:
     """When an updater is made, with a hint."""
-    for use in (guarded, EventLogger):
+    for use in (partial(guarded, run_id=""), EventLogger):
         with pytest.raises(InvalidOptions, match="StandardLogger"):
             use(logger)
 
@@ -123,7 +131,7 @@ ERRORS = [RuntimeError("deaf"), ExceptionGroup("deaf", [OSError()]), structlog.D
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_what_a_logger_raises_is_counted_and_told_once(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """The count is exact, from any number of threads."""
-    logger = guarded(Deaf(error))
+    logger = guarded(Deaf(error), run_id="")
 
     def emit_many() -> None:
         for _ in range(100):
@@ -146,11 +154,11 @@ def test_what_is_no_exception_passes(error: Any) -> None:
     """A cancellation, or Ctrl-C, is nobody's fault."""
     if callable(error):
         error = BaseExceptionGroup("cancelled", [KeyboardInterrupt()])
-    logger = guarded(Deaf(error))
+    logger = guarded(Deaf(error), run_id="")
     with pytest.raises(type(error)):
         emit(logger, FENCE)
     with pytest.raises(type(error)):
-        emit(guarded(EventLogger(observers=[Deaf(error)])), FENCE)
+        emit(guarded(EventLogger(observers=[Deaf(error)]), run_id=""), FENCE)
     assert logger.num_lost == 0
 
 
@@ -160,7 +168,7 @@ def test_one_listener_that_raises_keeps_nothing_from_the_others(error: Exception
     capture, seen = LogCapture(), list[Mapping[str, Any]]()
     deaf = Deaf(error)
     inner = structlog.wrap_logger(None, processors=[capture])
-    logger = guarded(EventLogger(inner, observers=[deaf, seen.append, deaf]))
+    logger = guarded(EventLogger(inner, observers=[deaf, seen.append, deaf]), run_id="")
     emit(logger, FENCE)
     assert (len(seen), len(capture.entries), deaf.num_asked, logger.num_lost) == (1, 1, 2, 1)
 
