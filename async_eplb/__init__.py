@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from async_eplb.errors import EplbError as EplbError
+    from async_eplb.events.emit import StandardLogger as StandardLogger
     from async_eplb.events.event_logger import EventLogger as EventLogger
     from async_eplb.events.json_log import configure_json_logging as configure_json_logging
     from async_eplb.events.metrics import Metrics as Metrics
@@ -57,6 +58,7 @@ __version__ = "0.2.0.dev0"
 
 _HOMES = {
     "errors": ("EplbError",),
+    "events.emit": ("StandardLogger",),
     "events.event_logger": ("EventLogger",),
     "events.json_log": ("configure_json_logging",),
     "events.metrics": ("Metrics",),

@@ -12,6 +12,10 @@ _INTRODUCTION = f"""\
 What `async_eplb` logs, schema version {SCHEMA_VERSION}; `python -m async_eplb events` prints this page. Keys are flat,
 and numbers carry their unit in the name. New events and keys leave the version as it is; it grows when a key changes
 its meaning or goes away.
+
+Events of an updater with a name have it as `updater`, and what an application binds to its logger comes along. Every
+line of a JSON log is valid JSON in ASCII, whatever was bound: NaN and infinities are null, integers beyond 64 bits are
+text, and so is what JSON has no form for, as Python shows it.
 """
 
 

@@ -260,7 +260,7 @@ class RebalanceEvaluated(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogDropped(Event):
-    """Lines of a JSON log were lost: the disk was full, or writing was slower than logging.
+    """Events are in no line of a JSON log: the disk was full, or writing was slower than logging.
 
     ``generation``, ``rank`` and ``step`` are those of the first event that was lost.
     """
@@ -269,7 +269,7 @@ class LogDropped(Event):
     level: ClassVar[str] = "warning"
 
     num_events: Annotated[int, "events lost since the last one that was written"]
-    error: Annotated[str, "why writing failed last; empty if it was only slow"]
+    error: Annotated[str, "why an event was lost last; empty if writing was only slow"]
 
 
 EVENTS: tuple[type[Event], ...] = (

@@ -165,7 +165,7 @@ class Session:
             num_fence_waits=stepper.num_waits,
             fence_wait_ms=stepper.wait_ms,
             longest_step_ms=stepper.longest_ms,
-            num_events_lost=self._rank.logger.num_lost,
+            num_events_lost=self.rank.logger.num_lost,
         )
 
     def start_update(self, request: Request) -> UpdateRun:
