@@ -204,6 +204,51 @@ def test_an_update_ends_well_whatever_its_loggers_raise(*, serving: bool) -> Non
     assert all(updater.statistics().num_updates_finished == 1 for updater in updaters)
 
 
+class Ends(BaseException):
+    """Is no fault of a listener."""
+
+
+def test_nobody_waits_for_an_update_whose_last_event_was_interrupted() -> None:
+    """What is no fault ends the updater's tasks; the update has ended before."""
+
+    def interrupt(event: Mapping[str, Any]) -> None:
+        if event["event"] == "eplb.update.finished":
+            raise Ends
+
+    summaries = []
+
+    async def run() -> None:
+        async with memory_world(OLD, TOPOLOGY, loggers=[EventLogger(observers=[interrupt])] * 2) as ranks:
+            summaries.extend(await on_all(ranks, lambda u: u.update(NEW)))
+
+    with pytest.raises(BaseExceptionGroup):
+        anyio.run(run)
+    assert [summary.layers for summary in summaries] == [(0, 1)] * 2
+
+
+def test_errors_that_cannot_be_shown_are_logged() -> None:
+    """As the hook of an application may raise them."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def hook(_layer: object) -> None:
+        raise Mute
+
+    events = list[Mapping[str, Any]]()
+
+    async def run() -> list[Any]:
+        loggers = [EventLogger(observers=[events.append])] * 2
+        async with memory_world(OLD, TOPOLOGY, loggers=loggers, on_commit=[hook, lambda _layer: None]) as ranks:
+            return await on_all(ranks, lambda u: u.update(NEW))
+
+    assert isinstance(anyio.run(run)[0], Mute)
+    assert {event["error_message"] for event in events if event.get("error") == "Mute"} == {
+        "<Mute that cannot be shown>"
+    }
+
+
 def test_an_update_that_fails_raises_its_own_error() -> None:
     """Not what the logger raises at the event of the failure."""
     deaf = Deaf(RuntimeError("deaf"))
