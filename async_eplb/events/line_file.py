@@ -73,9 +73,11 @@ class Entry(QueueHandler):
         if self._untold is None:
             return
         first, number, reason = self._untold
-        about = {key: first.get(key, 0) for key in ("generation", "rank", "step")}
+        facts = {key: first.get(key) for key in ("generation", "rank", "step")}
+        about = {key: value if isinstance(value, int) else 0 for key, value in facts.items()}
+        run_id = first.get("run_id") if isinstance(first.get("run_id"), str) else ""
         dropped = LogDropped(**about, num_events=number, error=reason)
-        append(json_line({"event": dropped.name, "run_id": first.get("run_id", ""), **stamped(dropped)}))
+        append(json_line({"event": dropped.name, "run_id": run_id, **stamped(dropped)}))
         with self.locked():
             first, number_now, reason = self._untold
             self._untold = (first, number_now - number, reason) if number_now > number else None

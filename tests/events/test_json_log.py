@@ -182,7 +182,7 @@ def test_a_value_that_cannot_be_shown_costs_no_line(error: Exception, tmp_path: 
 def test_nothing_that_a_value_raises_ends_the_writer(error: BaseException, tmp_path: Path) -> None:
     """The event is counted, a line tells of it, and the others are written."""
     with JsonLog(tmp_path / "log.jsonl") as log:
-        emit(log.logger().bind(odd=Ends(error)), event(0))
+        log.logger().info("eplb.some.event", generation=Ends(error), run_id=Ends(error))
         emit(log.logger(), event(1))
     dropped, second = lines(tmp_path / "log.jsonl")
     assert (dropped["event"], dropped["num_events"], second["step"]) == (DROPPED["event"], 1, 1)
