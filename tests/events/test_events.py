@@ -4,9 +4,10 @@ import json
 import logging
 import re
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import ANY
 
 import anyio
@@ -29,6 +30,9 @@ from async_eplb.load.value import ExpertLoad
 from async_eplb.policy import Hierarchical, RebalanceTerms, choose
 from async_eplb.testing.workers import ScheduledWorkers
 from async_eplb.transport import MemorySchedule
+from async_eplb.workers import Work
+
+T = TypeVar("T")
 
 TOPOLOGY = EPTopology(num_ranks=4, num_nodes=2, num_local_physical_experts=6)
 OLD_ROW = [0, 1, 2, 3, 4, 5] + [6] * 6 + [7] * 12
@@ -174,10 +178,10 @@ WAIT_AT_A_FENCE: dict[str, Any] = {
 STALL: dict[str, Any] = {
     **stamped("eplb.update.stalled", "warning"),
     "layer": 0,
-    "stage": "agree",
-    "doing": "waiting for a step",
+    "stage": "commit",
+    "doing": "copying",
     "duration_ms": 4000.0,
-    "stages": ["agree: layer number 0, waiting for a step"],
+    "stages": ["commit: layer number 0, copying"],
     "buffers": ["<StagingBuffer 0 staged: slots [0, 1, 2, 3]>", "<StagingBuffer 1 free: slots []>"],
     "rank_states": ["staged 1, launchable 0, finished 0, fence 0, step 0, OK"],
 }
@@ -301,19 +305,28 @@ def test_commits_that_are_launched_together_take_turns() -> None:
 
 
 def test_a_stall_is_logged_completely() -> None:
-    """Nobody steps, so the layer that all ranks have staged is never committed."""
+    """A commit takes twice as long as a stage may."""
     alone = EPTopology(num_ranks=1, num_nodes=1, num_local_physical_experts=4)
     old, new = (ExpertPlacement.from_mapping([row]) for row in ([0, 1, 2, 3], [3, 2, 1, 0]))
     options = UpdateOptions(transfer_timeout_s=1.0, control_timeout_s=2.0, progress_timeout_s=4.0)
     capture = LogCapture()
     logger = structlog.wrap_logger(None, processors=[capture])
 
-    async def serve() -> None:
-        async with memory_world(old, alone, schedule=SCHEDULE, options=options, loggers=[logger]) as ranks:
-            with pytest.raises(UpdateStalled):
-                await ranks[0].updater.begin(new).wait()
+    class HangingWorkers(ScheduledWorkers):
+        async def run(self, kind: str, function: Callable[[], T]) -> T:
+            if kind == Work.COMMIT:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(8.0)
+            return await super().run(kind, function)
 
-    trio.run(serve, clock=trio.testing.MockClock(autojump_threshold=0))
+    async def update() -> None:
+        async with memory_world(
+            old, alone, schedule=SCHEDULE, options=options, loggers=[logger], workers=HangingWorkers
+        ) as ranks:
+            with pytest.raises(UpdateStalled):
+                await ranks[0].updater.update(new)
+
+    trio.run(update, clock=trio.testing.MockClock(autojump_threshold=0))
     assert [dict(entry) for entry in capture.entries if entry["event"] == "eplb.update.stalled"] == [STALL]
 
 
