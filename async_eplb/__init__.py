@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from async_eplb.events.schema import LayerCommitted as LayerCommitted
     from async_eplb.events.tracing import Spans as Spans
     from async_eplb.expert_map import ExpertMap as ExpertMap
+    from async_eplb.expert_map import LayerCommit as LayerCommit
     from async_eplb.load.group import GlooLoadGroup as GlooLoadGroup
     from async_eplb.load.source import LoadSnapshot as LoadSnapshot
     from async_eplb.load.source import LoadSource as LoadSource
     from async_eplb.load.value import ExpertLoad as ExpertLoad
     from async_eplb.load.window import LoadWindow as LoadWindow
+    from async_eplb.map_tables import MapTables as MapTables
     from async_eplb.options import UpdateOptions as UpdateOptions
     from async_eplb.placement import ExpertPlacement as ExpertPlacement
     from async_eplb.plan import LayerPlan as LayerPlan
@@ -64,11 +66,12 @@ _HOMES = {
     "events.metrics": ("Metrics",),
     "events.schema": ("LayerCommitted",),
     "events.tracing": ("Spans",),
-    "expert_map": ("ExpertMap",),
+    "expert_map": ("ExpertMap", "LayerCommit"),
     "load.group": ("GlooLoadGroup",),
     "load.source": ("LoadSnapshot", "LoadSource"),
     "load.value": ("ExpertLoad",),
     "load.window": ("LoadWindow",),
+    "map_tables": ("MapTables",),
     "options": ("UpdateOptions",),
     "placement": ("ExpertPlacement",),
     "plan": ("LayerPlan", "Planner", "SlotSource", "plan_layer", "plan_update", "relabel"),

@@ -1,5 +1,6 @@
 """Published routing tables, which the model's router reads at addresses that never change."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,55 +8,64 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from async_eplb.errors import TooManyReplicas
+from async_eplb.errors import InvalidTable, MissingTable, TooManyReplicas
+from async_eplb.map_tables import WIDE, MapTables, published_part, require_tables
 from async_eplb.modes import outside_modes
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
+_ALIGNMENT = 8
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMaps:
-    """The maps of one layer, int64: on the host, ready to be published (pinned for a GPU), or views of published ones.
+    """The maps of one layer, on the host: int64 tensors, named as the tables that they are rows of.
 
-    :param physical_to_logical: ``[physical]``
-    :param logical_to_all_physical: ``[logical, max_replicas]``
+    :param physical_to_logical_map: ``[physical]``
+    :param logical_to_all_physical_map: ``[logical, max_replicas]``
     :param logical_replica_count: ``[logical]``
-    :param logical_to_dispatch_physical: ``[logical]``
+    :param logical_to_dispatch_physical_map: ``[logical]``; None if there is no such table
     """
 
-    physical_to_logical: Tensor
-    logical_to_all_physical: Tensor
+    physical_to_logical_map: Tensor
+    logical_to_all_physical_map: Tensor
     logical_replica_count: Tensor
-    logical_to_dispatch_physical: Tensor
+    logical_to_dispatch_physical_map: Tensor | None
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All four maps, in the order of the fields."""
-        return (
-            self.physical_to_logical,
-            self.logical_to_all_physical,
-            self.logical_replica_count,
-            self.logical_to_dispatch_physical,
-        )
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCommit:
+    """A layer whose commit has just been enqueued, as ``on_commit`` gets it.
+
+    :param layer: row of the placement
+    :param step: boundary that it was committed at; 0 in the exclusive mode and in a recovery
+    :param maps: its new rows, on the host; they are the callee's to keep
+    """
+
+    layer: int
+    step: int
+    maps: LayerMaps
 
 
 class ExpertMap:
     """Routing tables of all layers, on the device of the weights. Rows are replaced in place, in stream order.
 
-    The constructor allocates all tables and publishes the placement, on the current stream of the device, so that
-    their addresses are final when the model captures CUDA graphs.
+    The constructor allocates all tables, or takes an engine's own, and publishes the placement, on the current stream
+    of the device, so that their addresses are final when the model captures CUDA graphs.
 
-    - ``physical_to_logical_map`` int64 ``[layers, physical]``
-    - ``logical_to_all_physical_map`` int64 ``[layers, logical, max_replicas]``, ascending, padded with -1
-    - ``logical_replica_count`` int64 ``[layers, logical]``
-    - ``logical_to_dispatch_physical_map`` int64 ``[layers, logical]``: where this rank sends an expert's tokens
+    - ``physical_to_logical_map`` ``[layers, physical]``
+    - ``logical_to_all_physical_map`` ``[layers, logical, max_replicas]``, ascending, padded with -1
+    - ``logical_replica_count`` ``[layers, logical]``
+    - ``logical_to_dispatch_physical_map`` ``[layers, logical]``: where this rank sends an expert's tokens
       if it does not choose among the replicas itself
     - ``layer_generation`` int64 ``[layers]``: how often the layer has been replaced
 
-    :param max_replicas: fixed width of ``logical_to_all_physical_map``; without it, what the slots can hold at
-        most when every expert has a replica
+    :param max_replicas: how many replicas of an expert ``logical_to_all_physical_map`` has room for; without it, what
+        the slots can hold at most when every expert has a replica, or what fits the engine's table
     :param seed: of the random choices in the dispatch map; equal on all ranks, or ranks spread tokens unevenly
+    :param tables: an engine's tensors to publish into, and no others; without it, all tables are made, as int64
     :raises TooManyReplicas: if an expert of the placement has more than ``max_replicas``
+    :raises InvalidTable: if a tensor cannot be published into; none has been written then
     """
 
     @outside_modes()
@@ -68,27 +78,56 @@ class ExpertMap:
         device: torch.device | str = "cpu",
         max_replicas: int | None = None,
         seed: int = 0,
+        tables: MapTables | None = None,
     ) -> None:
-        logical = placement.num_logical_experts
-        layers = placement.num_layers
+        logical, layers = placement.num_logical_experts, placement.num_layers
         self._topology = topology
         self._rank = rank
         self._seed = seed
-        self.max_replicas = max_replicas or max(1, placement.num_physical_experts - logical + 1)
-
-        def table(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
+        with torch.inference_mode(mode=False):
+            self.layer_generation = torch.zeros(layers, dtype=torch.int64, device=device)
+        fitting = max(1, placement.num_physical_experts - logical + 1)
+        shapes = {
+            "physical_to_logical_map": (layers, placement.num_physical_experts),
+            WIDE: (layers, logical, max_replicas or (fitting if tables is None else 1)),
+            "logical_replica_count": (layers, logical),
+            "logical_to_dispatch_physical_map": (layers, logical),
+        }
         # Rule 7: these are all the tables there will ever be; rows are replaced in place.
-        self.physical_to_logical_map = table(layers, placement.num_physical_experts)
-        self.logical_to_all_physical_map = table(layers, logical, self.max_replicas)
-        self.logical_replica_count = table(layers, logical)
-        self.logical_to_dispatch_physical_map = table(layers, logical)
-        self.layer_generation = table(layers)
+        if not isinstance(tables, MapTables | None):
+            raise InvalidTable(f"tables is of type {type(tables).__name__}; give MapTables", table="")
+        self._tables = _made(shapes, self.layer_generation.device) if tables is None else tables.given()
+        require_tables(self._tables, shapes, self.layer_generation.device)
+        room = self._tables[WIDE].shape[-1] if WIDE in self._tables else fitting
+        self.max_replicas = max_replicas or min(room, fitting)
+        shapes[WIDE] = (layers, logical, self.max_replicas)
         self.require_room(placement)
+        self._parts = {name: published_part(table, shapes[name]) for name, table in self._tables.items()}
+        if WIDE in self._tables:
+            published_part(self._tables[WIDE], (layers, logical, room)).fill_(EMPTY_SLOT)  # also where it is wider
         for layer in range(layers):
-            self.publish(layer, self.layer_maps(placement, layer))
+            self.publish(layer, self.staged(self.layer_maps(placement, layer)))
         self.layer_generation.zero_()
+
+    @property
+    def physical_to_logical_map(self) -> Tensor:
+        """The logical expert of each physical one: ``[layers, physical]``."""
+        return self._table("physical_to_logical_map")
+
+    @property
+    def logical_to_all_physical_map(self) -> Tensor:
+        """All replicas of each expert, ascending, padded with -1: ``[layers, logical, max_replicas or more]``."""
+        return self._table(WIDE)
+
+    @property
+    def logical_replica_count(self) -> Tensor:
+        """How many replicas each expert has: ``[layers, logical]``."""
+        return self._table("logical_replica_count")
+
+    @property
+    def logical_to_dispatch_physical_map(self) -> Tensor:
+        """The replica that this rank sends an expert's tokens to: ``[layers, logical]``."""
+        return self._table("logical_to_dispatch_physical_map")
 
     def require_room(self, placement: ExpertPlacement) -> None:
         """Check that no expert of a placement has more than ``max_replicas`` replicas.
@@ -100,7 +139,7 @@ class ExpertMap:
             layer, expert = (int(i) for i in np.argwhere(counts > self.max_replicas)[0])
             raise TooManyReplicas(
                 f"layer {layer}: logical expert {expert} has {counts[layer, expert]} replicas, but the published map "
-                f"has room for {self.max_replicas}; raise UpdateOptions.max_replicas",
+                f"has room for {self.max_replicas}; raise UpdateOptions.max_replicas, or give a wider table",
                 layer=layer,
                 logical_expert=expert,
                 replicas=int(counts[layer, expert]),
@@ -108,35 +147,59 @@ class ExpertMap:
             )
 
     def layer_maps(self, placement: ExpertPlacement, layer: int) -> LayerMaps:
-        """Compute one layer's maps of a placement, on the host, for :meth:`publish`."""
+        """Compute one layer's maps of a placement, on the host."""
         row = placement.physical_to_logical_map[layer]  # [physical]
         replicas = logical_to_all_physical(row, placement.num_logical_experts, self.max_replicas)
         counts = (replicas != EMPTY_SLOT).sum(axis=1)  # [logical]
-        unpadded = replicas[:, : max(1, counts.max(initial=0))]  # [logical, most replicas in this layer]
-        dispatch = dispatch_map(unpadded, self._topology, self._rank, seed=self._seed + layer)  # [logical]
-        values = (row, replicas, counts, dispatch)
+        dispatch = None
+        if "logical_to_dispatch_physical_map" in self._tables:
+            unpadded = replicas[:, : max(1, counts.max(initial=0))]  # [logical, most replicas in this layer]
+            dispatch = _tensor(dispatch_map(unpadded, self._topology, self._rank, seed=self._seed + layer))
+        return LayerMaps(_tensor(row), _tensor(replicas), _tensor(counts), dispatch)
+
+    def rows(self, maps: LayerMaps) -> list[npt.NDArray[np.integer]]:
+        """Return a layer's new rows of all tables that there are, each in the dtype of its table."""
+        return [getattr(maps, name).to(part.dtype).numpy() for name, part in self._parts.items()]
+
+    def staged(self, maps: LayerMaps) -> list[Tensor]:
+        """Return what :meth:`rows` does as tensors to publish, for a GPU in pinned memory."""
+        rows = self.rows(maps)
+        starts = np.cumsum([0, *(-(-row.nbytes // _ALIGNMENT) * _ALIGNMENT for row in rows)]).tolist()
         # One block of memory, so that it is pinned once. It is not used again before the device has read it (rule 14):
         # torch's allocator of pinned memory sees to that.
-        together = torch.from_numpy(np.concatenate([each.ravel() for each in values], dtype=np.int64))
-        if self.physical_to_logical_map.is_cuda:
-            together = together.pin_memory()
-        parts = torch.split(together, [each.size for each in values])
-        return LayerMaps(*(part.view(each.shape) for part, each in zip(parts, values, strict=True)))
+        together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=self.layer_generation.is_cuda)
+        staged = []
+        for start, row, part in zip(starts, rows, self._parts.values(), strict=False):
+            staged.append(together[start : start + row.nbytes].view(part.dtype).view(row.shape))
+            staged[-1].copy_(torch.from_numpy(row))
+        return staged
 
-    def publish(self, layer: int, maps: LayerMaps) -> None:
-        """Replace one layer's rows in place and raise its generation, on the current stream."""
-        for published, new in zip(self.published(layer).tensors, maps.tensors, strict=True):
+    def publish(self, layer: int, staged: Sequence[Tensor]) -> None:
+        """Replace one layer's rows in place and raise its generation, on the current stream.
+
+        :param staged: what :meth:`staged` returned for the layer's new maps
+        """
+        for published, new in zip(self.published(layer), staged, strict=True):
             published.copy_(new, non_blocking=True)
         self.layer_generation[layer] += 1
 
-    def published(self, layer: int) -> LayerMaps:
-        """Return views of one layer's rows."""
-        return LayerMaps(
-            self.physical_to_logical_map[layer],
-            self.logical_to_all_physical_map[layer],
-            self.logical_replica_count[layer],
-            self.logical_to_dispatch_physical_map[layer],
-        )
+    def published(self, layer: int) -> list[Tensor]:
+        """Return one layer's rows, of all tables that there are, sharing their memory."""
+        return [part[layer] for part in self._parts.values()]
+
+    def _table(self, name: str) -> Tensor:
+        if name not in self._tables:
+            raise MissingTable(f"the map has no table {name}; name a tensor for it in MapTables", table=name)
+        return self._tables[name]
+
+
+def _made(shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+    with torch.inference_mode(mode=False):
+        return {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
+
+
+def _tensor(values: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def logical_to_all_physical(

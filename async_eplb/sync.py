@@ -9,7 +9,8 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from async_eplb.device import Device
 from async_eplb.events.emit import Logger
-from async_eplb.expert_map import ExpertMap
+from async_eplb.expert_map import ExpertMap, LayerCommit
+from async_eplb.map_tables import MapTables
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.state import Recovery
@@ -68,7 +69,8 @@ class SyncUpdater:
         name: str | None = None,
         transport: Transport,
         options: UpdateOptions | None = None,
-        on_commit: Callable[[int], None] | None = None,
+        on_commit: Callable[[LayerCommit], None] | None = None,
+        tables: MapTables | None = None,
         logger: Logger | None = None,
         workers: Workers | None = None,
         device: Device | None = None,
@@ -83,6 +85,7 @@ class SyncUpdater:
             transport=transport,
             options=options,
             on_commit=on_commit,
+            tables=tables,
             logger=logger,
             workers=workers,
             device=device,

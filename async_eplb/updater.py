@@ -13,6 +13,8 @@ from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import BusyUpdater, ClosedUpdater
 from async_eplb.events.emit import Logger, guarded
 from async_eplb.events.schema import LayerCommitted
+from async_eplb.expert_map import LayerCommit
+from async_eplb.map_tables import MapTables
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
 from async_eplb.recovery.reopen import reopen
@@ -45,8 +47,10 @@ class ExpertUpdater(UpdaterViews):
     :param name: tells it from other updaters of that group, such as those of a target and a draft model; equal on all
         ranks, which compare it when they open. One updater of a group may have none. Events have it as ``updater``
     :param transport: an unused transport of that group; the updater opens and closes it
-    :param on_commit: called with a layer right after its commit is enqueued, in the same thread and stream; for
-        state derived from weights, such as fused scales. It must not wait for the device
+    :param on_commit: called right after a layer's commit is enqueued, in the same thread and stream, with the layer
+        and its new maps on the host; for state derived from weights, such as fused scales, and an engine's own copies
+        of maps. It must not wait for the device
+    :param tables: an engine's tensors that maps are published into, and no others; without it, four are made
     :param logger: for events, such as one of structlog; the application's without it. What it raises is counted
     :param workers: where blocking work runs; threads without it
     :param device: streams and events; the device of the weights without it
@@ -63,7 +67,8 @@ class ExpertUpdater(UpdaterViews):
         name: str | None = None,
         transport: Transport,
         options: UpdateOptions | None = None,
-        on_commit: Callable[[int], None] | None = None,
+        on_commit: Callable[[LayerCommit], None] | None = None,
+        tables: MapTables | None = None,
         logger: Logger | None = None,
         workers: Workers | None = None,
         device: Device | None = None,
@@ -76,7 +81,8 @@ class ExpertUpdater(UpdaterViews):
             name=name,
             transport=transport,
             options=options or UpdateOptions(),
-            on_commit=on_commit or (lambda _layer: None),
+            on_commit=on_commit or (lambda _commit: None),
+            tables=tables,
             logger=guarded(logger, run_id=transport.run_id, updater=name),
             workers=workers or ThreadWorkers(),
             device=device,

@@ -66,7 +66,7 @@ def test_a_published_layer_is_that_of_its_placement(seed: int) -> None:
     old, new = (random_placement(rng, 2, 8, 4) for _ in range(2))
     updated, made = (ExpertMap(placement, TOPOLOGY, rank=seed % 4, seed=7) for placement in (old, new))
     for layer in (1, 0):
-        updated.publish(layer, updated.layer_maps(new, layer))
+        updated.publish(layer, updated.staged(updated.layer_maps(new, layer)))
     tables = [
         "physical_to_logical_map",
         "logical_to_all_physical_map",
@@ -100,7 +100,7 @@ def test_publishing_keeps_addresses_and_other_layers() -> None:
     old, new = (ExpertPlacement.from_mapping([row, row], 8) for row in (list(range(8)), list(range(7, -1, -1))))
     published = ExpertMap(old, TOPOLOGY, rank=0)
     addresses = [table.data_ptr() for table in vars(published).values() if hasattr(table, "data_ptr")]
-    published.publish(1, published.layer_maps(new, 1))
+    published.publish(1, published.staged(published.layer_maps(new, 1)))
     assert [table.data_ptr() for table in vars(published).values() if hasattr(table, "data_ptr")] == addresses
     assert published.physical_to_logical_map.tolist() == [list(range(8)), list(range(7, -1, -1))]
     assert published.layer_generation.tolist() == [0, 1]

@@ -61,7 +61,7 @@ class CopyCommit:
     copies: Sequence[Copy]
     buffer: StagingBuffer
     expert_map: ExpertMap
-    maps: LayerMaps
+    maps: Sequence[Tensor]
 
     @torch.no_grad()
     def run(self) -> int:
@@ -97,7 +97,7 @@ class CopyCommitter:
             for staged_slot, live_slot in committed_slots(plan)
             for view, staged in zip(self._weights.slot_views(row, live_slot), buffer.views(staged_slot), strict=True)
         ]
-        return CopyCommit(row, copies, buffer, self._expert_map, maps)
+        return CopyCommit(row, copies, buffer, self._expert_map, self._expert_map.staged(maps))
 
 
 def committer_for(weights: ExpertWeights, expert_map: ExpertMap) -> Committer:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.expert_map import ExpertMap, LayerMaps
+from async_eplb.map_tables import runs
 from async_eplb.plan import LayerPlan
 from async_eplb.staging import StagingBuffer
 from async_eplb.weights import ExpertWeights
@@ -86,7 +87,7 @@ class CommitTables:
         :returns: two tables, int64 ``[chunks, 3]`` on the device: what copies this rank's own slots to staging, and
             what commits the layer
         """
-        new_rows = [new.numpy() for new in maps.tensors]
+        new_rows = self._expert_map.rows(maps)
         to_staging = chunk_table(self._own_slots(row, plan, buffer))
         # The commit copies map rows from where the upload below puts them: at the start of the spare memory.
         new_rows_at = buffer.spare.data_ptr() + _offsets(new_rows)
@@ -110,13 +111,16 @@ class CommitTables:
         return _segments(staged, live, self._weights.slot_nbytes(row))
 
     def _map_rows(self, row: int, new_rows_at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the segments that go from a layer's new map rows to the published ones: ``[maps, 3]``.
+        """Return the segments that go from a layer's new map rows to the published ones: ``[blocks, 3]``.
 
         :param new_rows_at: addresses ``[maps]``
         """
-        published = self._expert_map.published(row).tensors
-        places = np.array([(each.data_ptr(), each.nbytes) for each in published], dtype=np.int64)
-        return np.column_stack([new_rows_at, places])
+        segments = [np.zeros((0, _COLUMNS), dtype=np.int64)]
+        for start, published in zip(new_rows_at, self._expert_map.published(row), strict=True):
+            blocks = runs(published)  # [blocks, 2]
+            offsets = np.cumsum(blocks[:, 1]) - blocks[:, 1]  # [blocks]: a new row is one block
+            segments.append(np.column_stack([start + offsets, blocks]))
+        return np.concatenate(segments)
 
     def _largest_nbytes(self, row: int) -> int:
         """Return the size for a plan that stages all slots, each from any live slot, and commits all of them.
@@ -128,7 +132,7 @@ class CommitTables:
         segments = _segments(live, np.zeros_like(live), self._weights.slot_nbytes(row))
         chunks = most_chunks(segments).reshape(live.shape)  # [slots, tensors]
         of_own_slots = len(slots) * chunks.max(axis=0).sum()  # any live slot may be the source of every staged one
-        map_rows = self._map_rows(row, np.zeros(len(self._expert_map.published(row).tensors), dtype=np.int64))
+        map_rows = self._map_rows(row, np.zeros(len(self._expert_map.published(row)), dtype=np.int64))
         entries = 1 + int(of_own_slots + chunks.sum() + most_chunks(map_rows).sum())
         # One vector more than entries, for the second table begins at an aligned address.
         return sum(_aligned(nbytes) for nbytes in map_rows[:, 2].tolist()) + entries * _ENTRY_NBYTES + VECTOR_NBYTES
@@ -147,7 +151,7 @@ def _segments(
     return np.stack([src, dst, nbytes], axis=-1).reshape(-1, _COLUMNS)
 
 
-def _upload(parts: Sequence[npt.NDArray[np.int64]], spare: Tensor) -> list[Tensor]:
+def _upload(parts: Sequence[npt.NDArray[np.integer]], spare: Tensor) -> list[Tensor]:
     """Copy arrays to the start of ``spare``, one after another, each aligned; return them there: uint8 ``[bytes]``."""
     starts = _offsets(parts).tolist()
     ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]
@@ -160,9 +164,10 @@ def _upload(parts: Sequence[npt.NDArray[np.int64]], spare: Tensor) -> list[Tenso
     return [spare[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _offsets(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+def _offsets(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
     """Return where each array begins if they are put one after another, aligned: ``[parts]``, in bytes."""
-    return np.cumsum([0, *(_aligned(part.nbytes) for part in parts[:-1])], dtype=np.int64)
+    sizes = np.array([_aligned(part.nbytes) for part in parts], dtype=np.int64)
+    return np.cumsum(sizes) - sizes
 
 
 def _as_table(content: Tensor) -> Tensor:

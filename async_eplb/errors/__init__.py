@@ -137,6 +137,18 @@ class MissingWeights(InvalidWeights):
     layer: int
 
 
+class InvalidTable(EplbError, ValueError):
+    """A tensor of an engine cannot be published into: another dtype, shape or device, too narrow, or shared memory."""
+
+    table: str
+
+
+class MissingTable(EplbError, AttributeError):
+    """A table was asked for that the maps are not published into."""
+
+    table: str
+
+
 class PlacementDisagreement(EplbError):
     """Ranks began the same update with different placements, topologies, weight layouts or options."""
 

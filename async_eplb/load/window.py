@@ -27,9 +27,12 @@ _INTEGERS = frozenset(
 
 
 class PhysicalMap(Protocol):
-    """A map from physical experts to logical ones, int64 ``[layers, physical]``; an ``ExpertMap`` is one."""
+    """A map from physical experts to logical ones, integers ``[layers, physical]``; an ``ExpertMap`` is one."""
 
-    physical_to_logical_map: Tensor
+    @property
+    def physical_to_logical_map(self) -> Tensor:
+        """The map of all layers, as it is now."""
+        ...
 
 
 class LoadWindow:

@@ -22,7 +22,7 @@ def publish(rank: Rank, placement: ExpertPlacement, row: int) -> None:
     """Publish a layer's maps beside the model; the layer's generation stays, for it counts updates only."""
     generation = rank.expert_map.layer_generation[row].clone()
     with rank.device.committing():
-        rank.expert_map.publish(row, rank.expert_map.layer_maps(placement, row))
+        rank.expert_map.publish(row, rank.expert_map.staged(rank.expert_map.layer_maps(placement, row)))
         rank.expert_map.layer_generation[row] = generation
         rank.device.record().synchronize()
 

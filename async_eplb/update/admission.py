@@ -21,7 +21,8 @@ from async_eplb.errors import (
     UnplacedExpert,
 )
 from async_eplb.events.emit import GuardedLogger
-from async_eplb.expert_map import ExpertMap
+from async_eplb.expert_map import ExpertMap, LayerCommit
+from async_eplb.map_tables import MapTables
 from async_eplb.modes import outside_modes
 from async_eplb.options import UpdateOptions, canonical
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
@@ -114,7 +115,8 @@ def admit_rank(
     name: str | None,
     transport: Transport,
     options: UpdateOptions,
-    on_commit: Callable[[int], None],
+    on_commit: Callable[[LayerCommit], None],
+    tables: MapTables | None,
     logger: GuardedLogger,
     workers: Workers,
     device: Device | None,
@@ -143,6 +145,7 @@ def admit_rank(
         device=weights.device,
         max_replicas=options.max_replicas,
         seed=options.dispatch_seed,
+        tables=tables,
     )
     committer = committer_for(verifier.weights, expert_map)
     return Rank(

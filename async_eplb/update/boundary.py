@@ -53,7 +53,7 @@ class Boundary:
                 break
             progress.copied += 1
             try:
-                self._rank.on_commit(layer.planned.row)
+                self._rank.on_commit(layer.planned.committed(step))
             except Exception as error:  # noqa: BLE001 - likewise; what was agreed is committed all the same
                 failure = failure or error
         if failure is not None:
@@ -97,7 +97,7 @@ class Boundary:
         with self._stages.beside(self._stages.callers_work):
             self._stages.copy(layer, step=0)
             self._progress.copied = self._progress.layers.index(layer) + 1
-            self._rank.on_commit(layer.planned.row)
+            self._rank.on_commit(layer.planned.committed(0))
 
     def _hold_for(self, cause: Exception, row: int, step: int) -> CommitFailed:
         """Keep this rank from passing boundaries, because peers have committed a layer that it cannot commit."""

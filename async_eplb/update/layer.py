@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from async_eplb.commit.committer import PreparedCommit
-from async_eplb.expert_map import LayerMaps
+from async_eplb.expert_map import LayerCommit, LayerMaps
 from async_eplb.plan import LayerPlan, PostedLayer, SlotSource
 from async_eplb.staging import StagingBuffer
 from async_eplb.transport.base import PendingExchange, PreparedExchange
@@ -29,6 +29,10 @@ class PlannedLayer:
     def plan(self) -> LayerPlan:
         """What this rank sends, receives and copies."""
         return self.posted.plan
+
+    def committed(self, step: int) -> LayerCommit:
+        """Return what the caller's hook is told, once the commit is enqueued."""
+        return LayerCommit(self.row, step, self.maps)
 
 
 @dataclass(slots=True, eq=False)

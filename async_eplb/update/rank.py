@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from async_eplb.commit.committer import Committer
 from async_eplb.device import Device
 from async_eplb.events.emit import GuardedLogger
-from async_eplb.expert_map import ExpertMap
+from async_eplb.expert_map import ExpertMap, LayerCommit
 from async_eplb.options import UpdateOptions, canonical
 from async_eplb.topology import EPTopology
 from async_eplb.transport.identity import Identity
@@ -39,7 +39,7 @@ class Rank:
     workers: Workers
     logger: GuardedLogger
     options: UpdateOptions
-    on_commit: Callable[[int], None]
+    on_commit: Callable[[LayerCommit], None]
 
     @property
     def weights(self) -> ExpertWeights:

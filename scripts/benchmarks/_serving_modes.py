@@ -183,7 +183,7 @@ class Blocking(Mode):
             live = experts.weights.slot_views(layer, live_slot)
             for view, staged in zip(live, experts.staged(staged_slot), strict=True):
                 view.copy_(staged)
-        self.expert_map.publish(layer, self.expert_map.layer_maps(new, layer))
+        self.expert_map.publish(layer, self.expert_map.staged(self.expert_map.layer_maps(new, layer)))
 
 
 class Background(Mode):

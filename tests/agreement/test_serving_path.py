@@ -19,6 +19,7 @@ from async_eplb import (
     ExpertPlacement,
     ExpertUpdater,
     ExpertWeights,
+    LayerCommit,
     SyncUpdater,
     TorchDistTransport,
     UpdateOptions,
@@ -117,7 +118,7 @@ class Serving:
         self.num_steps = 0
         self.boundaries: set[int] = set()
 
-    def note_commit(self, _layer: int) -> None:
+    def note_commit(self, _commit: LayerCommit) -> None:
         """Remember the boundary."""
         self.boundaries.add(self.num_steps)
 

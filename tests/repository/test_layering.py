@@ -15,7 +15,7 @@ LAYERS = [
     "groups",
     "topology placement",
     "workers device events slots",
-    "weights staging expert_map",
+    "weights staging map_tables expert_map",
     "load policy plan agreement",
     "transport verify commit",
     "options",

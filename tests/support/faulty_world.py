@@ -202,7 +202,7 @@ class _Rank:
             ),
             workers=_Workers(self.reach),
             device=self.shared,
-            on_commit=lambda _layer: self.reach("commit"),
+            on_commit=lambda _commit: self.reach("commit"),
             logger=EventLogger(observers=[self._watch_staging]),
         )
 

@@ -14,7 +14,16 @@ from anyio import Event, create_task_group
 from anyio.abc import TaskStatus
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
+from async_eplb import (
+    EPTopology,
+    ExpertPlacement,
+    ExpertUpdater,
+    ExpertWeights,
+    LayerCommit,
+    MapTables,
+    MemoryTransport,
+    UpdateOptions,
+)
 from async_eplb.events.emit import Logger
 from async_eplb.fuzz.loop import SimulatedLoop, run
 from async_eplb.staging import BufferState
@@ -71,7 +80,8 @@ def memory_ranks(
     options: UpdateOptions | Sequence[UpdateOptions] | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
-    on_commit: Sequence[Callable[[int], None]] = (),
+    on_commit: Sequence[Callable[[LayerCommit], None]] = (),
+    tables: Sequence[MapTables] = (),
     lay_out: Callable[[Mapping[int, list[Tensor]]], Mapping[int, Sequence[Slots]]] = lambda tensors: tensors,
 ) -> list[MemoryRank]:
     """Make an updater for each rank; none is entered yet.
@@ -91,6 +101,7 @@ def memory_ranks(
             workers=workers(),
             logger=loggers[rank] if loggers else None,
             on_commit=on_commit[rank] if on_commit else None,
+            tables=tables[rank] if tables else None,
         )
         ranks.append(MemoryRank(updater, tensors, transport))
     return ranks
@@ -105,7 +116,8 @@ async def memory_world(
     options: UpdateOptions | Sequence[UpdateOptions] | None = None,
     workers: Callable[[], Workers] = ScheduledWorkers,
     loggers: Sequence[Logger] | None = None,
-    on_commit: Sequence[Callable[[int], None]] = (),
+    on_commit: Sequence[Callable[[LayerCommit], None]] = (),
+    tables: Sequence[MapTables] = (),
     lay_out: Callable[[Mapping[int, list[Tensor]]], Mapping[int, Sequence[Slots]]] = lambda tensors: tensors,
 ) -> AsyncIterator[list[MemoryRank]]:
     """Open an updater for each rank; all leave at once, as processes do."""
@@ -117,6 +129,7 @@ async def memory_world(
         workers=workers,
         loggers=loggers,
         on_commit=on_commit,
+        tables=tables,
         lay_out=lay_out,
     )
     stop = Event()

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertWeights
+from async_eplb import EPTopology, ExpertPlacement, ExpertWeights
 from async_eplb.commit.committer import Committer, CopyCommitter, PreparedCommit
 from async_eplb.device import device_for
 from async_eplb.expert_map import ExpertMap, LayerMaps
+from async_eplb.map_tables import MapTables
 from async_eplb.plan import FanOut, LayerPlan, LocalCopy, Recv, SlotSource
 from async_eplb.staging import BufferState, StagingBuffer, StagingPool
 from async_eplb.testing.sample_model import random_placement
@@ -31,6 +32,8 @@ class Layer:
     storages: list[Tensor]
     """All memory that the live tensors are views of, with the gaps."""
     weights: ExpertWeights
+    tables: list[Tensor]
+    """All memory that the published tables are views of, with what lies between their rows."""
     expert_map: ExpertMap
     plan: LayerPlan
     maps: LayerMaps
@@ -39,9 +42,7 @@ class Layer:
 
     def state(self) -> list[Tensor]:
         """Return what a commit may change, on the CPU."""
-        published = self.expert_map
-        maps = [table for layer in (0, ROW) for table in published.published(layer).tensors]
-        return [tensor.cpu() for tensor in (*self.storages, *maps, published.layer_generation)]
+        return [tensor.cpu() for tensor in (*self.storages, *self.tables, self.expert_map.layer_generation)]
 
 
 def random_layer(
@@ -66,7 +67,8 @@ def random_layer(
         tensors.append(tensor)
     weights = ExpertWeights({0: [torch.zeros(num_slots, 3, device=device)], ROW: tensors})
     old, new = (random_placement(rng, 2, _TOPOLOGY.num_physical_experts, _NUM_EXPERTS) for _ in range(2))
-    expert_map = ExpertMap(old, _TOPOLOGY, rank=1, device=device)
+    memory, tables = random_tables(rng, old, device)
+    expert_map = ExpertMap(old, _TOPOLOGY, rank=1, device=device, tables=tables)
     made = committer(weights, expert_map)
     plan = _random_plan(rng, num_slots)
     pool = StagingPool(1, device_for(torch.device(device)))
@@ -81,7 +83,29 @@ def random_layer(
     maps = expert_map.layer_maps(new, ROW)
     commit = made.prepare(ROW, plan, buffer, maps)
     buffer.enter(BufferState.STAGED)
-    return Layer(storages, weights, expert_map, plan, maps, buffer, commit)
+    return Layer(storages, weights, memory, expert_map, plan, maps, buffer, commit)
+
+
+def random_tables(
+    rng: np.random.Generator, placement: ExpertPlacement, device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], MapTables]:
+    """Draw an engine's tables: their memory, and some of the four, of any dtype, wider than needed, with gaps."""
+    layers, physical = placement.physical_to_logical_map.shape
+    logical = placement.num_logical_experts
+    shapes = {
+        "physical_to_logical_map": (layers, physical),
+        "logical_to_all_physical_map": (layers, logical, int(rng.integers(physical - logical + 1, 2 * physical))),
+        "logical_replica_count": (layers, logical),
+        "logical_to_dispatch_physical_map": (layers, logical),
+    }
+    memory, tables = [], {}
+    for name, shape in shapes.items():
+        if rng.integers(3):
+            around = [size + int(rng.integers(3)) for size in shape]
+            dtype = (torch.int32, torch.int64)[rng.integers(2)]
+            memory.append(torch.full(around, -7, dtype=dtype, device=device))
+            tables[name] = memory[-1][tuple(slice(more - size, None) for more, size in zip(around, shape, strict=True))]
+    return memory, MapTables(**tables)
 
 
 def _random_tensor(

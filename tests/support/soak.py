@@ -23,6 +23,7 @@ from async_eplb import (
     ExpertMap,
     ExpertUpdater,
     ExpertWeights,
+    LayerCommit,
     Transport,
     UpdateOptions,
 )
@@ -133,8 +134,8 @@ class _Rank:
         return (words * self.factors).sum(-1)
 
     async def run(self) -> SoakResult:
-        def note_commit(layer: int) -> None:
-            self.commits[self.update, layer] = updater.statistics().step
+        def note_commit(commit: LayerCommit) -> None:
+            self.commits[self.update, commit.layer] = updater.statistics().step
 
         updater = ExpertUpdater(
             ExpertWeights(self.tensors),

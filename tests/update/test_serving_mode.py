@@ -20,7 +20,7 @@ from support.helpers import (
     with_virtual_time,
 )
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, LayerCommit, UpdateOptions
 from async_eplb.errors import (
     BusyUpdater,
     UpdateCancelled,
@@ -52,9 +52,10 @@ class Server:
         self.commits: dict[int, int] = {}
         self.stop = False
 
-    def note_commit(self, layer: int) -> None:
+    def note_commit(self, commit: LayerCommit) -> None:
         """Remember the boundary of a layer's commit."""
-        self.commits[layer] = self.updater.statistics().step
+        self.commits[commit.layer] = self.updater.statistics().step
+        assert commit.step == self.commits[commit.layer]
 
     async def serve(self) -> None:
         """Step at random speed until ``stop`` is set."""
@@ -70,8 +71,8 @@ async def serving_world(
     """Open a world whose ranks step until the block ends."""
     servers: list[Server] = []
 
-    def note(rank: int, layer: int) -> None:
-        servers[rank].note_commit(layer)
+    def note(rank: int, commit: LayerCommit) -> None:
+        servers[rank].note_commit(commit)
 
     hooks = [partial(note, i) for i in range(3)]
     async with memory_world(
@@ -207,11 +208,11 @@ async def test_a_hook_that_fails_is_raised_by_the_step_and_ends_the_update_alike
     """The layer is committed everywhere all the same."""
     old, new = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
 
-    def fail(layer: int) -> None:
-        if layer == 2:
+    def fail(commit: LayerCommit) -> None:
+        if commit.layer == 2:
             raise ZeroDivisionError
 
-    hooks: list[Callable[[int], None]] = [fail, lambda _: None, lambda _: None]
+    hooks: list[Callable[[LayerCommit], None]] = [fail, lambda _: None, lambda _: None]
     async with memory_world(old, TOPOLOGY, schedule=SCHEDULE, on_commit=hooks) as ranks:
         handles = [rank.updater.begin(new) for rank in ranks]
         raised = []
