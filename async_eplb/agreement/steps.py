@@ -8,6 +8,7 @@ from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BusyUpdater, StepMismatch
 from async_eplb.events.emit import Logger, emit
+from async_eplb.events.passes import PassTimer
 from async_eplb.events.schema import FenceWaited
 
 
@@ -16,6 +17,7 @@ class Stepper:
 
     :param execute: does what is due at a boundary and returns what went wrong
     :param at_boundary: called at each boundary, after that
+    :param passes: is told of each boundary that was passed
     """
 
     def __init__(
@@ -26,12 +28,14 @@ class Stepper:
         execute: Callable[[Decision], Exception | None],
         *,
         at_boundary: Callable[[], None],
+        passes: PassTimer,
     ) -> None:
         self._shared = shared
         self._logger = logger
         self._rank = rank
         self._execute = execute
         self._at_boundary = at_boundary
+        self._passes = passes
         self._stepping = False
         self.standing_for = ""
         """Reason why this rank makes no steps at present; empty if it makes steps."""
@@ -70,6 +74,7 @@ class Stepper:
         self._require_free(reason)
         self.standing_for = reason
         try:
+            self._passes.close()
             yield
         finally:
             self.standing_for = ""
@@ -81,6 +86,10 @@ class Stepper:
         start = time.perf_counter()
         try:
             yield start
+            self._passes.passed(start, time.perf_counter())
+        except BaseException:
+            self._passes.skip()
+            raise
         finally:
             self._stepping = False
             self.longest_ms = max(self.longest_ms, (time.perf_counter() - start) * 1e3)

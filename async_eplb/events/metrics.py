@@ -23,12 +23,14 @@ from async_eplb.errors import (
     UpdateStalled,
     VerificationError,
 )
+from async_eplb.events.passes import BOUNDS_MS
 from async_eplb.events.schema import (
     LINK_NBYTES,
     FenceWaited,
     LayerCommitted,
     LayerPlanned,
     LayerTransferred,
+    PassesTimed,
     Reason,
     RebalanceEvaluated,
     RebalanceFinished,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 _UPDATE_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _STAGE_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_PASS_BUCKETS = tuple(bound / 1e3 for bound in BOUNDS_MS[::4])
 _STALL_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2, 0.25)
 
 _FAULTS: tuple[type[EplbError], ...] = (
@@ -106,6 +109,13 @@ class Metrics:
             registry=None,
             buckets=_STALL_BUCKETS,
         )
+        self._pass_seconds = Histogram(
+            "eplb_pass_duration_seconds",
+            "Time of forward passes, beside an update or nothing",
+            ["beside", "updater"],
+            registry=None,
+            buckets=_PASS_BUCKETS,
+        )
         self._bytes = Counter(
             "eplb_transferred_bytes", "Bytes between ranks", ["direction", "link", "updater"], registry=None
         )
@@ -129,6 +139,7 @@ class Metrics:
             LayerTransferred.name: self._transferred,
             LayerCommitted.name: self._commit,
             FenceWaited.name: lambda e, updater: self._stall(FENCE.name, e["duration_ms"], updater),
+            PassesTimed.name: self._passes,
             UpdateFinished.name: lambda e, updater: self._update("finished", e["duration_ms"], updater),
             UpdateFailed.name: self._failed,
             RebalanceEvaluated.name: lambda e, updater: self._rebalances.labels(e["reason"], updater).inc(),
@@ -167,6 +178,7 @@ class Metrics:
             (self._update_seconds, ("finished", "failed")),
             (self._stage_seconds, [stage.name for stage in STAGES]),
             (self._stall_seconds, (COMMIT.name, FENCE.name)),
+            (self._pass_seconds, ("update", "nothing")),
             (self._faults, [error.__name__ for error in _FAULTS]),
             (self._rebalances, [reason.value for reason in Reason]),
         ):
@@ -183,6 +195,12 @@ class Metrics:
 
     def _stall(self, cause: str, ms: float, updater: str) -> None:
         self._stall_seconds.labels(cause, updater).observe(ms / 1e3)
+
+    def _passes(self, event: Mapping[str, Any], updater: str) -> None:
+        observe = self._pass_seconds.labels(event["beside"], updater).observe
+        for ms, num in zip(event["times_ms"], event["num_passes_by_time"], strict=True):
+            for _ in range(num):
+                observe(ms / 1e3)
 
     def _update(self, outcome: str, ms: float, updater: str) -> None:
         self._update_seconds.labels(outcome, updater).observe(ms / 1e3)

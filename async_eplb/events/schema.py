@@ -210,6 +210,27 @@ class FenceWaited(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassesTimed(Event):
+    """Forward passes of one rank, from step to step: those beside an update, or up to a minute of others.
+
+    A pass is beside an update that was under way at its beginning or its end. Time in `idle()` and `paused()`, of an
+    update of the exclusive mode, and without a step for 5 s is not counted.
+    """
+
+    name: ClassVar[str] = "eplb.passes.timed"
+
+    beside: Annotated[str, "`update`: they were beside the update `generation`; `nothing`: beside none"]
+    num_passes: Annotated[int, "passes"]
+    num_pauses: Annotated[int, "times without a step for 5 s"]
+    mean_ms: Annotated[float, "mean time of a pass"]
+    p50_ms: Annotated[float, "time that half of them took at most, right to a fifth"]
+    p99_ms: Annotated[float, "the same of 99 in 100"]
+    max_ms: Annotated[float, "longest"]
+    times_ms: Annotated[list[float], "mean times of passes that took about as long as each other, ascending"]
+    num_passes_by_time: Annotated[list[int], "number of passes of each of these"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceFinished(Event):
     """A rebalance is over; if ``moved``, all its layers are committed on every rank."""
 
@@ -283,6 +304,7 @@ EVENTS: tuple[type[Event], ...] = (
     UpdateFailed,
     UpdateStalled,
     FenceWaited,
+    PassesTimed,
     RebalanceFinished,
     RebalanceEvaluated,
     LogDropped,

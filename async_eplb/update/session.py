@@ -7,6 +7,7 @@ boundary.
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,13 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from async_eplb.agreement.ballot import Decision
+from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
 from async_eplb.device import DeviceEvent
 from async_eplb.errors import BusyTransport, UpdateAborted
+from async_eplb.events.emit import emit
+from async_eplb.events.passes import PassTimer
 from async_eplb.placement import ExpertPlacement
 from async_eplb.staging import StagingPool
 from async_eplb.transport.base import ControlGroup, Transport
@@ -52,6 +56,7 @@ class Session:
         self.pool = StagingPool(rank.options.staging_depth, rank.device)
         self.running: UpdateRun | None = None
         self.life = Life()
+        self.passes = PassTimer(self._generation_under_way, shared.ring)
         self.rank = rank
         """Replaced whole when weights are rebound; nothing keeps it from one update to the next."""
         self._shared = shared
@@ -91,6 +96,8 @@ class Session:
     async def aclose(self) -> None:
         """End the running update, which no step follows any more, the control rounds, and the transport."""
         self.life.enter(LifeState.LEFT, "it was left")
+        self.passes.close()
+        self._log_passes()
         await self._stack.aclose()
 
     async def connect(self, control: ControlGroup) -> None:
@@ -166,6 +173,8 @@ class Session:
             fence_wait_ms=stepper.wait_ms,
             longest_step_ms=stepper.longest_ms,
             num_events_lost=self.rank.logger.num_lost,
+            passes_beside_updates=replace(self.passes.beside),
+            other_passes=replace(self.passes.alone),
         )
 
     def start_update(self, request: Request) -> UpdateRun:
@@ -191,6 +200,8 @@ class Session:
         )
         before, landed = self._layers
         self._layers = before + len(landed), run.progress.landed
+        if update.mode is Mode.EXCLUSIVE:
+            self.passes.skip()
         self.running = run
         self._start(self._run, run)
         return run
@@ -267,6 +278,7 @@ class Session:
             while True:
                 await doorbell.wait()
                 self._shared.news.notify()
+                self._log_passes()
                 await self._do_due_work()
 
     async def _do_due_work(self) -> None:
@@ -279,6 +291,16 @@ class Session:
                 step = self._shared.outlook.step + 1
                 await run.boundary.execute_beside(decision, step=step, after=self._stood)
             self._shared.news.notify()
+
+    def _generation_under_way(self) -> int:
+        run = self.running
+        return 0 if run is None else run.update.generation
+
+    def _log_passes(self) -> None:
+        outlook = self._shared.outlook
+        for period in self.passes.periods():
+            event = period.event(generation=outlook.generation, rank=self.rank.number, step=outlook.step)
+            emit(self.rank.logger, event)
 
     async def _end_running(self) -> None:
         """End a running update, which no step follows any more, and the control rounds."""

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from async_eplb.events.passes import PassTotals
 from async_eplb.events.schema import LINK_NBYTES, LayerTransferred
 from async_eplb.plan import SlotSource
 
@@ -73,6 +74,9 @@ class UpdaterStatistics:
     :param num_fence_waits: steps that had to wait for a round
     :param fence_wait_ms: how long they waited together
     :param longest_step_ms: longest time inside ``step()`` so far, waits included
+    :param passes_beside_updates: forward passes, each from the end of a step to the end of the next, with an update
+        under way at their beginning or end: ``num``, ``mean_ms``, ``longest_ms``; pauses are not counted
+    :param other_passes: all others
     :param num_events_lost: events that the logger, or one of its observers, raised at
     """
 
@@ -87,6 +91,8 @@ class UpdaterStatistics:
     num_fence_waits: int
     fence_wait_ms: float
     longest_step_ms: float
+    passes_beside_updates: PassTotals
+    other_passes: PassTotals
     num_events_lost: int
 
 

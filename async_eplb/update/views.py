@@ -35,7 +35,12 @@ class UpdaterViews:
         self.calls = BoundaryCalls(self._shared, self._session)
         """For a rebalancer: what it reads of the model is read at a boundary."""
         self._stepper = Stepper(
-            self._shared, rank.logger, rank.number, self._session.execute, at_boundary=self.calls.make
+            self._shared,
+            rank.logger,
+            rank.number,
+            self._session.execute,
+            at_boundary=self.calls.make,
+            passes=self._session.passes,
         )
         self.demands = RebalanceDemands(self._shared, lambda: self.closed)
         """For a rebalancer: when all ranks make the next rebalance."""

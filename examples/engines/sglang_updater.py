@@ -1,9 +1,10 @@
 """SGLang's expert location updater, with the weights moved by async_eplb: its call and metadata keep their shapes.
 
 The engine calls ``update(routed_experts_weights_of_layer, new_expert_location_metadata, update_layer_ids, nnodes,
-rank)``. Here the weights are given once, because their addresses never change, and the rest of the call stays. Dense
-layers have rows in the maps but no experts, so the layers to update are named. Run it as a program: four processes on
-two nodes, three updates, every byte compared.
+rank)``. Here the weights are given once, because their addresses never change, and so is the metadata that the router
+reads: layers are published into its own tensors. The rest of the call stays. Dense layers have rows in the maps but no
+experts, so the layers to update are named. Run it as a program: four processes on two nodes, three updates, every byte
+compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from async_eplb import EPTopology, ExpertMap, ExpertPlacement, ExpertWeights, SyncUpdater, TorchDistTransport
+from async_eplb import (
+    EPTopology,
+    ExpertMap,
+    ExpertPlacement,
+    ExpertWeights,
+    LayerCommit,
+    MapTables,
+    SyncUpdater,
+    TorchDistTransport,
+)
 from async_eplb.errors import RankMismatch
 from async_eplb.testing import WorldRank, run_world
 from async_eplb.testing.sample_model import random_placement
@@ -29,25 +39,37 @@ NUM_LAYERS, NUM_DENSE_LAYERS, NUM_EXPERTS = 6, 2, 8
 class ExpertLocationMetadata:
     """Stand-in for the engine's own: what its router reads.
 
-    - ``physical_to_logical_map`` ``[layers, physical]``, dense layers included
+    - ``physical_to_logical_map`` ``[layers, physical]``, dense layers included, and the same on the CPU
     - ``logical_to_all_physical_map`` ``[layers, logical, X]``, padded with -1
     - ``logical_to_all_physical_map_num_valid`` ``[layers, logical]``
     - ``logical_to_rank_dispatch_physical_map`` ``[layers, logical]``, of this rank
     """
 
     physical_to_logical_map: Tensor
+    physical_to_logical_map_cpu: Tensor
     logical_to_all_physical_map: Tensor
     logical_to_all_physical_map_num_valid: Tensor
     logical_to_rank_dispatch_physical_map: Tensor
 
     @classmethod
     def of(cls, published: ExpertMap) -> "ExpertLocationMetadata":
-        """Take the updater's published tables: the engine's names for the same rows, which change in place."""
+        """Take published tables under the engine's names."""
         return cls(
             published.physical_to_logical_map,
+            published.physical_to_logical_map.to("cpu", copy=True),
             published.logical_to_all_physical_map,
             published.logical_replica_count,
             published.logical_to_dispatch_physical_map,
+        )
+
+    @property
+    def tables(self) -> MapTables:
+        """What the router reads, whose rows change in place as layers land."""
+        return MapTables(
+            physical_to_logical_map=self.physical_to_logical_map,
+            logical_to_all_physical_map=self.logical_to_all_physical_map,
+            logical_replica_count=self.logical_to_all_physical_map_num_valid,
+            logical_to_dispatch_physical_map=self.logical_to_rank_dispatch_physical_map,
         )
 
     @property
@@ -59,7 +81,7 @@ class ExpertLocationMetadata:
 class ExpertLocationUpdater:
     """Stands where the engine's updater of this name stood. A context manager, entered by all ranks together.
 
-    :param metadata: the placement that the weights have; after entering, :attr:`metadata` is what the router reads
+    :param metadata: the placement that the weights have, and what the router reads: its rows change in place
     """
 
     def __init__(
@@ -75,8 +97,16 @@ class ExpertLocationUpdater:
             placement.num_physical_experts, num_ranks=transport.num_ranks, num_nodes=nnodes
         )
         weights = ExpertWeights(routed_experts_weights_of_layer)
-        self._updater = SyncUpdater(weights, placement, topology, rank=rank, transport=transport)
-        self.metadata = ExpertLocationMetadata.of(self._updater.expert_map)
+        self.metadata = metadata
+        self._updater = SyncUpdater(
+            weights,
+            placement,
+            topology,
+            rank=rank,
+            transport=transport,
+            tables=metadata.tables,
+            on_commit=self._note_commit,
+        )
 
     def __enter__(self) -> Self:
         self._updater.__enter__()
@@ -115,6 +145,9 @@ class ExpertLocationUpdater:
                     actual=actual,
                 )
         self._updater.update(new, layers=update_layer_ids)
+
+    def _note_commit(self, commit: LayerCommit) -> None:
+        self.metadata.physical_to_logical_map_cpu[commit.layer] = commit.maps.physical_to_logical_map
 
 
 def _placement(metadata: ExpertLocationMetadata) -> ExpertPlacement:
@@ -163,6 +196,7 @@ def rank_main(world: WorldRank) -> int:
 
 def compare(weights: Mapping[int, Sequence[Tensor]], metadata: ExpertLocationMetadata, local: slice) -> int:
     """Check that each slot holds what the router's map says of it; return the number of slots."""
+    assert torch.equal(metadata.physical_to_logical_map_cpu, metadata.physical_to_logical_map)
     for layer, tensors in weights.items():
         for slot, expert in enumerate(metadata.physical_to_logical_map[layer, local].tolist()):
             for tensor, content in zip(tensors, expert_tensors(layer, expert), strict=True):

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from structlog.testing import LogCapture
 from support.helpers import memory_world, on_all, together
-from support.logs import DROPPED
+from support.logs import DROPPED, PASSES
 from test_rebalancer import REBALANCE_FINISHED
 
 from async_eplb import EPTopology, ExpertPlacement, UpdateOptions
@@ -392,7 +392,7 @@ def test_every_event_is_stamped_with_its_run_and_both_clocks() -> None:
 def test_every_event_is_compared_here() -> None:
     """A new event is listed in EVENTS and gets its dictionary above, or with the tests of what logs it."""
     here = (*UPDATE_OF_ONE_LAYER, END_OF_A_CANCELLED_UPDATE, WAIT_AT_A_FENCE, STALL, EVALUATED_REBALANCE)
-    compared = {entry["event"] for entry in (*here, REBALANCE_FINISHED, DROPPED)}
+    compared = {entry["event"] for entry in (*here, PASSES, REBALANCE_FINISHED, DROPPED)}
     assert compared == {event.name for event in EVENTS}
     classes = (value for value in vars(events).values() if isinstance(value, type) and issubclass(value, Event))
     assert set(EVENTS) == set(classes) - {Event}

@@ -35,6 +35,28 @@ DROPPED: dict[str, Any] = {
 }
 
 
+PASSES: dict[str, Any] = {
+    "event": "eplb.passes.timed",
+    "schema_version": 1,
+    "run_id": ANY,
+    "monotonic_s": ANY,
+    "wall_s": ANY,
+    "generation": 0,
+    "rank": 0,
+    "layer": None,
+    "step": 5,
+    "beside": "nothing",
+    "num_passes": 4,
+    "num_pauses": 0,
+    "mean_ms": 437.5,
+    "p50_ms": 250.0,
+    "p99_ms": 1000.0,
+    "max_ms": 1000.0,
+    "times_ms": [250.0, 1000.0],
+    "num_passes_by_time": [3, 1],
+}
+
+
 def log_of_processes(folder: Path) -> Path:
     """Log what the demo's eight processes do to the published placement."""
     assert main(["demo", "--backend", "gloo", "--log-dir", str(folder)]) == 0
