@@ -15,6 +15,7 @@ from async_eplb.events.schema import (
     LayerPlanned,
     LayerTransferred,
     LogDropped,
+    PassesTimed,
     RebalanceEvaluated,
     RebalanceFinished,
     UpdateFailed,
@@ -37,6 +38,7 @@ _BOUNDS = {
     "num_nodes": (1, 1 << 14),
     "num_layers": (0, 1 << 20),
     "num_unchanged_layers": (0, 1 << 20),
+    "num_passes_by_time": (0, 1 << 38),
 }
 """Least value and limit of numbers that size arrays: a damaged line must not exhaust memory."""
 
@@ -71,6 +73,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "committed_layers": "ints",
     },
     FenceWaited.name: {**COMMON, "duration_ms": "float", "lead": "int"},
+    PassesTimed.name: {**COMMON, "beside": "str", "times_ms": "times", "num_passes_by_time": "counts"},
     RebalanceEvaluated.name: {
         **COMMON,
         "pays": "bool",
@@ -105,9 +108,11 @@ _TYPES: dict[str, frozenset[type]] = {
     "float": frozenset({int, float}),
     "str": frozenset({str}),
     "bool": frozenset({bool}),
-    "ints": frozenset({list}),
+    **dict.fromkeys(("ints", "times", "counts"), frozenset({list})),
 }
-_DTYPES = {"int": np.int64, "float": np.float64, "str": object, "bool": np.bool_, "ints": object}
+_DTYPES = {"int": np.int64, "float": np.float64, "str": object, "bool": np.bool_}
+_ELEMENTS = {"ints": "int", "counts": "int", "times": "float"}
+"""Kind of a list → kind of what is in it. Columns have the lengths of ``ints``, and the others as tuples."""
 
 
 class TableBuilder:
@@ -141,7 +146,7 @@ class TableBuilder:
     def tables(self) -> tuple[Table, dict[str, Table]]:
         """Return all rows, each once, and the tables of links, which have a row for each peer of each of them.
 
-        Of lists, only the lengths are columns. Columns of links are :data:`LINK_COLUMNS`.
+        Of ``ints``, only the lengths are columns. Columns of links are :data:`LINK_COLUMNS`.
         """
         self._flush()
         table = _joined(self._chunks, _columns_of([], self._columns))
@@ -209,9 +214,9 @@ def _fits(values: Sequence[Any], kind: str, name: str = "") -> bool:
             return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
         except OverflowError:  # an integer too large for a float
             return False
-    if kind == "ints":
-        numbers = list(chain.from_iterable(values))
-        return not numbers or _fits(numbers, "int")
+    if kind in _ELEMENTS:
+        elements = list(chain.from_iterable(values))
+        return not elements or _fits(elements, _ELEMENTS[kind], name)
     return True
 
 
@@ -221,6 +226,8 @@ def _columns_of(rows: Iterable[tuple[Any, ...]], columns: Mapping[str, str]) -> 
     for (name, kind), column in zip(columns.items(), values, strict=True):
         if kind == "ints":
             table[f"num_{name}"] = np.fromiter(map(len, column), dtype=np.int64)
+        elif kind in _ELEMENTS:
+            table[name] = np.fromiter(map(tuple, column), dtype=object)
         else:
             table[name] = np.array(column, dtype=_DTYPES[kind])
     return table

@@ -68,6 +68,9 @@ class UpdateReport:
     :param skipped_layers: layers that did not change, if the log has all others; else empty
     :param overlap: plan, transfer and commit time over the duration, mean of ranks
     :param stall_p50_ms: host time of commits and of waits at fences, summed by step; median over steps that had any
+    :param pass_beside_p50_ms: time of a forward pass beside the update, all ranks together, as the next two; NaN if the
+        log has none
+    :param pass_p50_ms: the same of all passes of the run that are beside no update
     :param balancedness_before: measured by the rebalance; NaN if there was none
     :param break_even_steps: steps after which the update has saved as much time as it took; NaN if unknown
     """
@@ -102,6 +105,12 @@ class UpdateReport:
     stall_max_ms: float
     num_fence_waits: int
     fence_wait_ms: float
+    num_passes_beside: int
+    pass_beside_p50_ms: float
+    pass_beside_p99_ms: float
+    pass_beside_max_ms: float
+    pass_p50_ms: float
+    pass_p99_ms: float
     balancedness_before: float
     balancedness_after: float
     saved_ms_per_step: float
@@ -147,7 +156,7 @@ class Report:
     def figures(self) -> dict[str, float]:
         """Return the figures by which runs are compared: name → value; NaN if a log does not have it.
 
-        Times and bytes are means over updates; ``*_max_*`` and the stalls are of the worst one.
+        Times and bytes are means over updates; ``*_max_*``, the stalls and the passes are of the worst one.
         """
         updates = self.updates
         figures: dict[str, float] = {
@@ -182,7 +191,16 @@ _MEANS = (
     "balancedness_after",
     "break_even_steps",
 )
-_WORST = ("stall_p50_ms", "stall_p99_ms", "stall_max_ms")
+_WORST = (
+    "stall_p50_ms",
+    "stall_p99_ms",
+    "stall_max_ms",
+    "pass_beside_p50_ms",
+    "pass_beside_p99_ms",
+    "pass_beside_max_ms",
+    "pass_p50_ms",
+    "pass_p99_ms",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from async_eplb.events.passes import percentiles
 from async_eplb.events.schema import (
     LINK_NBYTES,
     FenceWaited,
@@ -14,6 +15,7 @@ from async_eplb.events.schema import (
     LayerPlanned,
     LayerTransferred,
     LogDropped,
+    PassesTimed,
     RebalanceEvaluated,
     RebalanceFinished,
     UpdateFailed,
@@ -74,6 +76,9 @@ def _update(run: Run, generation: int) -> UpdateReport:
     times: dict[str, Any] = {
         stage.total: _slowest_rank(run.events(stage.event.name, generation), stage.duration) for stage in STAGES
     }
+    beside, others = _passes(run, "update", generation), _passes(run, "nothing")
+    beside_p50, beside_p99, beside_max = percentiles(*beside, (50, 99, 100))
+    others_p50, others_p99 = percentiles(*others, (50, 99))
     balance, saved = _balance(run, generation), _saved(run, generation)
     return UpdateReport(
         run_id=run.run_id,
@@ -100,6 +105,12 @@ def _update(run: Run, generation: int) -> UpdateReport:
         stall_max_ms=float(worst),
         num_fence_waits=len(fences["rank"]),
         fence_wait_ms=float(fences["duration_ms"].sum()),
+        num_passes_beside=int(beside[1].sum()),
+        pass_beside_p50_ms=beside_p50,
+        pass_beside_p99_ms=beside_p99,
+        pass_beside_max_ms=beside_max,
+        pass_p50_ms=others_p50,
+        pass_p99_ms=others_p99,
         balancedness_before=balance[0],
         balancedness_after=balance[1],
         saved_ms_per_step=saved,
@@ -129,6 +140,15 @@ def _stalls(committed: Table, fences: Table) -> NDArray[np.float64]:
     lost = np.concatenate([committed["copy_ms"][serving], fences["duration_ms"]])
     _, index = np.unique((ranks << 40) + steps, return_inverse=True)
     return np.bincount(index.reshape(-1), weights=lost).astype(np.float64)
+
+
+def _passes(run: Run, beside: str, generation: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return passes of all ranks: times in milliseconds ``[times]``, and how many passes took so long ``[times]``."""
+    timed = run.events(PassesTimed.name, generation)
+    chosen = np.flatnonzero(timed["beside"] == beside)
+    lists = zip(timed["times_ms"][chosen], timed["num_passes_by_time"][chosen], strict=True)
+    counted = [pair for times, nums in lists for pair in zip(times, nums, strict=False)]
+    return np.array([time for time, _ in counted]), np.array([num for _, num in counted], dtype=np.int64)
 
 
 def _balance(run: Run, generation: int) -> tuple[float, float]:

@@ -71,6 +71,12 @@ def update_lines(update: UpdateReport) -> Iterator[str]:
         )
     if update.num_fence_waits:
         yield f"  waits at fences   {update.num_fence_waits}, {in_ms(update.fence_wait_ms)} together"
+    if update.num_passes_beside:
+        yield (
+            f"  passes beside it  p50 {in_ms(update.pass_beside_p50_ms)}, p99 {in_ms(update.pass_beside_p99_ms)}, "
+            f"max {in_ms(update.pass_beside_max_ms)}; others p50 {in_ms(update.pass_p50_ms)}, "
+            f"p99 {in_ms(update.pass_p99_ms)}"
+        )
     if not math.isnan(update.balancedness_before):
         yield (
             f"  balancedness      {_number(update.balancedness_before)} before, "

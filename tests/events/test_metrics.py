@@ -80,6 +80,12 @@ def test_metrics_are_the_sums_of_the_log(events: list[dict[str, Any]]) -> None:
     assert seen["eplb_serving_stall_seconds_sum", ("commit",)] == pytest.approx(commits)
     fences = sum(event["event"] == "eplb.fence.waited" for event in events)
     assert seen["eplb_serving_stall_seconds_count", ("fence",)] == fences
+    for beside in ("update", "nothing"):
+        passes = [e for e in events if e["event"] == "eplb.passes.timed" and e["beside"] == beside]
+        num_passes = sum(each["num_passes"] for each in passes)
+        assert seen["eplb_pass_duration_seconds_count", (beside,)] == num_passes > 0
+        total_s = sum(each["num_passes"] * each["mean_ms"] for each in passes) / 1e3
+        assert seen["eplb_pass_duration_seconds_sum", (beside,)] == pytest.approx(total_s)
     assert seen["eplb_update_duration_seconds_count", ("finished",)] == 2
     assert seen["eplb_update_duration_seconds_sum", ("failed",)] == 0.005
     assert seen["eplb_update_faults_total", ("BrokenTransport",)] == 1

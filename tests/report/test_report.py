@@ -5,7 +5,9 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from async_eplb.report import Report, read_events, summarize
 from async_eplb.report.conditions import parse_condition
 from async_eplb.report.rankings import medians
 from async_eplb.report.runs import runs_of
+from async_eplb.report.text import in_ms, update_lines
 from async_eplb.testing.sample_model import SampleModel
 
 
@@ -101,6 +104,43 @@ def test_a_serving_run_shows_stalls_and_what_was_paid(serving: Path) -> None:
         assert update.break_even_steps == pytest.approx(update.duration_ms / 0.5)
         assert update.num_layers == NUM_LAYERS
     assert report.faults == report.left_out == ()
+
+
+def test_passes_beside_an_update_are_told_from_others(serving: Path) -> None:
+    """Those of all ranks together, and both in one line: what the update cost serving. Without such events, no line."""
+    report = report_of(serving)
+    timed = events_of(serving.iterdir(), "eplb.passes.timed")
+    others = np.concatenate(
+        [np.repeat(e["times_ms"], e["num_passes_by_time"]) for e in timed if e["beside"] == "nothing"]
+    )
+    for update in report.updates:
+        mine = [e for e in timed if e["beside"] == "update" and e["generation"] == update.generation]
+        assert {event["rank"] for event in mine} == {0, 1, 2, 3}
+        beside = np.concatenate([np.repeat(event["times_ms"], event["num_passes_by_time"]) for event in mine])
+        assert update.num_passes_beside == len(beside) == sum(event["num_passes"] for event in mine)
+        p50, p99, most = np.percentile(beside, [50, 99, 100], method="inverted_cdf")
+        assert (update.pass_beside_p50_ms, update.pass_beside_p99_ms, update.pass_beside_max_ms) == (p50, p99, most)
+        assert [update.pass_p50_ms, update.pass_p99_ms] == np.percentile(
+            others, [50, 99], method="inverted_cdf"
+        ).tolist()
+        assert f"p99 {in_ms(p99)}, max {in_ms(most)}; others p50" in "\n".join(update_lines(update))
+        older = replace(update, num_passes_beside=0)
+        assert "passes beside it" not in "\n".join(update_lines(older))
+    assert report.figures()["pass_beside_p99_ms"] == max(update.pass_beside_p99_ms for update in report.updates)
+
+
+def test_passes_that_are_damaged_are_left_out(serving: Path, tmp_path: Path) -> None:
+    """Counted, as all lines with a value that their key cannot have."""
+    damage: dict[str, list[Any]] = {
+        "times_ms": [1.0, [True], ["1"], None],
+        "num_passes_by_time": [[-1], [1 << 40], [0.5], [[1]]],
+    }
+    for number, (key, value) in enumerate((key, value) for key, values in damage.items() for value in values):
+        damaged = Path(shutil.copytree(serving, tmp_path / str(number)))
+        rewrite(damaged, lambda e, k=key, v=value: {**e, k: v} if k in e else e)  # type: ignore[misc]
+        report = report_of(damaged)
+        assert [update.num_passes_beside for update in report.updates] == [0, 0]
+        assert any("a value that its key cannot have" in line for line in report.left_out)
 
 
 def test_ranks_of_other_hosts_are_put_on_one_time_line(serving: Path, tmp_path: Path) -> None:

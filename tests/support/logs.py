@@ -74,6 +74,8 @@ def log_of_serving(folder: Path, num_updates: int = 2) -> Path:
         options = UpdateOptions(lead=1)
         schedule = MemorySchedule(control_s=0.002, exchange_s=0.002)
         async with memory_world(old, SERVING, schedule=schedule, options=options, loggers=loggers) as ranks:
+            for _ in range(3):
+                await on_all(ranks, ExpertUpdater.step)
             for number in range(num_updates):
                 target = old if number % 2 else new
                 handles = []

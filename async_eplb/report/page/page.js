@@ -297,6 +297,7 @@ function drawCards() {
       stage.label, inMs(update[stage.total]), stage.name === "commit" ? inBytes(update.committed_nbytes) : "slowest rank, all layers",
     ]),
     ["stall of a step", `${inMs(update.stall_p99_ms)}`, update.num_stalls ? `p99; p50 ${inMs(update.stall_p50_ms)}, max ${inMs(update.stall_max_ms)}` : "the model stood still"],
+    ["passes beside it", update.num_passes_beside ? inMs(update.pass_beside_p99_ms) : "–", update.num_passes_beside ? `p99; others ${inMs(update.pass_p99_ms)}` : "none in the log"],
     ["waits at fences", update.num_fence_waits, `${inMs(update.fence_wait_ms)} together`, update.num_fence_waits ? "bad" : ""],
     ["balancedness", known(update.balancedness_before) ? `${inUnits(update.balancedness_before)} → ${inUnits(update.balancedness_after)}` : "–", known(update.balancedness_before) ? "mean of layers" : "no rebalance in the log"],
     ["paid back", known(update.break_even_steps) ? `${update.break_even_steps.toFixed(0)} steps` : "–", known(update.saved_ms_per_step) ? `${inMs(update.saved_ms_per_step)} saved a step` : "no estimate in the log"],
