@@ -42,8 +42,8 @@ class UpdateOptions:
         until all ranks have staged it, wait for its boundary, commit it. Longer than ``control_timeout_s``
     :param lead: boundaries from a rank's last one to a fence, to begin with; larger after a step had to wait
     :param max_step_skew: an update is refused when ranks' step counts are further apart than this
-    :param max_replicas: fixed width of :attr:`ExpertMap.logical_to_all_physical_map`; None for what the slots
-        can hold
+    :param max_replicas: how many replicas of an expert :attr:`ExpertMap.logical_to_all_physical_map` has room for; None
+        for what the slots can hold, or what fits an engine's table
     :param dispatch_seed: of the static dispatch map's even spread
     :param log_inputs: log shapes and both maps of each update
     :param log_decisions: log every slot's source and every send, at level debug

@@ -36,7 +36,16 @@ NUM_MAPS = 4
 HARMLESS = {
     *("builtins", "_asyncio"),
     *("time.perf_counter", "torch.is_grad_enabled", "torch._C._set_grad_enabled"),
-    *("list.append", "set.add", "object.__new__", "ContextVar.get", "coroutine.send"),
+    *(
+        "list.append",
+        "deque.append",
+        "dict.values",
+        "_bisect.bisect_left",
+        "set.add",
+        "object.__new__",
+        "ContextVar.get",
+        "coroutine.send",
+    ),
 }
 """C functions that neither wait nor communicate: whole modules, or one by one."""
 
@@ -181,7 +190,7 @@ def serve(world: WorldRank, *, in_a_thread: bool) -> Outcome:
 
 @pytest.mark.parametrize("in_a_thread", [True, False], ids=["in a thread", "in the loop"])
 def test_inside_a_step_nothing_communicates_or_waits(in_a_thread: bool) -> None:  # noqa: FBT001
-    """Locks that nobody holds for long, commit copies, and one byte to wake the loop where layers were committed."""
+    """Locks that nobody holds for long, commit copies, and a byte to wake the loop, with layers or times of passes."""
     for outcome in run_world(serve, 4, in_a_thread=in_a_thread):
         assert outcome.num_fence_waits == 0
         calls = {
@@ -191,7 +200,8 @@ def test_inside_a_step_nothing_communicates_or_waits(in_a_thread: bool) -> None:
         }
         assert calls.pop("torch._VariableFunctionsClass._foreach_copy_") == outcome.num_layers_moved
         assert calls.pop("Tensor.copy_") == NUM_LAYERS * NUM_MAPS
-        assert calls.pop("socket.send") == outcome.num_decisions
+        num_times_handed_over = calls.pop("socket.send") - outcome.num_decisions
+        assert num_times_handed_over in (0, 1)  # times of passes, by a step after the update
         assert calls.pop("RLock.__enter__") == calls.pop("RLock.__exit__") == outcome.num_steps
         assert calls == {}
         assert sum(count for name, count in outcome.in_passes.items() if name.endswith(".wait")) == outcome.num_steps
