@@ -37,6 +37,8 @@ class LayerMaps:
 class LayerCommit:
     """A layer whose commit has just been enqueued, as ``on_commit`` gets it.
 
+    What a recovery changes without a commit, because ranks are gone, is in ``Recovery.placement``.
+
     :param layer: row of the placement
     :param step: boundary that it was committed at; 0 in the exclusive mode and in a recovery
     :param maps: its new rows, on the host; they are the callee's to keep

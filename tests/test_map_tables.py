@@ -174,6 +174,7 @@ def test_inference_mode_does_not_matter(engine: bool, maker: bool, updates: bool
             published = ExpertMap(PLACEMENT, TOPOLOGY, rank=0, tables=given_tables)
         with torch.inference_mode(mode=updates):
             published.publish(0, published.staged(published.layer_maps(PLACEMENT, 0)))
+        assert published.physical_to_logical_map.is_inference() == (engine and given_tables is not None)
         assert published.physical_to_logical_map.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
 
 

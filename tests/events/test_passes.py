@@ -14,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
-from support.helpers import TINY, memory_world, on_all
+from support.helpers import TINY, memory_world, on_all, until
 from support.logs import PASSES
 
 from async_eplb import (
@@ -205,7 +205,9 @@ async def test_passes_are_logged_completely(clock: Clock) -> None:
 @pytest.mark.anyio
 async def test_an_update_is_told_from_what_is_around_it(clock: Clock) -> None:
     """Passes before and beside it are logged while the updater lives, and statistics tell them apart."""
-    with logged() as (logger, passes):
+    seen: list[str] = []
+    with logged() as (target, passes):
+        logger = EventLogger(target, observers=[lambda event: seen.append(event["event"])])
         async with memory_world(OLD, ALONE, loggers=[logger]) as ranks:
             updater = ranks[0].updater
             await passes_of(updater, clock, 0.25, 0.25)
@@ -219,6 +221,7 @@ async def test_an_update_is_told_from_what_is_around_it(clock: Clock) -> None:
             for _ in range(3):
                 clock.now_s += 0.25
                 await updater.step()
+            await until(lambda: seen.count(PASSES["event"]) == 2)
             statistics: UpdaterStatistics = updater.statistics()
         assert statistics.passes_beside_updates.longest_ms == 500.0
         assert statistics.other_passes.mean_ms == 250.0

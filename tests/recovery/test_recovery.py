@@ -12,7 +12,7 @@ from anyio import fail_after
 from safetensors.torch import save_file
 from support.helpers import TINY, assert_same_layer, in_virtual_time, memory_world, on_all, two_placements
 
-from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, Recovery, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, LayerCommit, Recovery, UpdateOptions
 from async_eplb.device import CpuDevice
 from async_eplb.errors import (
     BrokenControlGroup,
@@ -84,9 +84,11 @@ async def test_one_rank_did_not_hear_of_a_commit() -> None:
 
 @in_virtual_time
 async def test_a_copy_fails_on_one_rank_only() -> None:
-    """The others have the layer; that rank holds until it has copied it anew."""
+    """The others have the layer; that rank holds until it has copied it anew, and then its hook is told."""
     old, new = two_placements(TOPOLOGY, 3, num_experts=6)
-    async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=MemorySchedule(control_s=0.01)) as ranks:
+    told: list[list[LayerCommit]] = [[], [], []]
+    schedule, hooks = MemorySchedule(control_s=0.01), [each.append for each in told]
+    async with memory_world(old, TOPOLOGY, options=OPTIONS, schedule=schedule, on_commit=hooks) as ranks:
         updater = ranks[1].updater
         publish, failures = updater.expert_map.publish, [OSError("no luck")]
 
@@ -103,7 +105,14 @@ async def test_a_copy_fails_on_one_rank_only() -> None:
         assert committed[0] == 0
         with pytest.raises(CommitFailed):
             await updater.step()
+        assert told[1] == []
         assert [recovery.rolled_forward for recovery in await recover(ranks)] == [(), committed, ()]
+        for commits in told:
+            assert tuple(commit.layer for commit in commits) == committed
+            assert {commit.step for commit in commits} == {0}
+            for commit in commits:
+                row = new.physical_to_logical_map[commit.layer]
+                assert commit.maps.physical_to_logical_map.tolist() == row.tolist()
         assert assert_same_layer(ranks, old) == len(committed)
         await updater.step()
 
