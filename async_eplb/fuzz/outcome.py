@@ -49,7 +49,7 @@ class _TraceLogger:
 
 
 _MAX_EVENTS = 50_000
-_VARYING = frozenset({"overlap", "run_id"})
+_VARYING = frozenset({"overlap", "run_id", "num_passes_by_time"})
 """Fields of logged events that differ from run to run, besides times."""
 
 
