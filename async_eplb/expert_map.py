@@ -86,8 +86,7 @@ class ExpertMap:
         self._topology = topology
         self._rank = rank
         self._seed = seed
-        with torch.inference_mode(mode=False):
-            self.layer_generation = torch.zeros(layers, dtype=torch.int64, device=device)
+        self.layer_generation = torch.zeros(layers, dtype=torch.int64, device=device)
         fitting = max(1, placement.num_physical_experts - logical + 1)
         shapes = {
             "physical_to_logical_map": (layers, placement.num_physical_experts),
@@ -196,8 +195,7 @@ class ExpertMap:
 
 
 def _made(shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
-    with torch.inference_mode(mode=False):
-        return {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
+    return {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
 
 
 def _tensor(values: npt.NDArray[np.integer]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import InvalidTable
+from async_eplb.slots import memory_fault
 
 WIDE = "logical_to_all_physical_map"
 """The one table whose rows may be wider than what is published."""
@@ -65,10 +66,9 @@ def require_tables(tables: Mapping[str, Tensor], shapes: Mapping[str, Shape], de
 
 
 def published_part(table: Tensor, shape: Shape) -> Tensor:
-    """Return what of a table is published into: a view of this shape, which no mode of autograd guards."""
-    with torch.inference_mode(mode=False):  # rule 21
-        part = torch.empty(0, dtype=table.dtype, device=table.device)
-        return part.set_(table.untyped_storage(), table.storage_offset(), shape, table.stride())
+    """Return what of a table is published into: a view, written by anybody if it is made outside of modes."""
+    part = torch.empty(0, dtype=table.dtype, device=table.device)
+    return part.set_(table.untyped_storage(), table.storage_offset(), shape, table.stride())
 
 
 def runs(view: Tensor) -> npt.NDArray[np.int64]:
@@ -88,10 +88,8 @@ def _faults(table: object, shape: Shape, device: torch.device, *, wider: bool) -
     """Yield what keeps a table from being published into; the first is to be told, for others may follow from it."""
     if not isinstance(table, Tensor):
         yield f"is of type {type(table).__name__}; give a tensor"
-    elif type(table).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        yield f"is a {type(table).__name__}, which keeps its elements elsewhere; give the tensor that it wraps"
-    elif table.layout is not torch.strided or table.is_nested:
-        yield f"has the layout {table.layout}; give a dense tensor"
+    elif fault := memory_fault(table):
+        yield fault
     elif table.dtype not in _DTYPES:
         yield f"is {table.dtype}; it must be int32 or int64"
     elif table.device != device:
@@ -103,11 +101,3 @@ def _faults(table: object, shape: Shape, device: torch.device, *, wider: bool) -
         yield f"has the shape {list(table.shape)}; it must be {list(shape)}{least}"
     elif table.stride(-1) != 1 and table.shape[-1] > 1:
         yield f"has strides {table.stride()}; the last must be 1"
-    elif table.untyped_storage().nbytes() < (table.storage_offset() + _extent(table)) * table.itemsize:
-        yield "has lost its memory"
-
-
-def _extent(table: Tensor) -> int:
-    """Return the elements from the first of a tensor to its last, both included; 0 if it has none."""
-    ahead = sum(stride * (size - 1) for stride, size in zip(table.stride(), table.shape, strict=True))
-    return ahead + 1 if table.numel() else 0

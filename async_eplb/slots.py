@@ -118,6 +118,14 @@ def moved(tensors: Iterable[SlotTensor]) -> list[str]:
         return [tensor.name for tensor in tensors if not _is_in_place(tensor)]
 
 
+def memory_fault(tensor: Tensor) -> str:
+    """Return why a tensor's elements are not the bytes at its address; empty if they are."""
+    try:
+        return next((reason for reason, holds in _WITHOUT_MEMORY if holds(tensor)), "")
+    except Exception as error:  # noqa: BLE001 - whatever a tensor without memory raises
+        return _WRAPS.format(error)
+
+
 def is_list(given: object) -> TypeGuard[Sequence[object]]:
     """Return whether something is a sequence of other things, and no text."""
     lists = Sequence, torch.nn.ParameterList
@@ -166,6 +174,7 @@ def _of_each(given: Sequence[object], name: str, device: torch.device | None) ->
     return SlotTensor(name, tensors[0].device, layout, addresses, views, tuple(given), places)  # type: ignore[arg-type]
 
 
+_WRAPS = "has no memory of its own; if it wraps other tensors, give those ({!r})"
 _WITHOUT_MEMORY: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("is on the meta device, without memory", lambda tensor: tensor.is_meta),
     ("is nested; give the tensor of each slot in a list", lambda tensor: tensor.is_nested),
@@ -190,9 +199,9 @@ def _with_memory(given: Tensor, name: str, device: torch.device | None) -> Tenso
         raise _refusal(
             name, f"is on {tensor.device}, others are on {device}; all tensors of an updater must be on one device"
         )
-    for reason, holds in _WITHOUT_MEMORY:
-        if holds(tensor):
-            raise _refusal(name, reason)
+    fault = memory_fault(tensor)
+    if fault:
+        raise _refusal(name, fault)
     return tensor
 
 
@@ -249,7 +258,7 @@ def _refusing(name: str) -> Iterator[None]:
     except EplbError:
         raise
     except Exception as error:
-        raise _refusal(name, f"has no memory of its own; if it wraps other tensors, give those ({error!r})") from error
+        raise _refusal(name, _WRAPS.format(error)) from error
 
 
 def _refusal(name: str, reason: str) -> InvalidSlot:

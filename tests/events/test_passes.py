@@ -11,7 +11,7 @@ import anyio
 import numpy as np
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 from support.helpers import TINY, memory_world, on_all, until
@@ -144,6 +144,7 @@ def test_a_gap_that_is_skipped_is_neither() -> None:
     assert timed.events() == [(9, "nothing", 1, 0, 1000.0)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 4.0), min_size=1, max_size=14))
 def test_what_is_logged_of_passes_is_what_they_took(times_s: list[float]) -> None:
     """Number, mean and maximum are exact, percentiles right to a fifth, and times are known by buckets of BOUNDS_MS."""
@@ -163,6 +164,7 @@ def test_what_is_logged_of_passes_is_what_they_took(times_s: list[float]) -> Non
         assert estimate == pytest.approx(exact, rel=0.2, abs=BOUNDS_MS[0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 50)), max_size=20), st.floats(0.0, 100.0))
 def test_percentiles_are_those_of_all_passes(counted: list[tuple[float, int]], percent: float) -> None:
     """In any order, with equal times; of none, they are unknown."""
