@@ -36,9 +36,16 @@ class Connection:
             relay_peers=rank.relay_peers if among_all else (),
         )
 
-    def replace(self) -> None:
-        """Have the next update open a replacement of the transport; all ranks do this after the same update."""
-        self._broken, self.transport = self.transport, self.transport.replacement()
+    def replace(self) -> str:
+        """Have the next update open a replacement of the transport; all ranks do this after the same update.
+
+        :returns: why it cannot be, such as that the store of its group is gone; else nothing
+        """
+        try:
+            self._broken, self.transport = self.transport, self.transport.replacement()
+        except Exception as error:  # noqa: BLE001 - the caller goes on serving
+            return f"the transport of an update that failed cannot be replaced ({error}); recover() reopens it"
+        return ""
 
     async def open_replacement(self, rank: Rank) -> None:
         """Open the transport if it is a replacement, unless that was done. Control rounds go on meanwhile."""

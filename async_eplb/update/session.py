@@ -260,7 +260,8 @@ class Session:
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
         elif self._shared.outlook.void or (opens_transport and run.error is not None):
-            self.connection.replace()
+            if why_not := self.connection.replace():
+                self.life.enter(LifeState.BROKEN, why_not)
         try:
             run.log_end()
         finally:

@@ -116,3 +116,29 @@ async def test_the_handle_of_an_update_that_has_ended_cancels_no_other() -> None
             await on_all(ranks, lambda u: u.step())
             await anyio.sleep(0.002)
         assert not [end for end in await together([h.wait for h in handles]) if isinstance(end, Exception)]
+
+
+async def test_a_transport_that_cannot_be_replaced_closes_the_updater_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store of its group is gone, say: serving goes on, and a recovery over another transport opens it again."""
+    old, new = two_placements(TOPOLOGY, 3, num_experts=6)
+    async with memory_world(old, TOPOLOGY, schedule=MemorySchedule(control_s=0.001), options=OPTIONS) as ranks:
+
+        def fail(_: object) -> None:
+            raise OSError("no store")
+
+        monkeypatch.setattr(MemoryTransport, "replacement", fail)
+        handles = [rank.updater.begin(new) for rank in ranks]
+        await until(lambda: all(rank.updater.outlook.begun for rank in ranks))
+        ranks[0].transport.abort()
+        while not all(handle.done for handle in handles):
+            await on_all(ranks, lambda u: u.step())
+            await anyio.sleep(0.002)
+        for rank in ranks:
+            await rank.updater.step()
+            with pytest.raises(ClosedUpdater, match="no store"):
+                rank.updater.begin(new)
+        transports = MemoryTransport.world(3, MemorySchedule(control_s=0.001))
+        await together([partial(rank.updater.recover, each) for rank, each in zip(ranks, transports, strict=True)])
+        assert not [end for end in await on_all(ranks, lambda u: u.update(new)) if isinstance(end, Exception)]
