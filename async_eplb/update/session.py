@@ -259,9 +259,8 @@ class Session:
             reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
-        elif self._shared.outlook.void or (opens_transport and run.error is not None):
-            if why_not := self.connection.replace():
-                self.life.enter(LifeState.BROKEN, why_not)
+        elif (self._shared.outlook.void or (opens_transport and run.error)) and (why := self.connection.replace()):
+            self.life.enter(LifeState.BROKEN, why)
         try:
             run.log_end()
         finally:
