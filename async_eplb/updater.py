@@ -40,6 +40,9 @@ class ExpertUpdater(UpdaterViews):
     to end, cancelled. Enter and leave it in the same task. Entering raises :class:`OpenTimeout` if not all come,
     :class:`UpdaterMismatch` if they are not the same, and :class:`BusyGroup` if its name is taken in the group.
 
+    It belongs to the event loop that it was entered in: others get :class:`WrongEventLoop`. Only :meth:`step_sync` and
+    what can be read are for any thread.
+
     :param weights: live weights of this rank
     :param placement: the placement that they have now
     :param topology: shape of the EP group
@@ -101,6 +104,7 @@ class ExpertUpdater(UpdaterViews):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.home.require(self)
         await self._session.aclose()
 
     async def update(
@@ -126,13 +130,17 @@ class ExpertUpdater(UpdaterViews):
         return run.summary()
 
     async def stream(
-        self, new_placement: ExpertPlacement, *, layers: Iterable[int] | None = None
+        self,
+        new_placement: ExpertPlacement,
+        *,
+        layers: Iterable[int] | None = None,
+        after: DeviceEvent | None = None,
     ) -> AsyncGenerator[LayerCommitted, None]:
         """Do what :meth:`update` does, and yield each layer as it lands on this rank.
 
         Leaving the loop early cancels the update (close the iterator, as with ``contextlib.aclosing``).
         """
-        run = self._begin(Mode.EXCLUSIVE, new_placement, layers)
+        run = self._begin(Mode.EXCLUSIVE, new_placement, layers, after=after)
         async with aclosing(run.landings()) as landings:
             async for committed in landings:
                 yield committed
@@ -157,7 +165,7 @@ class ExpertUpdater(UpdaterViews):
         :raises EplbError: as :meth:`update`, for what is refused
         """
         run = self._begin(Mode.SERVING, new_placement, layers, max_nbytes_per_step=max_nbytes_per_step, after=after)
-        return UpdateHandle(run)
+        return UpdateHandle(run, self.home)
 
     async def step(self, number: int | None = None) -> None:
         """Pass a step boundary: call this once before every forward pass on every rank, dummy passes included.
@@ -174,6 +182,7 @@ class ExpertUpdater(UpdaterViews):
         :raises BusyUpdater: inside :meth:`idle` or :meth:`paused`, or while another task is in ``step()``
         :raises Exception: what ``on_commit`` raised
         """
+        self.home.require(self)
         if self._session.running is not None:
             await checkpoint()
         await self._stepper.step(number)
@@ -222,6 +231,7 @@ class ExpertUpdater(UpdaterViews):
         :raises IpcUnavailable: if a transport that reads peers' weights cannot read the new ones;
             :class:`OpenTimeout` if a rank did not call this; ``recover()`` goes on with another transport
         """
+        self.home.require(self)
         if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot rebind weights")
         if self._stepper.standing_for != "paused" or self.running is not None:
@@ -245,6 +255,7 @@ class ExpertUpdater(UpdaterViews):
         :raises Unrecoverable: if a survivor cannot follow the others
         :raises BrokenControlGroup: if another rank is lost meanwhile; call this again without it
         """
+        self.home.require(self)
         self._session.life.require_entered(f"{self!r} cannot recover")
         self._rank.live.require_in_place()
         with self._stepper.standing("recovering"):
@@ -259,6 +270,7 @@ class ExpertUpdater(UpdaterViews):
         :raises BusyUpdater: if an update is running
         :raises ClosedUpdater: if this updater is not open
         """
+        self.home.require(self)
         self._session.life.require_entered(f"{self!r} cannot audit")
         if self.running is not None:
             raise BusyUpdater(f"{self!r}: an audit reads what an update changes; wait for its end")
@@ -286,6 +298,7 @@ class ExpertUpdater(UpdaterViews):
         max_nbytes_per_step: int | None = None,
         after: DeviceEvent | None = None,
     ) -> UpdateRun:
+        self.home.require(self)
         after = after or self.device.record()
         request = Request(
             mode=mode, new=new_placement, layers=layers, max_nbytes_per_step=max_nbytes_per_step, after=after
@@ -300,6 +313,7 @@ class ExpertUpdater(UpdaterViews):
 
     @asynccontextmanager
     async def _standing(self, reason: str, after: DeviceEvent | None) -> AsyncIterator[None]:
+        self.home.require(self)
         if self.closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
         with self._stepper.standing(reason):

@@ -1,14 +1,29 @@
 """Between the event loop and threads: where blocking work runs, and how a thread wakes the loop."""
 
+import atexit
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from functools import partial
+from queue import SimpleQueue
+from typing import Generic, Protocol, TypeVar
+from weakref import finalize
 
-from anyio import CapacityLimiter, Event, notify_closing, to_thread, wait_readable
+from anyio import CancelScope, Event, notify_closing, wait_readable
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from async_eplb.event_loop import run_soon
 
 T = TypeVar("T")
+
+_EXIT_S = 0.25
+"""How long the interpreter's end waits for functions under way, before it interrupts them and again after."""
 
 
 class Work(StrEnum):
@@ -71,20 +86,139 @@ class Workers(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Interruptible(Generic[T]):
+    """A blocking function for workers, which another thread can make end soon: the interpreter's end does.
+
+    :param interrupt: makes ``function`` end, with an error
+    """
+
+    function: Callable[[], T]
+    interrupt: Callable[[], None]
+
+    def __call__(self) -> T:
+        """Run the function."""
+        return self.function()
+
+
 class ThreadWorkers:
-    """One worker thread for each kind of work."""
+    """One thread for each kind of work, as long as this object lives. None keeps the process from ending (rule 20).
+
+    The end of the interpreter waits for functions under way for up to half a second, for what returns to Python from
+    torch after that would abort the process. Functions that may block for longer are :class:`Interruptible`.
+    """
 
     def __init__(self) -> None:
-        self._limiters: dict[str, CapacityLimiter] = {}
+        self._threads: dict[str, _WorkThread] = {}
+        at_exit = partial(_end, self._threads)
+        atexit.register(at_exit)
+        finalize(self, _forget, self._threads, at_exit).atexit = False
 
     async def run(self, kind: str, function: Callable[[], T]) -> T:
         """Run ``function`` in the thread of its kind."""
-        limiter = self._limiters.setdefault(kind, CapacityLimiter(1))
-        return await to_thread.run_sync(function, limiter=limiter)
+        await checkpoint_if_cancelled()
+        ended, outcome = Event(), Future[T]()
+        tell = partial(run_soon(), ended.set)
+        if kind not in self._threads:
+            self._threads[kind] = _WorkThread(f"eplb-{kind}")
+        in_context = partial(copy_context().run, function)
+        self._threads[kind].submit(_Call(function, partial(_carry_out, in_context, outcome, tell)))
+        try:
+            with CancelScope(shield=True):
+                await ended.wait()
+            return outcome.result()
+        finally:
+            del outcome  # which has the error, whose traceback has this frame
 
     def doorbell(self) -> Doorbell:
         """Return a doorbell for other threads."""
         return SocketDoorbell()
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of a function in another thread.
+
+    :param run: calls it, and tells its caller
+    """
+
+    function: Callable[[], object]
+    run: Callable[[], None]
+
+    def interrupt(self) -> None:
+        """Make the function end, if it can be."""
+        if isinstance(self.function, Interruptible):
+            self.function.interrupt()
+
+
+def _carry_out(function: Callable[[], T], outcome: Future[T], tell: Callable[[], object]) -> None:
+    try:
+        outcome.set_result(function())
+    except BaseException as error:  # noqa: BLE001 - raised to the caller
+        outcome.set_exception(error)
+        del outcome  # which has the error, whose traceback has this frame
+    with suppress(RuntimeError):  # the caller's event loop is closed
+        tell()
+
+
+class _WorkThread:
+    """Runs calls one after another, in a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._current: _Call | None = None
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: _Call) -> None:
+        """Run a call when those before it have ended."""
+        self._calls.put(call)
+
+    def end(self) -> None:
+        """End the thread after the calls so far."""
+        self._calls.put(None)
+
+    def interrupt(self) -> None:
+        """End the present call, if it can be."""
+        current = self._current
+        if current is not None:
+            with suppress(Exception):  # what cannot be interrupted is left to itself
+                current.interrupt()
+
+    def join(self, deadline: float) -> None:
+        """Wait for the end of the thread, until a deadline on the clock of time.monotonic()."""
+        self._thread.join(max(deadline - time.monotonic(), 0.0))
+
+    def _work(self) -> None:
+        while True:
+            self._current = self._calls.get()
+            if self._current is None:
+                return
+            self._current.run()
+            self._current = None
+
+
+def _forget(threads: Mapping[str, _WorkThread], at_exit: Callable[[], None]) -> None:
+    """End the threads of workers that nobody has any more."""
+    atexit.unregister(at_exit)
+    for thread in threads.values():
+        thread.end()
+
+
+def _end(threads: Mapping[str, _WorkThread]) -> None:
+    """Leave nothing inside torch that returns to Python when there is none any more."""
+    running = list(threads.values())  # an event loop in a thread may still add to them
+    for thread in running:
+        thread.end()
+    _join(running, time.monotonic() + _EXIT_S)
+    for thread in running:
+        thread.interrupt()
+    _join(running, time.monotonic() + _EXIT_S)
+
+
+def _join(threads: Sequence[_WorkThread], deadline: float) -> None:
+    for thread in threads:
+        thread.join(deadline)
 
 
 class OtherWorkers:

@@ -183,6 +183,10 @@ class ClosedUpdater(EplbError, RuntimeError):
     """The updater is not open: not entered yet, closed, or closed by an earlier failure."""
 
 
+class WrongEventLoop(EplbError, RuntimeError):
+    """An object was used from another thread, or from another event loop, than it was opened in."""
+
+
 class ClosedRebalancer(EplbError, RuntimeError):
     """A rebalancer does not run, or was cancelled before it made the rebalance that was demanded."""
 

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 from async_eplb.device import DeviceEvent
 from async_eplb.errors import BrokenLoadGroup, OpenTimeout
 from async_eplb.groups import gather, join
-from async_eplb.workers import ThreadWorkers, Work, Workers
+from async_eplb.workers import Interruptible, ThreadWorkers, Work, Workers
 
 
 class LocalLoadGroup:
@@ -29,10 +29,13 @@ class LocalLoadGroup:
         A cancelled sum ends as a cancelled one, also where closing the group made it fail.
         """
         try:
-            return await self._workers.run(Work.LOAD, partial(self._finish, counts, after))
+            return await self._workers.run(Work.LOAD, Interruptible(partial(self._finish, counts, after), self.close))
         except BrokenLoadGroup:
             await anyio.lowlevel.checkpoint_if_cancelled()
             raise
+
+    def close(self) -> None:
+        """Do nothing: there are no connections."""
 
     def _finish(self, counts: Tensor, after: DeviceEvent | None) -> Tensor:
         if after is not None:

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from async_eplb.errors import BrokenControlGroup
 from async_eplb.transport.base import Voter
 from async_eplb.transport.one_round import require_recent
-from async_eplb.workers import Work, Workers
+from async_eplb.workers import Interruptible, Work, Workers
 
 _SETTLE_S = 0.5
 """How much later than another a rank can notice a loss."""
@@ -41,16 +41,23 @@ class GlooControlGroup:
         self._workers = workers
         self._timeout_s = timeout_s
         self._news = threading.Event()
+        self._aborted = False
         self._unfinished: object = None
         """Memory that a broken round may still write to."""
 
     async def run(self, voter: Voter) -> None:
         """Run rounds in the control thread, from now until the last one."""
-        await self._workers.run(Work.CONTROL, partial(self._hold_rounds, voter))
+        await self._workers.run(Work.CONTROL, Interruptible(partial(self._hold_rounds, voter), self.abort))
 
     def wake(self) -> None:
         """End the pause before the next round."""
         self._news.set()
+
+    def abort(self) -> None:
+        """Close all connections, without a word to the other ranks. The round under way is lost, here and there."""
+        self._aborted = True
+        self._news.set()
+        self._close_connections()
 
     def _hold_rounds(self, voter: Voter) -> None:
         last_s = time.monotonic()
@@ -83,7 +90,8 @@ class GlooControlGroup:
         if not failures:
             return [each.tolist() for each in rows]
         self._unfinished = (rows, recvs, sends)
-        missing = self._give_up(set(failures), in_time=time.monotonic() < deadline - _SETTLE_S)
+        in_time = time.monotonic() < deadline - _SETTLE_S
+        missing = [] if self._aborted else self._give_up(set(failures), in_time=in_time)
         raise BrokenControlGroup(
             f"rank {self._rank}: no ballot from ranks {missing} within {self._timeout_s} s: dead, cut off, or stopped "
             f"for that long ({next(iter(failures.values()))})",
@@ -104,7 +112,7 @@ class GlooControlGroup:
         missing: set[int] = set()
         try:
             self._store.set(f"gave up/{self._rank}", json.dumps(sorted(silent)))
-            close_connections(self._group, [peer for peer in range(self._num_ranks) if peer != self._rank])
+            self._close_connections()
             looked_at = {self._rank}
             while silent - looked_at:
                 peer = min(silent - looked_at)
@@ -119,6 +127,9 @@ class GlooControlGroup:
         except RuntimeError:  # the store went with its rank
             missing |= silent - {self._rank}
         return sorted(missing or silent - {self._rank})
+
+    def _close_connections(self) -> None:
+        close_connections(self._group, [peer for peer in range(self._num_ranks) if peer != self._rank])
 
 
 def close_connections(group: ProcessGroupGloo, peers: Iterable[int]) -> None:

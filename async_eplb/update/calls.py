@@ -36,7 +36,9 @@ class BoundaryCalls:
         the model does. What it raises is raised here, never out of ``step()``. It must not wait for the device.
 
         :raises ClosedUpdater: if no rebalance follows
+        :raises WrongEventLoop: in another event loop than the updater's
         """
+        self._session.life.home.require(self)
         call: Future[T] = Future()
         waiting = (function, call)
         self._waiting.append(waiting)

@@ -4,17 +4,20 @@ from collections.abc import Callable
 
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import ClosedUpdater
+from async_eplb.event_loop import HomeLoop
 
 
 class RebalanceDemands:
     """Demands of rebalances, which control rounds carry to all ranks. Rebalances are counted from 1.
 
     :param closed: returns why no rebalance follows; empty if one can
+    :param home: the only event loop to wait in; any thread may demand
     """
 
-    def __init__(self, shared: SharedAgreement, closed: Callable[[], str]) -> None:
+    def __init__(self, shared: SharedAgreement, closed: Callable[[], str], home: HomeLoop) -> None:
         self._shared = shared
         self._closed = closed
+        self._home = home
 
     def demand(self, number: int) -> None:
         """Ask all ranks to make their rebalance ``number``."""
@@ -24,7 +27,9 @@ class RebalanceDemands:
         """Return when some rank has demanded rebalance ``number``; demand it when boundary ``due_step`` is passed.
 
         :raises ClosedUpdater: if no rebalance follows
+        :raises WrongEventLoop: in another event loop than the updater's
         """
+        self._home.require(self)
 
         def demanded() -> bool:
             return self._shared.outlook.demanded >= number or bool(self._closed())
@@ -38,5 +43,9 @@ class RebalanceDemands:
             raise ClosedUpdater(f"no rebalance {number} follows: {self._closed()}")
 
     async def until_step(self, number: int) -> None:
-        """Return when this rank has passed boundary ``number``, counted as ``step()`` does, or makes no steps."""
+        """Return when this rank has passed boundary ``number``, counted as ``step()`` does, or makes no steps.
+
+        :raises WrongEventLoop: in another event loop than the updater's
+        """
+        self._home.require(self)
         await self._shared.until_step(number, unless=lambda: self._shared.outlook.standing)

@@ -3,6 +3,7 @@
 from enum import Enum
 
 from async_eplb.errors import ClosedUpdater
+from async_eplb.event_loop import HomeLoop
 
 
 class LifeState(Enum):
@@ -25,9 +26,10 @@ _ALLOWED = {
 
 
 class Life:
-    """The state of an updater, and why it is in it."""
+    """The state of an updater, why it is in it, and the event loop that it lives in."""
 
     def __init__(self) -> None:
+        self.home = HomeLoop()
         self.state = LifeState.NEW
         self.reason = "it was not entered yet"
         """Why no update can begin; empty while the state is OPEN."""

@@ -4,22 +4,13 @@ While the rank makes no steps, layers that are agreed on are committed from here
 boundary.
 """
 
-import math
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from anyio import (
-    CancelScope,
-    Event,
-    Lock,
-    create_task_group,
-    current_effective_deadline,
-    get_cancelled_exc_class,
-    move_on_after,
-)
+from anyio import CancelScope, Event, Lock, create_task_group
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
@@ -29,6 +20,7 @@ from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
 from async_eplb.device import DeviceEvent
 from async_eplb.errors import BusyTransport, UpdateAborted
+from async_eplb.event_loop import outlast
 from async_eplb.events.emit import emit
 from async_eplb.events.passes import PassTimer
 from async_eplb.placement import ExpertPlacement
@@ -71,6 +63,7 @@ class Session:
 
     async def open(self) -> None:
         """Connect to all ranks, which do this together, and begin to hold control rounds."""
+        self.life.home.settle()
         async with AsyncExitStack() as stack:
             doorbell = self.rank.workers.doorbell()
             stack.callback(doorbell.close)
@@ -248,10 +241,22 @@ class Session:
         opens_transport = self.connection.is_replaced
         try:
             await run.run()
-        except Exception as error:  # noqa: BLE001 - a defect; nobody may wait for ever because of it
-            run.failure.error = run.failure.error or error
-            self._shared.fail(alone=True)
-            self._shared.end(failed=True)
+        except Exception as error:  # noqa: BLE001 - a defect
+            self._give_up(run, error)
+        except BaseException:  # the event loop is shut down, which no shield keeps off
+            number = self.rank.number
+            self._give_up(run, UpdateAborted(f"the event loop of rank {number} was shut down", ranks=(number,)))
+            raise
+        finally:
+            self._conclude(run, opens_transport=opens_transport)
+
+    def _give_up(self, run: UpdateRun, error: Exception) -> None:
+        """End an update that did not come to its own end, so that nobody waits for ever, here or on other ranks."""
+        run.failure.error = run.failure.error or error
+        self._shared.fail(alone=True)
+        self._shared.end(failed=True)
+
+    def _conclude(self, run: UpdateRun, *, opens_transport: bool) -> None:
         self.state.placement = self.placement
         self.running = None
         self.state.totals.add(failed=run.error is not None)
@@ -270,6 +275,10 @@ class Session:
     async def _hold_rounds(self, control: ControlGroup) -> None:
         try:
             await control.run(self._shared)
+        except BaseException:  # the event loop is shut down; the thread goes on, to its last round
+            self._shared.fail(alone=True)
+            self._shared.leave()
+            raise
         finally:
             self._rounds_ended.set()
 
@@ -310,12 +319,12 @@ class Session:
             if run is not None:
                 run.cancel()
                 self.stand(self.rank.device.record(), for_good=True)
-                cancelled += await _outlast(run.finished, self.rank.options.control_timeout_s)
+                cancelled += await outlast(run.finished, self.rank.options.control_timeout_s)
                 if not run.finished.is_set():
                     self._shared.fail(alone=True)
-                cancelled += await _outlast(run.finished)
+                cancelled += await outlast(run.finished)
             self._shared.leave()
-            cancelled += await _outlast(self._rounds_ended)
+            cancelled += await outlast(self._rounds_ended)
         self._shared.news.notify()
         if cancelled:
             raise cancelled[0]
@@ -329,17 +338,3 @@ class Session:
         self._tasks = None
         listening.cancel()
         await tasks.aclose()
-
-
-async def _outlast(event: Event, timeout_s: float = math.inf) -> list[BaseException]:
-    """Wait for an event however often asyncio cancels the task, which no shield keeps off; return the cancellations."""
-    cancelled: list[BaseException] = []
-    with move_on_after(timeout_s):
-        while not event.is_set():
-            try:
-                await event.wait()
-            except get_cancelled_exc_class() as error:
-                if current_effective_deadline() == -math.inf:
-                    raise
-                cancelled.append(error)
-    return cancelled

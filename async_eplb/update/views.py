@@ -5,6 +5,7 @@ from async_eplb.agreement.protocol import Agreement
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.agreement.steps import Stepper
 from async_eplb.device import Device
+from async_eplb.event_loop import HomeLoop
 from async_eplb.expert_map import ExpertMap
 from async_eplb.options import UpdateOptions
 from async_eplb.placement import ExpertPlacement
@@ -42,7 +43,7 @@ class UpdaterViews:
             at_boundary=self.calls.make,
             passes=self._session.passes,
         )
-        self.demands = RebalanceDemands(self._shared, lambda: self.closed)
+        self.demands = RebalanceDemands(self._shared, lambda: self.closed, self.home)
         """For a rebalancer: when all ranks make the next rebalance."""
 
     def __repr__(self) -> str:
@@ -94,6 +95,11 @@ class UpdaterViews:
     def closed(self) -> str:
         """Why no update can begin; empty if one can."""
         return self._session.closed
+
+    @property
+    def home(self) -> HomeLoop:
+        """The event loop that it was entered in; only there may its coroutines run."""
+        return self._session.life.home
 
     @property
     def running(self) -> UpdateRun | None:

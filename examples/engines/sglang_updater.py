@@ -114,8 +114,8 @@ class ExpertLocationUpdater:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self._updater.__exit__(kind, error, traceback)
+    ) -> None:
+        self._updater.__exit__(kind, error, traceback)
 
     def update(
         self,

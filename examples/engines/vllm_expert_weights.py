@@ -52,8 +52,8 @@ class ExpertRearranger:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self._updater.__exit__(kind, error, traceback)
+    ) -> None:
+        self._updater.__exit__(kind, error, traceback)
 
     @property
     def layer_state(self) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ NUM_UPDATES = 200
 NUM_LAYERS = 3
 _WARM = 80
 _ENDS_WITHIN_S = 10.0
-"""An event loop asks its worker threads to end, and does not wait for them."""
+"""Worker threads are asked to end with their workers and event loop, and not waited for."""
 
 Ranks = list[MemoryRank]
 
@@ -112,10 +112,15 @@ FAULTS: tuple[Callable[[Ranks, ExpertPlacement], Awaitable[None]], ...] = (
 )
 
 
+def worker_threads() -> list[threading.Thread]:
+    """Return the threads of updaters and of the event loop."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("eplb-", "AnyIO"))]
+
+
 async def census() -> dict[str, int]:
     """Count what could be left behind."""
     gc.collect()
-    workers = sum("AnyIO" in thread.name for thread in threading.enumerate())
+    workers = len(worker_threads())
     return {
         "threads": threading.active_count() - workers,
         "workers": workers,  # idle ones end after a while, and are made anew
@@ -174,7 +179,8 @@ def test_nothing_is_left_behind(
     assert abs(last["files"] - first["files"]) <= 2
     assert last["blocks"] - first["blocks"] < 1_000
     assert last["bytes"] - first["bytes"] < 300_000
-    workers = [thread for thread in threading.enumerate() if "AnyIO" in thread.name]
+    gc.collect()
+    workers = worker_threads()
     for worker in workers:
         worker.join(_ENDS_WITHIN_S)
     assert not [worker for worker in workers if worker.is_alive()]

@@ -79,10 +79,10 @@ class _Cycle:
 
     def run(self) -> Left:
         failed = anyio.run(self._update)
-        for thread in threading.enumerate():
-            if "AnyIO" in thread.name:
-                thread.join()  # told to end with the loop, not awaited there
         gc.collect()
+        for thread in threading.enumerate():
+            if thread.name.startswith("eplb-"):
+                thread.join()  # told to end with the updater, not awaited there
         on_gpu = self._cycles.device == "cuda"
         if on_gpu:
             torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Control rounds over gloo between threads of one process: also ranks a round ahead learn which one is missing."""
 
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +73,26 @@ def test_a_rank_that_is_ahead_learns_which_rank_is_missing(tmp_path: Path) -> No
         assert error.missing == (1,)
     assert voters[0].left == 4
     assert voters[2].left == 5
+
+
+def test_a_round_that_waits_can_be_aborted(tmp_path: Path) -> None:
+    """At once, from another thread, and without waiting for what other ranks have to say."""
+    groups: dict[int, GlooControlGroup] = {}
+
+    def connect(rank: int) -> None:
+        store = dist.FileStore(str(tmp_path / "store"), 2)  # type: ignore[attr-defined]
+        groups[rank] = GlooControlGroup(store, rank, 2, ThreadWorkers(), timeout_s=60.0)
+
+    together([threading.Thread(target=connect, args=(rank,)) for rank in range(2)])
+    voter = Counting(1)
+    waiting = threading.Thread(target=anyio.run, args=(groups[0].run, voter))
+    begun_s = time.monotonic()
+    waiting.start()
+    waiting.join(0.1)
+    groups[0].abort()
+    waiting.join()
+    assert voter.error is not None
+    assert time.monotonic() - begun_s < 10
 
 
 def together(threads: Sequence[threading.Thread]) -> None:

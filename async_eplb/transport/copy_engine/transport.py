@@ -25,7 +25,7 @@ from async_eplb.transport.copy_engine.peer_weights import CLOSE_TIMEOUT_S, Offer
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.joining import Member, Opening
 from async_eplb.weights import ExpertWeights
-from async_eplb.workers import Work, Workers
+from async_eplb.workers import Interruptible, Work, Workers
 
 
 class CopyEngineTransport(Member):
@@ -200,7 +200,8 @@ class _Pull:
         if not self._started:
             await self.start()
         try:
-            await self._in_thread(Work.EXCHANGE, partial(self._finish, time.monotonic() + timeout_s))
+            finish = partial(self._finish, time.monotonic() + timeout_s)
+            await self._in_thread(Work.EXCHANGE, Interruptible(finish, self._transport.abort))
         except TimeoutError as error:
             self._transport.abort()
             raise TransferTimeout(

@@ -7,7 +7,7 @@ from async_eplb.errors import BrokenTransport, TransferTimeout
 from async_eplb.transport.base import PendingExchange, PreparedExchange
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.torch_dist.link import Finish, Launch, Link
-from async_eplb.workers import Work, Workers
+from async_eplb.workers import Interruptible, Work, Workers
 
 
 class OpenLink:
@@ -91,7 +91,7 @@ class _Pending:
         link.require_open(self._row)
         deadline = time.monotonic() + timeout_s
         try:
-            await link.workers.run(self._kind, partial(self._finish, deadline))
+            await link.workers.run(self._kind, Interruptible(partial(self._finish, deadline), link.abort))
         except (RuntimeError, TimeoutError) as error:
             link.abort()
             where = f"rank {rank}, row {self._row}"

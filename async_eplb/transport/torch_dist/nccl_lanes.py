@@ -1,8 +1,8 @@
 """NCCL for both hops of layers: a communicator and a stream for each, so that two layers can be under way at once."""
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from threading import Thread
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -63,6 +63,10 @@ class NcclLanes:
 
         All at once: aborting one frees memory, which waits for the kernels of the others.
         """
-        with ThreadPoolExecutor(len(self._links)) as threads:
-            for aborted in [threads.submit(link.abort) for link in self._links]:
-                aborted.result()
+        first, *others = self._links
+        threads = [Thread(target=link.abort, daemon=True) for link in others]
+        for thread in threads:
+            thread.start()
+        first.abort()
+        for thread in threads:
+            thread.join()
