@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from async_eplb.recovery.weight_source import SafetensorsSource as SafetensorsSource
     from async_eplb.recovery.weight_source import WeightSource as WeightSource
     from async_eplb.sync import SyncUpdater as SyncUpdater
+    from async_eplb.sync_rebalancer import SyncRebalancer as SyncRebalancer
     from async_eplb.topology import EPTopology as EPTopology
     from async_eplb.transport import CopyEngineTransport as CopyEngineTransport
     from async_eplb.transport import HybridTransport as HybridTransport
@@ -81,6 +82,7 @@ _HOMES = {
     "recovery.survivors": ("on_survivors",),
     "recovery.weight_source": ("SafetensorsSource", "WeightSource"),
     "sync": ("SyncUpdater",),
+    "sync_rebalancer": ("SyncRebalancer",),
     "topology": ("EPTopology",),
     "transport": (
         "CopyEngineTransport",

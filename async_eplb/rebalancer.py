@@ -1,6 +1,7 @@
 """The façade for the background task: load → policy → placement → update, again and again, while the model serves."""
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class RebalancerStatistics:
     :param received_nbytes: that all ranks together received for it
     :param balancedness: mean over layers, as the last rebalance left it; NaN before the first
     :param num_events_lost: events that the logger, or one of its observers, raised at
+    :param failure: what ended :meth:`Rebalancer.run`; empty if it was cancelled, or runs
     """
 
     running: bool
@@ -97,6 +99,7 @@ class RebalancerStatistics:
     received_nbytes: int
     balancedness: float
     num_events_lost: int
+    failure: str
 
 
 class Rebalancer:
@@ -111,6 +114,7 @@ class Rebalancer:
     :param policy: chooses placements; pure
     :param group: sums loads over the ranks
     :param terms: what a rebalance must bring to be made
+    :raises InvalidOptions: if the policy runs in a process and cannot be sent there
     """
 
     def __init__(
@@ -126,6 +130,8 @@ class Rebalancer:
         workers: Workers | None = None,
     ) -> None:
         self.options = options or RebalanceOptions()
+        if self.options.run_policy_in == "process":
+            _require_picklable(policy)
         self._updater = updater
         self._source = source
         self._policy = policy
@@ -134,6 +140,7 @@ class Rebalancer:
         self._logger = guarded(logger, run_id=updater.run_id, updater=updater.name)
         self._workers = workers or ThreadWorkers()
         self._running = False
+        self._failure: Exception | None = None
         self._done: dict[int, tuple[Event, list[Rebalance | Exception]]] = {}
         self._number = 0
         self._num_moved = 0
@@ -152,17 +159,20 @@ class Rebalancer:
             received_nbytes=self._received_nbytes,
             balancedness=self._balancedness,
             num_events_lost=self._logger.num_lost,
+            failure="" if self._failure is None else repr(self._failure),
         )
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Rebalance until cancelled. What goes wrong is raised here, to the owner of the task group.
 
         :raises BusyUpdater: if it runs already
+        :raises WrongEventLoop: in another event loop than the updater's
         :raises EplbError: what ended a rebalance early
         """
+        self._updater.home.require(self)
         if self._running:
             raise BusyUpdater(f"{self!r} runs already")
-        self._running = True
+        self._running, self._failure = True, None
         task_status.started()
         try:
             while True:
@@ -170,10 +180,13 @@ class Rebalancer:
                 self._number += 1
                 with self._telling_waiters(self._number) as outcome:
                     outcome.append(await self._rebalance(self._number))
+        except Exception as error:
+            self._failure = error
+            raise
         finally:
             self._running = False
             for event, outcome in self._done.values():
-                outcome.append(ClosedRebalancer(f"{self!r} was cancelled"))
+                outcome.append(self._closed())
                 event.set()
             self._done.clear()
 
@@ -184,9 +197,11 @@ class Rebalancer:
 
         :raises ClosedRebalancer: if :meth:`run` is not active, or ends before
         :raises RebalanceFailed: if it fails; :meth:`run` raises the cause
+        :raises WrongEventLoop: in another event loop than the updater's
         """
+        self._updater.home.require(self)
         if not self._running:
-            raise ClosedRebalancer(f"{self!r} does not run; start it with tg.start(rebalancer.run)")
+            raise self._closed() from self._failure
         number = self._number + 1
         event, outcome = self._done.setdefault(number, (Event(), []))
         self._updater.demands.demand(number)
@@ -217,8 +232,12 @@ class Rebalancer:
             raise
         finally:
             if not outcome:
-                outcome.append(ClosedRebalancer(f"{self!r} was cancelled in rebalance {number}"))
+                outcome.append(self._closed())
             event.set()
+
+    def _closed(self) -> ClosedRebalancer:
+        why = "was cancelled, or not started" if self._failure is None else f"ended with {self._failure!r}"
+        return ClosedRebalancer(f"{self!r} does not run: it {why}")
 
     async def _rebalance(self, number: int) -> Rebalance:
         watch = Stopwatch()
@@ -264,7 +283,7 @@ class Rebalancer:
 
     async def _run_policy(self, decide: Callable[[], RebalanceDecision]) -> RebalanceDecision:
         if self.options.run_policy_in == "process":
-            return await to_process.run_sync(decide)
+            return await to_process.run_sync(decide, cancellable=True)
         return await self._workers.run(Work.POLICY, decide)
 
     async def _require_same_choice(self, placement: ExpertPlacement) -> None:
@@ -281,6 +300,17 @@ class Rebalancer:
                 digests=digests,
                 ranks=ranks,
             )
+
+
+def _require_picklable(policy: PlacementPolicy) -> None:
+    try:
+        pickle.loads(pickle.dumps(policy))  # noqa: S301 - of this process
+    except Exception as error:
+        raise InvalidOptions(
+            f"run_policy_in is 'process', and {policy!r} cannot be sent to one ({error}): lambdas, functions inside of "
+            "functions and open files cannot; functions and classes of a module can",
+            option="run_policy_in",
+        ) from error
 
 
 def _decide(

@@ -1,8 +1,10 @@
 """The background task, in a world in memory whose ranks serve."""
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 from unittest.mock import ANY
 
@@ -14,7 +16,7 @@ import torch
 from anyio import create_task_group
 from anyio.abc import TaskStatus
 from structlog.testing import LogCapture
-from support.helpers import MemoryRank, memory_world, together
+from support.helpers import MemoryRank, memory_ranks, memory_world, together
 from support.loads import MemoryLoadGroup
 
 from async_eplb import EPTopology, ExpertPlacement
@@ -30,7 +32,7 @@ from async_eplb.errors import (
 from async_eplb.load.source import LoadSnapshot, LoadSource
 from async_eplb.load.value import ExpertLoad
 from async_eplb.load.window import LoadWindow
-from async_eplb.policy import Global, PlacementPolicy, Reason, RebalanceTerms
+from async_eplb.policy import Global, Incremental, PlacementPolicy, Reason, RebalanceTerms
 from async_eplb.rebalancer import RebalanceOptions, Rebalancer
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
@@ -360,3 +362,47 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     """The error names the option."""
     with pytest.raises(InvalidOptions, match=next(iter(options))):
         RebalanceOptions(**options)
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A policy of a module that cannot be sent to another process."""
+
+    lock: Any
+
+    def __call__(self, _load: ExpertLoad, current: ExpertPlacement, _topology: EPTopology) -> ExpertPlacement:
+        return current
+
+
+def policies_that_stay() -> dict[str, PlacementPolicy]:
+    """Return policies that no other process can be given."""
+
+    def inner(_load: ExpertLoad, current: ExpertPlacement, _topology: EPTopology) -> ExpertPlacement:
+        return current
+
+    @dataclass(frozen=True)
+    class Inner:
+        def __call__(self, _load: ExpertLoad, current: ExpertPlacement, _topology: EPTopology) -> ExpertPlacement:
+            return current
+
+    return {
+        "a lambda": lambda _load, current, _topology: current,
+        "a function inside of a function": inner,
+        "a class inside of a function": Inner(),
+        "a lambda in a policy": Incremental(objective=lambda load: load),
+        "a lock in a policy": Locked(threading.Lock()),
+        "a lambda in a partial": partial(lambda _kept, _load, current, _topology: current, 0),
+    }
+
+
+@pytest.mark.parametrize("name", policies_that_stay())
+def test_a_policy_that_cannot_be_sent_to_a_process_is_refused_when_given(name: str) -> None:
+    """In a thread it may be whatever can be called."""
+    policy = policies_that_stay()[name]
+    rank = memory_ranks(OLD, TOPOLOGY)[0]
+    arguments: dict[str, Any] = {"group": MemoryLoadGroup(1), "terms": TERMS}
+    window = LoadWindow(NUM_LAYERS, NUM_EXPERTS, window_steps=8)
+    with pytest.raises(InvalidOptions, match="cannot be sent") as caught:
+        Rebalancer(rank.updater, window, policy, options=RebalanceOptions(run_policy_in="process"), **arguments)
+    assert caught.value.option == "run_policy_in"
+    Rebalancer(rank.updater, window, policy, **arguments)
