@@ -2,22 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import EplbError, InvalidPlacement
+from async_eplb.errors import InvalidPlacement
+from async_eplb.files.documents import MAP_KEY, VERSION, ending
+from async_eplb.files.placements import PLACEMENTS
+from async_eplb.files.tables import on_host
 from async_eplb.topology import EPTopology
 
 EMPTY_SLOT = -1
 """Entry of ``physical_to_logical_map`` for a slot without an expert."""
-
-MAP_KEY = "physical_to_logical_map"
-LOAD_KEY = "logical_count"
 
 _MOST_EXPERTS = 1 << 20
 """Most logical experts of a model: arrays are as large as this number, so that damaged documents are refused."""
@@ -83,26 +81,20 @@ class ExpertPlacement:
 
     @classmethod
     def load(cls, source: str | Path, num_logical_experts: int | None = None) -> "ExpertPlacement":
-        """Read a placement from a document as serving engines use it.
+        """Read a placement from a file of this package or of a serving engine. Nothing in a file is run.
 
-        :param source: a ``.json`` or ``.pt`` file, or an inline JSON object, that holds
-            ``physical_to_logical_map`` as ``[layers, physical]``. Tensors are read without unpickling code.
+        :param source: a ``.json``, ``.jsonl``, ``.npz``, ``.pt``, ``.pth`` or ``.yaml`` file, or an inline JSON object:
+            ``physical_to_logical_map`` as ``[layers, physical]`` (this package, SGLang); such a table alone (DeepSeek,
+            vLLM), also as ``[layers, ranks, slots]``; ``layer_list`` (vllm-ascend); ``initial_global_assignments``
+            (TensorRT-LLM, vLLM), whose rows are in ascending order of layers
         :param num_logical_experts: experts of the model; without it, what the document says, else as for
             :meth:`from_mapping`
         :raises InvalidPlacement: if it cannot be read, or holds something else
+        :raises MissingExtra: for YAML without PyYAML (extra ``yaml``)
         """
-        document = read_document(source, "a placement", InvalidPlacement)
-        if not isinstance(document, Mapping) or MAP_KEY not in document:
-            hint = ""
-            if isinstance(document, Mapping) and LOAD_KEY in document:
-                hint = f"; {LOAD_KEY!r} is a load, from which a policy computes a placement"
-            raise InvalidPlacement(f"{describe(source)} holds no {MAP_KEY!r}{hint}")
-        declared = document.get("num_logical_experts")
-        if declared is not None and type(declared) is not int:
-            raise InvalidPlacement(f"num_logical_experts is {declared!r}; it must be a whole number")
-        if num_logical_experts is None:
-            num_logical_experts = declared
-        return cls.from_mapping(document[MAP_KEY], num_logical_experts)
+        table = PLACEMENTS.read(source)
+        declared = table.num_logical_experts if num_logical_experts is None else num_logical_experts
+        return cls.from_mapping(table.maps, declared)
 
     def save(self, path: str | Path) -> None:
         """Write the placement to a ``.json`` or ``.pt`` file, which :meth:`load` can read.
@@ -110,17 +102,14 @@ class ExpertPlacement:
         :raises InvalidPlacement: if the name of the file ends otherwise
         """
         path = Path(path)
-        if path.suffix == ".json":
-            document = {
-                "num_logical_experts": self.num_logical_experts,
-                MAP_KEY: self.physical_to_logical_map.tolist(),
-            }
-            path.write_text(json.dumps(document))
-        elif path.suffix == ".pt":
+        document = {"version": VERSION, "num_logical_experts": self.num_logical_experts}
+        if ending(path) == ".json":
+            path.write_text(json.dumps({**document, MAP_KEY: self.physical_to_logical_map.tolist()}))
+        elif ending(path) == ".pt":
             import torch  # noqa: PLC0415 - slow to import, and planning needs no tensors
 
-            table = torch.tensor(self.physical_to_logical_map, dtype=torch.int64)
-            torch.save({"num_logical_experts": self.num_logical_experts, MAP_KEY: table}, path)
+            table = torch.tensor(self.physical_to_logical_map, dtype=torch.int64, device="cpu")
+            torch.save({**document, MAP_KEY: table}, path)
         else:
             raise InvalidPlacement(f"{path.name}: a placement is saved as .json or .pt")
 
@@ -185,44 +174,3 @@ class ExpertPlacement:
 
     def __hash__(self) -> int:
         return hash(self.digest())
-
-
-def on_host(table: Any) -> npt.NDArray[np.generic]:  # noqa: ANN401 - whatever a caller has
-    """Convert nested sequences, an array or a tensor of any device and dtype to an array.
-
-    :raises ValueError: if they are not rectangular
-    """
-    if hasattr(table, "is_floating_point"):  # a tensor; numpy does not know bfloat16
-        table = (table.double() if table.is_floating_point() else table).cpu()
-    return np.asarray(table)
-
-
-def read_document(source: str | Path, what: str, error: type[EplbError]) -> object:
-    """Read a JSON document, or a ``.pt`` file without unpickling code.
-
-    :param source: a file name, or an inline JSON object
-    :param what: what the document should be, for the message
-    :param error: raised if it cannot be read
-    """
-    try:
-        if _is_inline(source):
-            return json.loads(str(source))
-        path = Path(source)
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if path.suffix == ".pt":
-            import torch  # noqa: PLC0415 - as above
-
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as cause:
-        raise error(f"{describe(source)} cannot be read: {cause}") from cause
-    raise error(f"{source}: {what} is a .json file, a .pt file or an inline JSON object")
-
-
-def describe(source: str | Path) -> str:
-    """Return the name of a source for messages."""
-    return "the inline JSON" if _is_inline(source) else str(source)
-
-
-def _is_inline(source: str | Path) -> bool:
-    return isinstance(source, str) and source.lstrip().startswith("{")

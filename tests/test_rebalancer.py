@@ -1,5 +1,6 @@
 """The background task, in a world in memory whose ranks serve."""
 
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -89,7 +90,7 @@ class Server:
         self.log = LogCapture()
         self.group, self.policy = group, policy
         self.rebalancer = self.rebalancer_of(self.window, **options)
-        self.serving = anyio.CancelScope()
+        self.last_step = math.inf
         self.hot = 4
         self.inside_step = False
 
@@ -106,16 +107,15 @@ class Server:
         )
 
     async def serve(self) -> None:
-        """Make forward passes until cancelled."""
-        with self.serving:
-            while True:
-                self.inside_step = True
-                await self.updater.step()
-                self.inside_step = False
-                for layer in range(NUM_LAYERS):
-                    self.window.record(layer, torch.tensor([0, 1, 2, 3, 4, 5] + [self.hot] * 6))
-                self.window.advance()
-                await anyio.lowlevel.checkpoint()
+        """Make forward passes until the last one, or until cancelled."""
+        while self.updater.statistics().step < self.last_step:
+            self.inside_step = True
+            await self.updater.step()
+            self.inside_step = False
+            for layer in range(NUM_LAYERS):
+                self.window.record(layer, torch.tensor([0, 1, 2, 3, 4, 5] + [self.hot] * 6))
+            self.window.advance()
+            await anyio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -194,15 +194,17 @@ async def test_an_engine_may_count_by_itself() -> None:
 async def test_ranks_that_stand_rebalance_too() -> None:
     """Loads are read beside, and the update ends although nobody steps."""
     async with servers(every_steps=None) as world:
-        await anyio.sleep(0.01)
+        for server in world:
+            server.last_step = 20
+        while any(server.updater.statistics().step < 20 for server in world):
+            await anyio.lowlevel.checkpoint()
         async with AsyncExitStack() as stack:
-            for server in world:
-                server.serving.cancel()
-            await anyio.wait_all_tasks_blocked()
             for server in world:
                 await stack.enter_async_context(server.updater.idle())
             async with rebalancing(world):
                 outcome = await world[2].rebalancer.rebalance_now()
+                while any(server.rebalancer.statistics().num_moved < 1 for server in world):
+                    await anyio.lowlevel.checkpoint()
         assert outcome.summary is not None
         assert outcome.decision.reason is Reason.PAYS
 

@@ -1,6 +1,5 @@
 """A load as a frozen value: tokens of each logical expert of each layer, over some steps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from async_eplb.errors import InvalidLoad
-from async_eplb.placement import LOAD_KEY, MAP_KEY, describe, on_host, read_document
+from async_eplb.files.documents import LOAD_KEY
+from async_eplb.files.loads import read_load, write_load
+from async_eplb.files.tables import on_host
 
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
@@ -48,7 +49,8 @@ class ExpertLoad:
         """Build a load from nested sequences, an array or a tensor.
 
         :param counts: ``[layers, logical]``, or ``[steps, layers, logical]``, which is summed over the steps
-        :param num_steps: steps that the counts cover; without it, the first of three dimensions, else 1
+        :param num_steps: steps that the counts cover; without it, those of three dimensions in which anything was
+            counted (recorders have room for more), and 1 otherwise
         :raises InvalidLoad: if ``counts`` is no such table of numbers, or holds numbers that no load has
         """
         try:
@@ -62,26 +64,29 @@ class ExpertLoad:
         steps = 1
         if tokens.ndim == 3:  # noqa: PLR2004
             _require_countable(tokens)  # of each step: sums of wrong numbers may look right
-            steps = len(tokens)
+            steps = max(1, int(tokens.any(axis=(1, 2)).sum()))
             tokens = tokens.sum(axis=0)
         tokens.setflags(write=False)
         return cls(tokens, steps if num_steps is None else num_steps, phase)
 
     @classmethod
     def load(cls, source: str | Path) -> "ExpertLoad":
-        """Read a load from a document as serving engines write it.
+        """Read a load from a file of this package or of a serving engine. Nothing in a file is run.
 
-        :param source: a ``.json`` or ``.pt`` file, or an inline JSON object, that holds ``logical_count`` as
-            ``[layers, logical]`` or ``[steps, layers, logical]``. Tensors are read without unpickling code.
+        :param source: a ``.json``, ``.jsonl``, ``.npz``, ``.pt`` or ``.pth`` file, or an inline JSON object: what
+            :meth:`save` writes; ``logical_count`` (SGLang); such a table alone (DeepSeek, vLLM); statistics of vLLM;
+            SGLang's dump of single passes, or the folder of the dumps of all ranks
         :raises InvalidLoad: if it cannot be read, or holds something else
         """
-        document = read_document(source, "a load", InvalidLoad)
-        if not isinstance(document, Mapping) or LOAD_KEY not in document:
-            hint = ""
-            if isinstance(document, Mapping) and MAP_KEY in document:
-                hint = f"; {MAP_KEY!r} is a placement, which needs no load"
-            raise InvalidLoad(f"{describe(source)} holds no {LOAD_KEY!r}{hint}")
-        return cls.from_counts(document[LOAD_KEY])
+        table = read_load(source)
+        return cls.from_counts(table.counts, num_steps=table.num_steps, phase=table.phase)
+
+    def save(self, path: str | Path) -> None:
+        """Write the load to a ``.json`` or ``.npz`` file, from which :meth:`load` reads an equal one.
+
+        :raises InvalidLoad: if the name of the file ends otherwise
+        """
+        write_load(Path(path), self.tokens, self.num_steps, self.phase)
 
     @property
     def num_layers(self) -> int:

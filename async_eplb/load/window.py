@@ -11,6 +11,7 @@ from async_eplb.device import record_on
 from async_eplb.errors import InvalidLoad, InvalidOptions
 from async_eplb.load.source import LoadGroup, LoadSnapshot
 from async_eplb.load.value import PHASES, ExpertLoad
+from async_eplb.modes import outside_modes
 
 _IGNORED = 0
 """Column of a table of counts for tokens to ignore: they are counted there, since leaving them out would need a mask
@@ -78,7 +79,7 @@ class LoadWindow:
         self._beyond = _FIRST_EXPERT + num_logical_experts
         # Columns of a table of counts: ignored tokens, logical experts in order, experts beyond the model.
         shape = (len(phases), num_layers, self._beyond + 1)
-        with torch.inference_mode(mode=False):  # rule 21: they are written to inside and outside of it
+        with outside_modes():
             self._step = torch.zeros(shape, dtype=torch.int32, device=device)
             self._ring = torch.zeros((window_steps, *shape), dtype=torch.int32, device=device)
             self._total = torch.zeros(shape, dtype=torch.int64, device=device)

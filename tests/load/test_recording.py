@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loads import OpNames, counted
 
@@ -26,13 +26,15 @@ def in_type(numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
 
 @st.composite
 def ids(draw: st.DrawFn) -> tuple[torch.dtype, list[int]]:
-    """Draw a type of ids, and ids that it can hold: small ones, and any."""
+    """Draw a type of ids, and ids that it can hold: small ones, any, and the outermost."""
     dtype = draw(st.sampled_from(SIGNED + UNSIGNED))
     limits = np.iinfo(str(dtype).removeprefix("torch."))
-    number = st.integers(max(-2, int(limits.min)), 6) | st.integers(int(limits.min), int(limits.max))
+    smallest, largest = int(limits.min), int(limits.max)
+    number = st.integers(max(-2, smallest), 6) | st.integers(smallest, largest) | st.sampled_from([smallest, largest])
     return dtype, draw(st.lists(number, max_size=8))
 
 
+@settings(deadline=None)
 @given(ids(), st.booleans(), st.sampled_from([torch.bool, *SIGNED, *UNSIGNED]), st.data())
 def test_ids_and_masks_of_every_type_are_counted(
     drawn: tuple[torch.dtype, list[int]],
@@ -108,6 +110,7 @@ def test_a_map_of_other_layers_is_refused() -> None:
         LoadWindow(2, 2, 1, expert_map=SimpleNamespace(physical_to_logical_map=torch.tensor([[0, 1]])))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(SIGNED + UNSIGNED),
     st.lists(st.lists(st.integers(0, 9), min_size=8, max_size=8), min_size=1, max_size=4),

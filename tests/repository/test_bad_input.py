@@ -96,24 +96,6 @@ def test_files_with_other_bytes(tmp_path: Path, data: st.DataObject) -> None:
         require_valid(ExpertPlacement.load(path))
 
 
-class Surprise:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    """A pickle that would do something is refused."""
-    torch.save({"physical_to_logical_map": Surprise(tmp_path / "ran")}, tmp_path / "placement.pt")
-    with pytest.raises(EplbError):
-        ExpertPlacement.load(tmp_path / "placement.pt")
-    assert not (tmp_path / "ran").exists()
-
-
 @FEW
 @given(ROWS)
 def test_rows_of_any_numbers(row: list[int]) -> None:
