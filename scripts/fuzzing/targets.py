@@ -4,11 +4,13 @@ import contextlib
 import gzip
 import io
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 
@@ -18,6 +20,8 @@ from async_eplb.agreement.rules import Mode
 from async_eplb.agreement.shared import SharedAgreement
 from async_eplb.errors import BrokenControlGroup, EplbError
 from async_eplb.events.schema import EVENTS
+from async_eplb.files.loads import LOADS
+from async_eplb.files.placements import PLACEMENTS
 from async_eplb.fuzz import Scenario, scenario_for
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
@@ -72,47 +76,91 @@ def _use(placement: ExpertPlacement) -> None:
     assert placement.physical_to_logical_map.max(initial=-1) < placement.num_logical_experts
 
 
+def _read_both(source: str | Path) -> None:
+    """Read a placement and a load from one source, whether or not the other was refused."""
+    with contextlib.suppress(EplbError):
+        _use(ExpertPlacement.load(source))
+    with contextlib.suppress(EplbError):
+        load = ExpertLoad.load(source)
+        assert (load.tokens_per_step() >= 0).all()
+        load.save("again.npz")
+        assert ExpertLoad.load("again.npz") == load
+
+
+def _read_named(name: str) -> Callable[[bytes], None]:
+    """Return what reads a file of this name."""
+
+    def read(data: bytes) -> None:
+        Path(name).write_bytes(data)
+        _read_both(Path(name))
+
+    return read
+
+
 def _read_document(data: bytes) -> None:
-    """Read a placement and a load, each inline and from a file, whether or not the others were refused."""
-    Path("document.json").write_bytes(data)
-    inline = data.decode(errors="replace")
-    for source in (Path("document.json"), "{" + inline.lstrip().removeprefix("{")):
-        with contextlib.suppress(EplbError):
-            _use(ExpertPlacement.load(source))
-        with contextlib.suppress(EplbError):
-            assert (ExpertLoad.load(source).tokens_per_step() >= 0).all()
+    """Read a document from a file and inline."""
+    _read_named("document.json")(data)
+    _read_both("{" + data.decode(errors="replace").lstrip().removeprefix("{"))
 
 
 def _documents() -> list[bytes]:
-    documents: list[dict[str, Any]] = [
-        {"physical_to_logical_map": [[0, 1, -1], [1, 0, 1]], "num_logical_experts": 2},
+    device = {"device_id": 0, "device_expert": [0, 1]}
+    counts = {"expert_load": [[1, 2, 3]], "p2l_map": [[0, 1, -1]]}
+    documents: list[Any] = [
+        {"physical_to_logical_map": [[0, 1, -1], [1, 0, 1]], "num_logical_experts": 2, "version": 1},
         {"logical_count": [[1, 2, 3]]},
         {"logical_count": [[[1, 2.5], [3, 4]]]},
+        {"initial_global_assignments": {"3": [0, 1, 1], "4": [1, 0, 0]}, "num_slots": 3},
+        {"moe_layer_count": 1, "layer_list": [{"layer_id": 0, "device_count": 1, "device_list": [device]}]},
+        {"axes": ["stages", "layers", "experts"], "num_steps": [2], "phase": "a", "tokens": [[[1, 2]]]},
+        {"records": [_record()], "last_physical_to_logical_map": [[0, 1, 1]]},
+        counts,
+        [[0, 1], [1, 0]],
+        [[[0, -1, 1], [-1, 0, -1]]],
+        [counts, counts],
     ]
     return [json.dumps(document).encode() for document in documents]
 
 
-def _read_tensors(data: bytes) -> None:
-    path = Path("document.pt")
-    path.write_bytes(data)
-    with contextlib.suppress(EplbError):
-        _use(ExpertPlacement.load(path))
-    with contextlib.suppress(EplbError):
-        ExpertLoad.load(path)
+def _record() -> dict[str, Any]:
+    return {"forward_pass_id": 1, "rank": 0, "global_physical_count": [[1, 2, 3]]}
+
+
+def _lines() -> list[bytes]:
+    return [b"\n".join(_documents()[7:9]), _documents()[3] + b"\n"]
 
 
 def _tensor_files() -> list[bytes]:
+    count = torch.ones(1, 3, dtype=torch.int32)
+    contents: list[Any] = [
+        {"physical_to_logical_map": torch.arange(4).view(1, 4)},
+        {"physical_to_logical_map": torch.zeros(1, 2, dtype=torch.bfloat16)},
+        {"logical_count": torch.ones(1, 2)},
+        {"records": [_record() | {"global_physical_count": count}], "last_physical_to_logical_map": count - 1},
+        torch.tensor([[[0, -1], [-1, 0]]]),
+    ]
     files = []
-    for key, tensor in (
-        ("physical_to_logical_map", torch.arange(4).view(1, 4)),
-        ("physical_to_logical_map", torch.zeros(1, 2, dtype=torch.bfloat16)),
-        ("logical_count", torch.ones(1, 2)),
-    ):
+    for content in contents:
         for new_format in (True, False):
             buffer = io.BytesIO()
-            torch.save({key: tensor}, buffer, _use_new_zipfile_serialization=new_format)
+            torch.save(content, buffer, _use_new_zipfile_serialization=new_format)
             files.append(buffer.getvalue())
     return files
+
+
+def _array_files() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        load, maps = Path(folder, "load.npz"), Path(folder, "maps.npz")
+        ExpertLoad.from_counts([[1, 2]], phase="a").save(load)
+        np.savez(maps, physical_to_logical_map=np.array([[0, 1]]))
+        return [load.read_bytes(), maps.read_bytes()]
+
+
+def _yaml_files() -> list[bytes]:
+    return [
+        b"initial_global_assignments:\n  3: [0, 1, 1]\n  4: [1, 0, 0]\nnum_slots: 3\nlayer_updates_per_iter: 0\n",
+        b"initial_global_assignments: {0: &a [0, 1], 1: *a}\n",
+    ]
 
 
 def _read_log(data: bytes) -> None:
@@ -230,10 +278,17 @@ TARGETS = {
         "placements and loads as JSON, inline and in files",
         _read_document,
         _documents,
-        (b'"physical_to_logical_map"', b'"logical_count"', b'"num_logical_experts"', *_JSON_WORDS),
+        tuple(f'"{key}"'.encode() for forms in (PLACEMENTS, LOADS) for key in forms.by_key) + _JSON_WORDS,
         is_json=True,
     ),
-    "tensors": Target("placements and loads as .pt files", _read_tensors, _tensor_files),
+    "lines": Target(
+        "the same as lines of JSON", _read_named("a.jsonl"), _lines, (b'"expert_load"', *_JSON_WORDS), is_json=True
+    ),
+    "tensors": Target("the same as .pt files", _read_named("document.pt"), _tensor_files),
+    "arrays": Target("the same as .npz files", _read_named("a.npz"), _array_files),
+    "yaml": Target(
+        "placements as YAML", _read_named("a.yaml"), _yaml_files, (b"&a ", b"*a", b"!!", b"? ", b"- ", b"{")
+    ),
     "log": Target("logs that are reported on", _read_log, _log_lines, _JSON_WORDS, is_json=True),
     "gzip": Target("logs that are packed, or nearly so", _read_packed_log, lambda: _log_lines()[1:2]),
     "ballots": Target("ballots of another rank", _receive_ballots, _ballots),
