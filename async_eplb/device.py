@@ -56,8 +56,8 @@ class Device(Protocol):
         """Return uninitialised device memory as uint8 ``[nbytes]``."""
         ...
 
-    def empty_cache(self) -> None:
-        """Free the allocator's cached memory, so that it does not add to the peak when staging is allocated."""
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Return uninitialised host memory that the device copies from and to by itself: uint8 ``[nbytes]``."""
         ...
 
 
@@ -92,11 +92,11 @@ class CpuDevice:
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised memory as uint8 ``[nbytes]``."""
-        with outside_modes():
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        return _uninitialised(nbytes, CpuDevice.torch_device)
 
-    def empty_cache(self) -> None:
-        """Do nothing: the CPU allocator keeps no large blocks."""
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory as uint8 ``[nbytes]``."""
+        return _uninitialised(nbytes, CpuDevice.torch_device)
 
 
 class CudaDevice:
@@ -136,12 +136,16 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised device memory as uint8 ``[nbytes]``."""
-        with outside_modes():
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        return _uninitialised(nbytes, self.torch_device)
 
-    def empty_cache(self) -> None:
-        """Return the caching allocator's unused blocks to the driver."""
-        torch.cuda.empty_cache()
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """Return uninitialised pinned memory as uint8 ``[nbytes]``. Can wait for all work of the device."""
+        return _uninitialised(nbytes, CpuDevice.torch_device, pinned=True)
+
+
+def _uninitialised(nbytes: int, torch_device: torch.device, *, pinned: bool = False) -> Tensor:
+    with outside_modes():
+        return torch.empty(nbytes, dtype=torch.uint8, device=torch_device, pin_memory=pinned)
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -14,8 +14,6 @@ from async_eplb.modes import outside_modes
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
-_ALIGNMENT = 8
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerMaps:
@@ -98,6 +96,10 @@ class ExpertMap:
         if not isinstance(tables, MapTables | None):
             raise InvalidTable(f"tables is of type {type(tables).__name__}; give MapTables", table="")
         self._tables = _made(shapes, self.layer_generation.device) if tables is None else tables.given()
+        self.nbytes = self.layer_generation.nbytes + (
+            sum(t.nbytes for t in self._tables.values()) if tables is None else 0
+        )
+        """Bytes of device memory that this takes; an engine's own tables are the engine's."""
         require_tables(self._tables, shapes, self.layer_generation.device)
         room = self._tables[WIDE].shape[-1] if WIDE in self._tables else fitting
         self.max_replicas = max_replicas or min(room, fitting)
@@ -163,22 +165,13 @@ class ExpertMap:
         return [getattr(maps, name).to(part.dtype).numpy() for name, part in self._parts.items()]
 
     def staged(self, maps: LayerMaps) -> list[Tensor]:
-        """Return what :meth:`rows` does as tensors to publish, for a GPU in pinned memory."""
-        rows = self.rows(maps)
-        starts = np.cumsum([0, *(-(-row.nbytes // _ALIGNMENT) * _ALIGNMENT for row in rows)]).tolist()
-        # One block of memory, so that it is pinned once. It is not used again before the device has read it (rule 14):
-        # torch's allocator of pinned memory sees to that.
-        together = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=self.layer_generation.is_cuda)
-        staged = []
-        for start, row, part in zip(starts, rows, self._parts.values(), strict=False):
-            staged.append(together[start : start + row.nbytes].view(part.dtype).view(row.shape))
-            staged[-1].copy_(torch.from_numpy(row))
-        return staged
+        """Return what :meth:`rows` does as tensors to publish while nobody serves; committers upload rows before."""
+        return [torch.from_numpy(row) for row in self.rows(maps)]
 
     def publish(self, layer: int, staged: Sequence[Tensor]) -> None:
         """Replace one layer's rows in place and raise its generation, on the current stream.
 
-        :param staged: what :meth:`staged` returned for the layer's new maps
+        :param staged: what :meth:`staged` returned for the layer's new maps, or the same on the device
         """
         for published, new in zip(self.published(layer), staged, strict=True):
             published.copy_(new, non_blocking=True)

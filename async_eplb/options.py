@@ -22,15 +22,20 @@ _AGREED = MappingProxyType({"agreed": True})
 class UpdateOptions:
     """How an updater works.
 
-    An update is refused unless all ranks have the same ``verify``, ``planner``, ``staging_depth`` and
-    ``operations_per_group``, on which it depends what they send each other and in which order. The others, except for
-    the logging options, should be equal too, but this is not checked.
+    An update is refused unless all ranks have the same ``verify``, ``planner``, ``staging_depth``, ``reserve_nbytes``
+    and ``operations_per_group``, on which it depends what they send each other and in which order. The others, except
+    for the logging options, should be equal too, but this is not checked.
 
     :param verify: ``"off"``; ``"canary"``: each slot carries the number of its logical expert, which is checked before
         and after the commit; ``"checksum"``: a checksum of its bytes too
     :param planner: how the sources of transfers are chosen
     :param staging_depth: layers that may be in staging at once; at least 2 for transfer and commit to overlap, 3 for
         the next transfer to begin without a pause, and one more where the planner relays: the layer that is passed on
+    :param reserve_nbytes: device memory for staged slots, in bytes: all ``staging_depth`` buffers together, an equal
+        share for each, rounded down to a multiple of 256. It is allocated when the updater is opened. None: a whole
+        layer of this rank in each buffer, so that every update fits. With less, an update is refused if a rank would
+        stage more of a layer than a buffer holds (:class:`StagingTooSmall`). Tables for commits and verification take
+        about a hundredth more; :attr:`ExpertUpdater.reserved_nbytes` says the sum
     :param operations_per_group: sends and receives that a rank posts together at most; where launches are ordered, it
         posts no more at one step boundary, which bounds the serving thread's time
     :param open_timeout_s: how long opening waits for all ranks, also in a recovery, in seconds; longer than the slowest
@@ -53,6 +58,7 @@ class UpdateOptions:
     verify: str = field(default="off", metadata=_AGREED)
     planner: Planner = field(default=Planner(), metadata=_AGREED)
     staging_depth: int = field(default=2, metadata=_AGREED)
+    reserve_nbytes: int | None = field(default=None, metadata=_AGREED)
     operations_per_group: int = field(default=256, metadata=_AGREED)
     open_timeout_s: float = 300.0
     transfer_timeout_s: float = 30.0
@@ -70,6 +76,7 @@ class UpdateOptions:
         rules = {
             "verify": (self.verify in modes, f"one of {', '.join(modes)}"),
             "staging_depth": (self.staging_depth >= 1, "at least 1"),
+            "reserve_nbytes": (self.reserve_nbytes is None or self.reserve_nbytes >= 1, "at least 1"),
             "operations_per_group": (self.operations_per_group >= 1, "at least 1"),
             "open_timeout_s": (0 < self.open_timeout_s < math.inf, "more than 0"),
             "transfer_timeout_s": (0 < self.transfer_timeout_s < math.inf, "more than 0"),

@@ -9,6 +9,7 @@ A buffer's life is the table below. A buffer is only ever in one state, and ever
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from async_eplb.device import Device, DeviceEvent
 from async_eplb.errors import EplbError
-
-_ALIGNMENT = 256
+from async_eplb.scratch import Scratch, aligned
 
 
 class BufferState(Enum):
@@ -40,22 +40,35 @@ _ALLOWED = {
 }
 
 
-class StagingBuffer:
-    """Memory for the staged slots of one layer.
+@dataclass(frozen=True, slots=True)
+class BufferSize:
+    """Bytes of each staging buffer.
 
-    :param memory: uint8 ``[bytes]``
+    :param slots_nbytes: for staged slots
+    :param scratch_nbytes: for what a layer needs beside them; as much again on the host
     """
 
-    def __init__(self, index: int, memory: Tensor, device: Device) -> None:
+    slots_nbytes: int
+    scratch_nbytes: int = 0
+
+
+class StagingBuffer:
+    """Memory for the staged slots of one layer, and for what it needs beside them.
+
+    :param memory: of the slots: uint8 ``[bytes]``
+    :param scratch_nbytes: for the layer's commit and verification
+    """
+
+    def __init__(self, index: int, memory: Tensor, device: Device, *, scratch_nbytes: int = 0) -> None:
         self.index = index
         self.state = BufferState.FREE
         self.consumed: DeviceEvent = device.record()
         """Recorded after the last copies that read this buffer; its next filling waits for this event (rule 5)."""
         self.slot_nbytes: tuple[int, ...] = ()
         """Bytes of a slot in each tensor."""
-        self.spare: Tensor = memory[:0]
-        """Memory beside the slots, for the committer: uint8 ``[bytes]``, aligned as slots are."""
         self.memory = memory
+        self.scratch = Scratch(device, scratch_nbytes)
+        """Memory beside the slots, for the committer and the verifier."""
         self._places: dict[int, int] = {}
         self._offsets: list[int] = []
         self._stride = 0
@@ -72,16 +85,17 @@ class StagingBuffer:
             raise EplbError(f"staging buffer {self.index} cannot go from {self.state.value} to {state.value}")
         self.state = state
 
-    def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> None:
-        """Divide the buffer: one aligned block for each slot and tensor, then :attr:`spare`.
+    def lay_out(self, slots: Sequence[int], slot_nbytes: Sequence[int]) -> None:
+        """Divide the buffer for another layer: one aligned block for each slot and tensor, and all of :attr:`scratch`.
+
+        Blocks as :meth:`Scratch.clear` does.
 
         :param slot_nbytes: bytes of a slot in each tensor
         """
-        *self._offsets, self._stride = accumulate((_aligned(nbytes) for nbytes in slot_nbytes), initial=0)
+        self.scratch.clear()
+        *self._offsets, self._stride = accumulate((aligned(nbytes) for nbytes in slot_nbytes), initial=0)
         self.slot_nbytes = tuple(slot_nbytes)
         self._places = {slot: place for place, slot in enumerate(slots)}
-        end = len(slots) * self._stride
-        self.spare = self.memory[end : end + spare_nbytes]
 
     def addresses(self, slots: Sequence[int]) -> npt.NDArray[np.int64]:
         """Return the addresses of the staging of slots: int64 ``[slots, tensors]``."""
@@ -97,52 +111,31 @@ class StagingBuffer:
 class StagingPool:
     """Staging buffers of an updater, one for each layer in flight; taking one waits until one is free.
 
-    The constructor makes empty buffers, which takes no device memory; :meth:`reserve` gives them memory.
+    The constructor makes empty buffers, which takes no memory; :meth:`allocate` gives them all they will ever have.
 
     :param depth: number of buffers
     """
 
-    def __init__(self, depth: int, device: Device) -> None:
+    def __init__(self, depth: int, device: Device, size: BufferSize) -> None:
         self._device = device
-        self._depth = depth
+        self._size = size
         self._free = Semaphore(depth)
-        self._cut(0)
+        memory = device.allocate(0)
+        self.buffers = tuple(StagingBuffer(index, memory, device) for index in range(depth))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory that the pool has allocated."""
-        return int(self._memory.nbytes)
+        """Bytes of device memory that the pool has, or will have when it is allocated."""
+        return len(self.buffers) * (self._size.slots_nbytes + self._size.scratch_nbytes)
 
-    @property
-    def all_free(self) -> bool:
-        """Whether no buffer is in use."""
-        return all(buffer.state is BufferState.FREE for buffer in self.buffers)
-
-    def reserve(self, layer_nbytes: int) -> None:
-        """Make each buffer at least ``layer_nbytes`` large; the pool never shrinks.
-
-        Blocks. The device's cached memory is freed before the pool allocates, so that it does not add to the peak.
-
-        :raises EplbError: if a buffer is in use
-        """
-        if not self.all_free:
-            raise EplbError(f"staging cannot be resized while it is in use: {self.buffers}")
-        if layer_nbytes * self._depth <= self.nbytes:
-            return
-        # Rule 10 is broken here, but only while nothing of an update is under way.
-        for buffer in self.buffers:
-            buffer.consumed.synchronize()
-        with self._device.transferring():  # waits for transfers that a failed update has still under way
-            self._device.record().synchronize()
-        self._cut(0)
-        self._device.empty_cache()
-        self._cut(layer_nbytes)
-
-    def _cut(self, layer_nbytes: int) -> None:
-        """Replace all buffers by new ones of this size. If allocating fails, the old ones stay."""
-        self._memory = self._device.allocate(layer_nbytes * self._depth)
-        blocks = self._memory.view(self._depth, layer_nbytes)
-        self.buffers = tuple(StagingBuffer(i, blocks[i], self._device) for i in range(self._depth))
+    def allocate(self) -> None:
+        """Give all buffers their memory, before the first is used. Blocks."""
+        depth, nbytes = len(self.buffers), self._size.slots_nbytes
+        blocks = self._device.allocate(depth * nbytes).view(depth, nbytes)
+        self.buffers = tuple(
+            StagingBuffer(index, block, self._device, scratch_nbytes=self._size.scratch_nbytes)
+            for index, block in enumerate(blocks)
+        )
 
     async def acquire(self) -> StagingBuffer:
         """Wait for a free buffer and return it, FILLING."""
@@ -157,13 +150,9 @@ class StagingPool:
         self._free.release()
 
     @staticmethod
-    def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int], *, spare_nbytes: int = 0) -> int:
-        """Return the bytes of a buffer for ``num_slots`` slots of a layer and ``spare_nbytes`` beside them.
+    def layer_nbytes(num_slots: int, slot_nbytes: Sequence[int]) -> int:
+        """Return the bytes that ``num_slots`` slots of a layer take in a buffer.
 
         :param slot_nbytes: bytes of a slot in each tensor
         """
-        return num_slots * sum(_aligned(nbytes) for nbytes in slot_nbytes) + _aligned(spare_nbytes)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return num_slots * sum(aligned(nbytes) for nbytes in slot_nbytes)

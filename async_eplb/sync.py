@@ -176,6 +176,11 @@ class SyncUpdater:
         return self.updater.device
 
     @property
+    def reserved_nbytes(self) -> int:
+        """Bytes of device memory that this updater holds while open; see :attr:`ExpertUpdater.reserved_nbytes`."""
+        return self.updater.reserved_nbytes
+
+    @property
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
         return self.updater.placement

@@ -78,6 +78,7 @@ def test_tables_that_nobody_asked_for_are_left_out() -> None:
     assert maps.logical_to_dispatch_physical_map is None
     assert [(staged.shape, staged.dtype) for staged in published.staged(maps)] == [((4, 5), torch.int32)]
     assert len(published.published(0)) == 1
+    assert published.nbytes == published.layer_generation.nbytes, "the engine's tensors are the engine's"
     with pytest.raises(MissingTable, match="no table physical_to_logical_map") as caught:
         _ = published.physical_to_logical_map
     assert caught.value.table == "physical_to_logical_map"

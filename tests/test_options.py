@@ -15,6 +15,7 @@ OTHER = {
     "verify": "canary",
     "planner": Planner("balanced"),
     "staging_depth": 3,
+    "reserve_nbytes": 1 << 20,
     "operations_per_group": 7,
     "open_timeout_s": 20.0,
     "transfer_timeout_s": 1.0,
@@ -35,6 +36,7 @@ def test_what_ranks_must_agree_on() -> None:
         "verify": "off",
         "planner": {"sources": "chunked"},
         "staging_depth": 2,
+        "reserve_nbytes": None,
         "operations_per_group": 256,
     }
 
@@ -51,7 +53,8 @@ def test_the_wire_form_is_json() -> None:
     """Equal options have equal text."""
     text = json.dumps(UpdateOptions(planner=Planner("relayed")).wire(), sort_keys=True)
     assert text == (
-        '{"operations_per_group": 256, "planner": {"sources": "relayed"}, "staging_depth": 2, "verify": "off"}'
+        '{"operations_per_group": 256, "planner": {"sources": "relayed"}, "reserve_nbytes": null, "staging_depth": 2, '
+        '"verify": "off"}'
     )
 
 

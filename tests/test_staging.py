@@ -9,7 +9,7 @@ from torch import Tensor
 
 from async_eplb.device import CpuDevice
 from async_eplb.errors import EplbError
-from async_eplb.staging import BufferState, StagingPool
+from async_eplb.staging import BufferSize, BufferState, StagingPool
 
 FREE, FILLING, STAGED, COMMITTING = BufferState
 
@@ -24,41 +24,22 @@ ALLOWED = {
 }
 
 
-class RecordedEvent:
-    """Remembers that it was waited for."""
-
-    def __init__(self, calls: list[str]) -> None:
-        self._calls = calls
-
-    def query(self) -> bool:
-        return False
-
-    def synchronize(self) -> None:
-        self._calls.append("synchronize")
-
-
-class RecordingDevice(CpuDevice):
-    """Remembers what its allocator was asked to do, and which events were waited for."""
+class CountingDevice(CpuDevice):
+    """Remembers how many bytes it was asked for."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def record(self) -> "RecordedEvent":
-        return RecordedEvent(self.calls)
+        self.allocated: list[int] = []
 
     def allocate(self, nbytes: int) -> Tensor:
         if nbytes:
-            self.calls.append(f"allocate {nbytes}")
+            self.allocated.append(nbytes)
         return super().allocate(nbytes)
-
-    def empty_cache(self) -> None:
-        self.calls.append("empty cache")
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(BufferState, BufferState)))
 def test_a_buffer_changes_state_by_the_table_only(before: BufferState, after: BufferState) -> None:
     """Transitions outside the table are refused, and the buffer stays as it was."""
-    (buffer,) = StagingPool(1, CpuDevice()).buffers
+    (buffer,) = StagingPool(1, CpuDevice(), BufferSize(0)).buffers
     buffer.state = before
     if (before, after) in ALLOWED:
         buffer.enter(after)
@@ -69,32 +50,19 @@ def test_a_buffer_changes_state_by_the_table_only(before: BufferState, after: Bu
         assert buffer.state is before
 
 
-def test_the_cache_is_emptied_before_staging_is_allocated() -> None:
-    """When the pool is first used or grows, after the last copies out of its buffers, and into them."""
-    device = RecordingDevice()
-    pool = StagingPool(2, device)
-    pool.reserve(1024)
-    waits = ["synchronize"] * 3
-    assert device.calls == [*waits, "empty cache", "allocate 2048"]
-    pool.reserve(2048)
-    assert device.calls[5:] == [*waits, "empty cache", "allocate 4096"]
-
-
-def test_a_reservation_that_fits_costs_nothing() -> None:
-    """A steady run of updates allocates once."""
-    device = RecordingDevice()
-    pool = StagingPool(2, device)
-    pool.reserve(1024)
-    device.calls.clear()
-    for nbytes in (1024, 512, 0):
-        pool.reserve(nbytes)
-    assert device.calls == []
+def test_all_memory_is_allocated_at_once() -> None:
+    """None by the constructor; how much it will be is known before."""
+    device = CountingDevice()
+    pool = StagingPool(2, device, BufferSize(1024, 512))
+    assert (device.allocated, pool.nbytes) == ([], 3072)
+    pool.allocate()
+    assert (device.allocated, pool.nbytes) == ([2048, 512, 512], 3072)
 
 
 def test_slots_are_laid_out_apart_and_aligned() -> None:
     """Each tensor of each slot has memory of its own, at a multiple of 256 bytes."""
-    pool = StagingPool(2, CpuDevice())
-    pool.reserve(StagingPool.layer_nbytes(2, (300, 4)))
+    pool = StagingPool(2, CpuDevice(), BufferSize(StagingPool.layer_nbytes(2, (300, 4))))
+    pool.allocate()
     assert pool.nbytes == 2 * 2 * (512 + 256)
     for buffer in pool.buffers:
         buffer.lay_out((5, 1), (300, 4))
@@ -107,19 +75,10 @@ def test_slots_are_laid_out_apart_and_aligned() -> None:
     assert all(torch.all(view == number) for number, view in enumerate(views))
 
 
-def test_staging_in_use_is_not_resized() -> None:
-    """Somebody else's exchange may be writing there."""
-    pool = StagingPool(2, CpuDevice())
-    pool.reserve(256)
-    pool.buffers[1].enter(FILLING)
-    with pytest.raises(EplbError, match="in use"):
-        pool.reserve(512)
-
-
 @pytest.mark.anyio
 async def test_taking_a_buffer_waits_until_one_is_free() -> None:
     """As many layers are in flight as there are buffers."""
-    pool = StagingPool(2, CpuDevice())
+    pool = StagingPool(2, CpuDevice(), BufferSize(0))
     taken = [await pool.acquire() for _ in range(2)]
     assert [buffer.state for buffer in taken] == [FILLING] * 2
     with anyio.move_on_after(0.01) as waited:

@@ -112,12 +112,12 @@ async def test_unchanged_layers_cost_nothing() -> None:
 
 
 async def test_an_update_to_the_same_placement_is_done_at_once() -> None:
-    """Nothing changes, nothing is staged."""
+    """Nothing changes, nothing is published."""
     old, _ = two_placements(TOPOLOGY, num_layers=2, num_experts=8)
     async with memory_world(old, TOPOLOGY) as ranks:
         (summary, *_) = await update_all(ranks, old)
         assert summary.layers == ()  # type: ignore[attr-defined]
-        assert [buffer.memory.nbytes for buffer in ranks[0].updater.staging] == [0, 0]
+        assert ranks[0].updater.expert_map.layer_generation.tolist() == [0, 0]
 
 
 async def test_only_the_layers_asked_for_are_updated() -> None:
@@ -128,16 +128,6 @@ async def test_only_the_layers_asked_for_are_updated() -> None:
         assert ranks[0].updater.placement == old.with_layers(new, (1, 2))
         for rank in ranks:
             rank.assert_consistent()
-
-
-async def test_staging_holds_only_what_changes() -> None:
-    """One changed slot of three needs one slot of staging for each layer in flight."""
-    old = ExpertPlacement.from_mapping([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
-    new = ExpertPlacement.from_mapping([[0, 1, 3, 2, 4, 5, 6, 7, 8, 9, 10, 11]])
-    async with memory_world(old, TOPOLOGY) as ranks:
-        await update_all(ranks, new)
-        aligned = sum(-(-nbytes // 256) * 256 for nbytes in ExpertWeights(ranks[0].tensors).slot_nbytes(0))
-        assert [sum(b.memory.nbytes for b in rank.updater.staging) // aligned for rank in ranks] == [2, 2, 0, 0]
 
 
 async def test_the_summary_counts_what_moved() -> None:

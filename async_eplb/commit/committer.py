@@ -14,8 +14,12 @@ from torch import Tensor
 from async_eplb.commit.table import committed_slots
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.plan import LayerPlan
+from async_eplb.scratch import aligned
 from async_eplb.staging import BufferState, StagingBuffer
 from async_eplb.weights import ExpertWeights
+
+_DTYPES = (torch.int32, torch.uint8)
+"""As which slots are copied."""
 
 
 class PreparedCommit(Protocol):
@@ -35,8 +39,8 @@ class PreparedCommit(Protocol):
 class Committer(Protocol):
     """How the layers of one updater are committed; chosen once."""
 
-    def spare_nbytes(self, row: int) -> int:
-        """Return the bytes of staging that committing a layer needs beside its slots."""
+    def scratch_nbytes(self, row: int) -> int:
+        """Return the most bytes of scratch that :meth:`prepare` takes for a layer, whatever its plan and addresses."""
         ...
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> PreparedCommit:
@@ -44,18 +48,21 @@ class Committer(Protocol):
 
         All of it is enqueued on the current stream; the layer may be called staged once this stream has done it.
 
-        :param buffer: laid out for the plan, with :meth:`spare_nbytes` to spare
+        :param buffer: laid out for the plan
         """
         ...
 
 
 Copy = tuple[Tensor, Tensor]
-"""A live slot of a tensor, and what is staged for it: ``[elements]`` both, of the same dtype, int32 or uint8."""
+"""A live slot of a tensor, and what is staged for it: ``[elements]`` both, of the same dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyCommit:
-    """A commit as copies of lists of tensors."""
+    """A commit as copies of lists of tensors.
+
+    :param maps: in scratch memory
+    """
 
     row: int
     copies: Sequence[Copy]
@@ -67,7 +74,7 @@ class CopyCommit:
     def run(self) -> int:
         """Enqueue one copy for each dtype, then publish."""
         self.buffer.enter(BufferState.COMMITTING)
-        for dtype in (torch.int32, torch.uint8):
+        for dtype in _DTYPES:
             alike = [copy for copy in self.copies if copy[0].dtype is dtype]
             if alike:
                 torch._foreach_copy_([live for live, _ in alike], [staged for _, staged in alike])
@@ -76,18 +83,24 @@ class CopyCommit:
 
 
 class CopyCommitter:
-    """Commits with torch's copies of lists of tensors, which every device can do."""
+    """Commits with torch's copies of lists of tensors, which every device can do.
+
+    The constructor makes one such copy of each kind, so that no commit waits for kernels to be loaded.
+    """
 
     def __init__(self, weights: ExpertWeights, expert_map: ExpertMap) -> None:
         self._weights = weights
         self._expert_map = expert_map
+        for dtype in _DTYPES:
+            one, other = torch.zeros((2, 1), dtype=dtype, device=weights.device)
+            torch._foreach_copy_([one], [other])
 
-    def spare_nbytes(self, row: int) -> int:  # noqa: ARG002 - the protocol's
-        """Return 0: only slots are staged."""
-        return 0
+    def scratch_nbytes(self, row: int) -> int:
+        """Return the bytes of a layer's map rows."""
+        return sum(aligned(each.nbytes) for each in self._expert_map.published(row))
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> CopyCommit:
-        """Copy own slots to staging, and list the copies of the commit."""
+        """Copy own slots to staging and map rows to scratch, and list the copies of the commit."""
         for own in plan.local_copies:
             live = self._weights.slot_views(row, own.src_slot)
             for view, staged in zip(live, buffer.views(own.dst_slot), strict=True):
@@ -97,7 +110,8 @@ class CopyCommitter:
             for staged_slot, live_slot in committed_slots(plan)
             for view, staged in zip(self._weights.slot_views(row, live_slot), buffer.views(staged_slot), strict=True)
         ]
-        return CopyCommit(row, copies, buffer, self._expert_map, self._expert_map.staged(maps))
+        rows = buffer.scratch.upload(*self._expert_map.rows(maps))
+        return CopyCommit(row, copies, buffer, self._expert_map, rows)
 
 
 def committer_for(weights: ExpertWeights, expert_map: ExpertMap) -> Committer:

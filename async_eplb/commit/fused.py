@@ -98,8 +98,8 @@ class FusedCommitter:
             # What this returns is launched in half the time: there is no argument left to specialise for.
             self._kernel = _commit_chunk[(1,)](table, num_warps=_NUM_WARPS)
 
-    def spare_nbytes(self, row: int) -> int:
-        """Return the bytes of staging that a layer's tables and map rows need beside its slots."""
+    def scratch_nbytes(self, row: int) -> int:
+        """Return the bytes of a layer's tables and map rows."""
         return self._tables.nbytes(row)
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FusedCommit:

@@ -1,19 +1,19 @@
 """What a layer's commit copies, as a table of equal chunks, all of which one kernel launch copies; own slots likewise.
 
-The table is made while the layer is being staged and waits beside the layer's slots in its staging buffer, together
-with the layer's new map rows. So committing needs nothing from the host but the launch.
+The table is made while the layer is being staged and waits in the scratch memory of its staging buffer, together with
+the layer's new map rows. So committing needs nothing from the host but the launch.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.map_tables import runs
 from async_eplb.plan import LayerPlan
+from async_eplb.scratch import aligned
 from async_eplb.staging import StagingBuffer
 from async_eplb.weights import ExpertWeights
 
@@ -48,14 +48,9 @@ def increment(address: int) -> npt.NDArray[np.int64]:
     return np.array([[0, address, 0]], dtype=np.int64)
 
 
-def most_chunks(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the most entries that :func:`chunk_table` makes of each segment, whatever other segments there are.
-
-    :param segments: ``[..., 3]``
-    :returns: int64 ``[segments]``
-    """
-    vectors, single = _pieces(segments)
-    return _counts(single, BYTEWISE_CHUNK_NBYTES) + _counts(vectors, CHUNK_NBYTES)
+def most_chunks(nbytes: int) -> int:
+    """Return the most entries that :func:`chunk_table` makes of a segment, whatever its addresses and the others."""
+    return -(-nbytes // BYTEWISE_CHUNK_NBYTES) + 1
 
 
 def committed_slots(plan: LayerPlan) -> list[tuple[int, int]]:
@@ -74,28 +69,33 @@ class CommitTables:
     def __init__(self, weights: ExpertWeights, expert_map: ExpertMap) -> None:
         self._weights = weights
         self._expert_map = expert_map
-        self._nbytes = {row: self._largest_nbytes(row) for row in weights.rows}
 
     def nbytes(self, row: int) -> int:
-        """Return the most bytes of staging that a layer's tables and map rows can take, whatever its plan."""
-        return self._nbytes[row]
+        """Return the most bytes of scratch that a layer's tables and map rows take.
+
+        That is for a plan that stages all slots, each from this rank, and commits all of them, wherever slots are: so
+        it is equal on all ranks.
+        """
+        slots = self._weights.num_local_physical_experts
+        own = slots * sum(map(most_chunks, self._weights.slot_nbytes(row)))
+        published = self._expert_map.published(row)
+        of_maps = sum(most_chunks(nbytes) for each in published for nbytes in runs(each)[:, 1].tolist())
+        tables = (own * _ENTRY_NBYTES, (1 + own + of_maps) * _ENTRY_NBYTES)
+        return sum(map(aligned, (*(each.nbytes for each in published), *tables)))
 
     def write(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> tuple[Tensor, Tensor]:
-        """Put a layer's tables and map rows beside its staged slots, on the current stream.
+        """Put a layer's tables and map rows into its buffer's scratch memory, on the current stream.
 
-        :param buffer: laid out, with :meth:`nbytes` to spare
+        :param buffer: laid out
         :returns: two tables, int64 ``[chunks, 3]`` on the device: what copies this rank's own slots to staging, and
             what commits the layer
         """
-        new_rows = self._expert_map.rows(maps)
-        to_staging = chunk_table(self._own_slots(row, plan, buffer))
-        # The commit copies map rows from where the upload below puts them: at the start of the spare memory.
-        new_rows_at = buffer.spare.data_ptr() + _offsets(new_rows)
-        segments = np.concatenate([self._staged_slots(row, plan, buffer), self._map_rows(row, new_rows_at)])
+        new_rows = buffer.scratch.upload(*self._expert_map.rows(maps))
+        segments = np.concatenate([self._staged_slots(row, plan, buffer), self._map_rows(row, new_rows)])
         generation = increment(self._expert_map.layer_generation[row].data_ptr())
         to_live = np.concatenate([generation, chunk_table(segments)])
-        *_, to_staging_at, to_live_at = _upload([*new_rows, to_staging, to_live], buffer.spare)
-        return _as_table(to_staging_at), _as_table(to_live_at)
+        to_staging, committing = buffer.scratch.upload(chunk_table(self._own_slots(row, plan, buffer)), to_live)
+        return to_staging, committing
 
     def _own_slots(self, row: int, plan: LayerPlan, buffer: StagingBuffer) -> npt.NDArray[np.int64]:
         """Return the segments that go from live slots of this rank to staging: ``[slots * tensors, 3]``."""
@@ -110,32 +110,14 @@ class CommitTables:
         live = self._weights.addresses(row, [live_slot for _, live_slot in pairs])
         return _segments(staged, live, self._weights.slot_nbytes(row))
 
-    def _map_rows(self, row: int, new_rows_at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the segments that go from a layer's new map rows to the published ones: ``[blocks, 3]``.
-
-        :param new_rows_at: addresses ``[maps]``
-        """
+    def _map_rows(self, row: int, new_rows: Sequence[Tensor]) -> npt.NDArray[np.int64]:
+        """Return the segments that go from a layer's new map rows to the published ones: ``[blocks, 3]``."""
         segments = [np.zeros((0, _COLUMNS), dtype=np.int64)]
-        for start, published in zip(new_rows_at, self._expert_map.published(row), strict=True):
+        for new, published in zip(new_rows, self._expert_map.published(row), strict=True):
             blocks = runs(published)  # [blocks, 2]
             offsets = np.cumsum(blocks[:, 1]) - blocks[:, 1]  # [blocks]: a new row is one block
-            segments.append(np.column_stack([start + offsets, blocks]))
+            segments.append(np.column_stack([new.data_ptr() + offsets, blocks]))
         return np.concatenate(segments)
-
-    def _largest_nbytes(self, row: int) -> int:
-        """Return the size for a plan that stages all slots, each from any live slot, and commits all of them.
-
-        Staging is aligned, so that only live addresses decide how much is copied byte by byte; zeros stand for it.
-        """
-        slots = range(self._weights.num_local_physical_experts)
-        live = self._weights.addresses(row, slots)  # [slots, tensors]
-        segments = _segments(live, np.zeros_like(live), self._weights.slot_nbytes(row))
-        chunks = most_chunks(segments).reshape(live.shape)  # [slots, tensors]
-        of_own_slots = len(slots) * chunks.max(axis=0).sum()  # any live slot may be the source of every staged one
-        map_rows = self._map_rows(row, np.zeros(len(self._expert_map.published(row)), dtype=np.int64))
-        entries = 1 + int(of_own_slots + chunks.sum() + most_chunks(map_rows).sum())
-        # One vector more than entries, for the second table begins at an aligned address.
-        return sum(_aligned(nbytes) for nbytes in map_rows[:, 2].tolist()) + entries * _ENTRY_NBYTES + VECTOR_NBYTES
 
 
 def _segments(
@@ -149,29 +131,6 @@ def _segments(
     """
     nbytes = np.broadcast_to(np.array(slot_nbytes, dtype=np.int64), src.shape)  # [slots, tensors]
     return np.stack([src, dst, nbytes], axis=-1).reshape(-1, _COLUMNS)
-
-
-def _upload(parts: Sequence[npt.NDArray[np.integer]], spare: Tensor) -> list[Tensor]:
-    """Copy arrays to the start of ``spare``, one after another, each aligned; return them there: uint8 ``[bytes]``."""
-    starts = _offsets(parts).tolist()
-    ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]
-    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=spare.is_cuda)
-    content = packed.numpy()
-    for start, end, part in zip(starts, ends, parts, strict=True):
-        content[start:end] = part.reshape(-1).view(np.uint8)
-    # The pinned memory is reused only after this copy, which torch's allocator of pinned memory sees to.
-    spare[: ends[-1]].copy_(packed, non_blocking=True)
-    return [spare[start:end] for start, end in zip(starts, ends, strict=True)]
-
-
-def _offsets(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
-    """Return where each array begins if they are put one after another, aligned: ``[parts]``, in bytes."""
-    sizes = np.array([_aligned(part.nbytes) for part in parts], dtype=np.int64)
-    return np.cumsum(sizes) - sizes
-
-
-def _as_table(content: Tensor) -> Tensor:
-    return content.view(torch.int64).view(-1, _COLUMNS)
 
 
 def _pieces(segments: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -195,7 +154,3 @@ def _cut(pieces: npt.NDArray[np.int64], size: int, unit: int) -> npt.NDArray[np.
     src, dst, nbytes = pieces[piece].T  # [chunks] each
     offset = size * number
     return np.stack([src + offset, dst + offset, np.minimum(size, nbytes - offset) // unit], axis=1)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // VECTOR_NBYTES) * VECTOR_NBYTES

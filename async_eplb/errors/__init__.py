@@ -131,6 +131,15 @@ class MovedWeights(InvalidWeights):
     layers: tuple[int, ...]
 
 
+class StagingTooSmall(EplbError):
+    """A rank would stage more of a layer than a staging buffer holds. All ranks refuse such an update."""
+
+    layer: int
+    rank: int
+    needed_nbytes: int
+    reserved_nbytes: int
+
+
 class MissingWeights(InvalidWeights):
     """A layer changes, but the updater was given no weights for it."""
 

@@ -155,9 +155,9 @@ class FailingCommitter:
         self._live = live
         self._failing = {t.layer for t in troubles if t.mishap is Mishap.TEAR}
 
-    def spare_nbytes(self, row: int) -> int:
-        """Return the spare bytes of the committer that this one uses."""
-        return self._committer.spare_nbytes(row)
+    def scratch_nbytes(self, row: int) -> int:
+        """Return the bytes of scratch of the committer that this one uses."""
+        return self._committer.scratch_nbytes(row)
 
     def prepare(self, row: int, plan: LayerPlan, buffer: StagingBuffer, maps: LayerMaps) -> FailingCommit:
         """Prepare the committer's commit, and what is written if it fails."""

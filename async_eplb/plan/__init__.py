@@ -9,7 +9,7 @@ from async_eplb.plan.posting import PostedLayer, PostedUpdate
 from async_eplb.plan.reference import Transfer, layer_transfers, plan_layer
 from async_eplb.plan.relabel import relabel
 from async_eplb.plan.transfers import Needs, Transfers, find_needs
-from async_eplb.plan.update import UpdatePlan, plan_update
+from async_eplb.plan.update import UpdatePlan, plan_update, staged_slot_counts
 
 __all__ = [
     "FanOut",
@@ -30,4 +30,5 @@ __all__ = [
     "plan_layer",
     "plan_update",
     "relabel",
+    "staged_slot_counts",
 ]

@@ -122,6 +122,21 @@ class UpdatePlan(Sequence[LayerPlan]):
         )
 
 
+def staged_slot_counts(old: Ints, new: Ints, topology: EPTopology) -> npt.NDArray[np.int64]:
+    """Count the slots of each rank that pass through staging, of each layer: ``[layers, ranks]``.
+
+    :param old: ``[layers, physical]``, -1 where empty
+    :param new: ``[layers, physical]``
+    """
+    shape = (len(old), topology.num_ranks, topology.num_local_physical_experts)
+    before, after = old.reshape(shape), new.reshape(shape)
+    held = (after[..., :, None] == before[..., None, :]).any(axis=-1)  # [layers, ranks, slots]: copied on the rank
+    first = (after[..., :, None] == after[..., None, :]).argmax(axis=-1)  # [layers, ranks, slots]
+    receives = first == np.arange(shape[-1])  # [layers, ranks, slots]: if the expert is not held; once for the rank
+    staged = (after != before) & (after != EMPTY_SLOT) & (held | receives)  # [layers, ranks, slots]
+    return np.asarray(staged.sum(axis=-1))
+
+
 def plan_update(
     old: ExpertPlacement,
     new: ExpertPlacement,

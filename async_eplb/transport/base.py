@@ -173,7 +173,7 @@ class Transport(Protocol):
         ...
 
     def prepare(self, exchange: Exchange) -> PreparedExchange:
-        """Do all that can be done before the launch, such as to allocate, and read and write nothing of the exchange.
+        """Do all that can be done before the launch, and read and write nothing of the exchange; allocate nothing.
 
         Called on any thread, with the stream of the launch current. An exchange that is launched in parts
         (:meth:`Exchange.parts`) is prepared part by part.

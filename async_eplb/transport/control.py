@@ -35,7 +35,7 @@ class GlooControlGroup:
 
     def __init__(self, store: Store, rank: int, num_ranks: int, workers: Workers, *, timeout_s: float) -> None:
         self._store = store
-        self._group = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))
+        self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=timeout_s))
         self._rank = rank
         self._num_ranks = num_ranks
         self._workers = workers
@@ -59,6 +59,10 @@ class GlooControlGroup:
         self._news.set()
         self._close_connections()
 
+    def close(self) -> None:
+        """Close all connections, whoever still has this object. No round is under way, and none follows."""
+        self._group = None
+
     def _hold_rounds(self, voter: Voter) -> None:
         last_s = time.monotonic()
         try:
@@ -74,6 +78,9 @@ class GlooControlGroup:
 
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
         """Exchange rows with each rank by itself, so that the ranks of missing rows are known."""
+        group = self._group
+        if group is None:
+            raise RuntimeError("the control group is closed")
         given = torch.tensor(row, dtype=torch.int64)
         rows = [given if rank == self._rank else torch.empty_like(given) for rank in range(self._num_ranks)]
         deadline = time.monotonic() + self._timeout_s
@@ -82,8 +89,8 @@ class GlooControlGroup:
         sends: list[tuple[int, Transmission]] = []
         for peer in (rank for rank in range(self._num_ranks) if rank != self._rank):
             try:
-                recvs.append((peer, self._group.recv([rows[peer]], peer, 0)))  # type: ignore[attr-defined]
-                sends.append((peer, self._group.send([given], peer, 0)))  # type: ignore[attr-defined]
+                recvs.append((peer, group.recv([rows[peer]], peer, 0)))  # type: ignore[attr-defined]
+                sends.append((peer, group.send([given], peer, 0)))  # type: ignore[attr-defined]
             except RuntimeError as error:
                 failures[peer] = error
         failures |= _failures(recvs, deadline) or _failures(sends, deadline)
@@ -129,7 +136,9 @@ class GlooControlGroup:
         return sorted(missing or silent - {self._rank})
 
     def _close_connections(self) -> None:
-        close_connections(self._group, [peer for peer in range(self._num_ranks) if peer != self._rank])
+        group = self._group
+        if group is not None:
+            close_connections(group, [peer for peer in range(self._num_ranks) if peer != self._rank])
 
 
 def close_connections(group: ProcessGroupGloo, peers: Iterable[int]) -> None:

@@ -124,8 +124,10 @@ class Member:
         return self._control
 
     def _become_closed(self) -> None:
-        """Become closed, and drop the control group."""
-        self._control = None
+        """Become closed, and close the control group."""
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
         self._state = "closed"
 
 

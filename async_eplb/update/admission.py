@@ -29,6 +29,7 @@ from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
 from async_eplb.update.rank import Rank
+from async_eplb.update.reserve import buffer_size, require_staging
 from async_eplb.verify.column import Verifier, Verify
 from async_eplb.weights import ExpertWeights, require_weights
 from async_eplb.workers import Workers
@@ -93,6 +94,7 @@ def admit(
     rows = changed_rows(
         old, request.new, request.layers, weights=rank.weights, topology=rank.topology, expert_map=rank.expert_map
     )
+    require_staging(old, request.new, rows, weights=rank.weights, topology=rank.topology, size=rank.buffer_size)
     return Update(
         generation=generation,
         mode=request.mode,
@@ -121,7 +123,7 @@ def admit_rank(
     workers: Workers,
     device: Device | None,
 ) -> Rank:
-    """Return a rank whose parts fit together; device memory for maps and verification is allocated.
+    """Return a rank whose parts fit together; device memory for maps and verification is allocated, not staging.
 
     :param device: that of the weights without it
     :raises EplbError: a child of it for each way in which they do not
@@ -133,10 +135,6 @@ def admit_rank(
     placement.require_fit(topology)
     require_slots(weights, placement, topology)
     verifier = Verifier(Verify(options.verify), weights, number)
-    written = device.record()
-    with device.committing():  # kernels are loaded now: later that can wait for whatever the device is at
-        device.wait(written)
-        verifier.warm_up()
     require_groups(verifier.weights, options)
     expert_map = ExpertMap(
         placement,
@@ -156,6 +154,7 @@ def admit_rank(
         verifier=verifier,
         expert_map=expert_map,
         committer=committer,
+        buffer_size=buffer_size(committer, verifier, options),
         device=device,
         workers=workers,
         logger=logger,
@@ -227,7 +226,13 @@ def changed_rows(
 
 def update_digest(old: ExpertPlacement, new: ExpertPlacement, rows: tuple[int, ...], *, mode: Mode, rank: Rank) -> int:
     """Condense what must be equal on all ranks into 63 bits (rule 23: from canonical values)."""
-    wire = {"mode": mode.value, "rows": rows, "topology": canonical(rank.topology), "options": rank.options.wire()}
+    wire = {
+        "mode": mode.value,
+        "rows": rows,
+        "topology": canonical(rank.topology),
+        "options": rank.options.wire(),
+        "buffer_nbytes": rank.buffer_size.slots_nbytes,
+    }
     content = hashlib.blake2b(digest_size=8)
     for part in (old.digest(), new.digest(), rank.weights.digest()):
         content.update(part)

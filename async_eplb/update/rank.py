@@ -9,6 +9,7 @@ from async_eplb.device import Device
 from async_eplb.events.emit import GuardedLogger
 from async_eplb.expert_map import ExpertMap, LayerCommit
 from async_eplb.options import UpdateOptions, canonical
+from async_eplb.staging import BufferSize
 from async_eplb.topology import EPTopology
 from async_eplb.transport.identity import Identity
 from async_eplb.verify.column import Verifier
@@ -25,6 +26,7 @@ class Rank:
     :param live: live weights, as the caller gave them
     :param verifier: has them with a column more, which travels with each slot, if slots are verified
     :param expert_map: published maps
+    :param buffer_size: of each staging buffer, equal on all ranks
     :param on_commit: the caller's hook, called with a layer right after its commit is enqueued, in the same thread
     """
 
@@ -35,6 +37,7 @@ class Rank:
     verifier: Verifier
     expert_map: ExpertMap
     committer: Committer
+    buffer_size: BufferSize
     device: Device
     workers: Workers
     logger: GuardedLogger

@@ -152,10 +152,10 @@ class UpdateRun:
         )
 
     async def _begin(self) -> None:
-        """Make staging large enough, and let the other ranks know that this one has begun."""
+        """Plan, and let the other ranks know that this one has begun."""
         try:
             await self._open_transport()
-            await self._stages.prepare(self.pool)
+            await self._stages.prepare()
         except Exception as error:  # noqa: BLE001 - the other ranks must get to know
             self.failure.error = error
         self._shared.begin(

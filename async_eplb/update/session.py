@@ -30,6 +30,7 @@ from async_eplb.update.admission import Request, admit
 from async_eplb.update.connection import Connection
 from async_eplb.update.life import Life, LifeState
 from async_eplb.update.rank import Rank
+from async_eplb.update.reserve import allocate
 from async_eplb.update.run import UpdateRun
 from async_eplb.update.state import RankState
 from async_eplb.update.summary import UpdaterStatistics
@@ -45,7 +46,7 @@ class Session:
     def __init__(self, rank: Rank, placement: ExpertPlacement, shared: SharedAgreement, transport: Transport) -> None:
         self.connection = Connection(transport)
         self.state = RankState(placement)
-        self.pool = StagingPool(rank.options.staging_depth, rank.device)
+        self.pool = StagingPool(rank.options.staging_depth, rank.device, rank.buffer_size)
         self.running: UpdateRun | None = None
         self.life = Life()
         self.passes = PassTimer(self._generation_under_way, shared.ring)
@@ -62,7 +63,7 @@ class Session:
         """Layers committed before the last update, and those that it has committed."""
 
     async def open(self) -> None:
-        """Connect to all ranks, which do this together, and begin to hold control rounds."""
+        """Connect to all ranks, which do this together, allocate staging, and begin to hold control rounds."""
         self.life.home.settle()
         async with AsyncExitStack() as stack:
             doorbell = self.rank.workers.doorbell()
@@ -82,6 +83,7 @@ class Session:
                 await self._close_transport()
                 raise
             stack.push_async_callback(self._close_transport)
+            await self.rank.workers.run(Work.CONNECT, partial(allocate, self.pool, self.rank))
             stack.push_async_callback(self._end_running)
             await self.connect(control)
             self._stack = stack.pop_all()

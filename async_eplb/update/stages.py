@@ -1,18 +1,19 @@
 """The stages of one layer: plan, load, launch, receive, stage, copy, finish. The pipeline decides when each comes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from anyio import current_time
+from torch import Tensor
 
 from async_eplb.agreement.rules import LaunchRule, Mode
 from async_eplb.commit.committer import PreparedCommit
 from async_eplb.device import DeviceEvent
 from async_eplb.events.schema import LayerCommitted
 from async_eplb.plan import PostedUpdate, plan_update
-from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from async_eplb.staging import BufferState, StagingBuffer
 from async_eplb.transport.base import PendingExchange, PreparedExchange, Transport
 from async_eplb.transport.exchange import Exchange
 from async_eplb.update.admission import Update
@@ -50,25 +51,14 @@ class LayerStages:
         """Work of the caller that comes before live weights are read."""
         return self._update.after
 
-    async def prepare(self, pool: StagingPool) -> None:
-        """Plan all of an update's layers, and make staging hold the slots that change in any of them.
+    async def prepare(self) -> None:
+        """Plan all of an update's layers.
 
         :raises UnheldExpert: if the new placement needs an expert that nobody holds
         """
         began_s = current_time()
         self._posted = await self._rank.workers.run(Work.TRANSFER, self._plan_update)
         self._journal.prepared(self._posted, began_s)
-        counts = self._posted.plan.staged_slot_counts
-        needed = max(
-            (
-                StagingPool.layer_nbytes(
-                    count, self._rank.weights.slot_nbytes(row), spare_nbytes=self._rank.committer.spare_nbytes(row)
-                )
-                for row, count in zip(self._update.rows, counts, strict=True)
-            ),
-            default=0,
-        )
-        await self._rank.workers.run(Work.TRANSFER, lambda: pool.reserve(needed))
 
     async def plan(self, index: int) -> PlannedLayer:
         """Cut one layer out of the plan, and make its maps, in the planning thread."""
@@ -80,13 +70,12 @@ class LayerStages:
 
         def cut() -> PlannedLayer:
             posted = layers[index]
-            with rank.device.transferring():
-                return PlannedLayer(
-                    row=row,
-                    posted=posted,
-                    maps=rank.expert_map.layer_maps(update.new, row),
-                    peak_nbytes=posted.num_busiest * sum(rank.weights.slot_nbytes(row)),
-                )
+            return PlannedLayer(
+                row=row,
+                posted=posted,
+                maps=rank.expert_map.layer_maps(update.new, row),
+                peak_nbytes=posted.num_busiest * sum(rank.weights.slot_nbytes(row)),
+            )
 
         planned = await rank.workers.run(Work.PLAN, cut)
         self._journal.planned(planned, began_s)
@@ -97,8 +86,7 @@ class LayerStages:
         rank, row = self._rank, planned.row
 
         def fill() -> tuple[tuple[Hop, ...], PreparedCommit]:
-            spare_nbytes = rank.committer.spare_nbytes(row)
-            buffer.lay_out(planned.plan.staged_slots, rank.weights.slot_nbytes(row), spare_nbytes=spare_nbytes)
+            buffer.lay_out(planned.plan.staged_slots, rank.weights.slot_nbytes(row))
             hops = exchanges(
                 planned,
                 buffer,
@@ -110,7 +98,7 @@ class LayerStages:
                 rank.device.wait(self.callers_work)
                 rank.device.wait(buffer.consumed)  # rule 5
                 prepared = tuple(Hop(tuple(map(self._transport.prepare, self._parts(hop)))) for hop in hops)
-                self._mark(planned)
+                self._mark(planned, buffer)
                 commit = rank.committer.prepare(row, planned.plan, buffer, planned.maps)
                 if self.launch_rule is not LaunchRule.ORDERED:
                     rank.device.record().synchronize()  # rule 11: peers may read what this rank offers at once
@@ -209,7 +197,7 @@ class LayerStages:
 
         def complete() -> None:
             layer.buffer.consumed.synchronize()
-            self._check_live(layer.planned)
+            self._check_live(layer)
 
         turn_s = self._journal.commit_turn_s(began_s)
         if self._rank.verifier.mode is not Verify.OFF or not layer.buffer.consumed.query():  # rule 3: a look is free
@@ -231,27 +219,29 @@ class LayerStages:
         num_tensors = [len(rank.weights.slot_nbytes(row)) for row in update.rows]
         return PostedUpdate(plan, [max(1, rank.options.operations_per_group // number) for number in num_tensors])
 
-    def _mark(self, planned: PlannedLayer) -> None:
+    def _mark(self, planned: PlannedLayer, buffer: StagingBuffer) -> None:
         experts = self._update.old.physical_to_logical_map[planned.row, self._rank.slots]
         moving = {send.src_slot for send in planned.plan.sends}
         moving |= {copy.src_slot for copy in planned.plan.local_copies}
-        self._rank.verifier.mark(planned.row, experts, sorted(moving))
+        self._rank.verifier.mark(planned.row, experts, sorted(moving), buffer.scratch)
 
     def _check_staged(self, layer: LayerInFlight) -> None:
         planned = layer.planned
         content = {slot: layer.buffer.views(slot) for slot in planned.plan.staged_slots}
         with self._rank.device.committing():  # the transfer stream may be behind the next layer's first hop
-            self._rank.verifier.check(planned.row, self._experts(planned), content, "staged")
+            self._check(layer, content, "staged")
 
-    def _check_live(self, planned: PlannedLayer) -> None:
+    def _check_live(self, layer: LayerInFlight) -> None:
         if self._rank.verifier.mode is Verify.OFF:
             return
+        planned = layer.planned
         sources = enumerate(planned.plan.slot_sources)
         weights = self._rank.weights
         content = {slot: weights.slot_views(planned.row, slot) for slot, source in sources if source in MOVING}
         with self._rank.device.committing():
-            self._rank.verifier.check(planned.row, self._experts(planned), content, "live")
+            self._check(layer, content, "live")
 
-    def _experts(self, planned: PlannedLayer) -> dict[int, int]:
-        local = self._update.new.physical_to_logical_map[planned.row, self._rank.slots]
-        return dict(enumerate(local.tolist()))
+    def _check(self, layer: LayerInFlight, content: Mapping[int, Sequence[Tensor]], where: str) -> None:
+        row = layer.planned.row
+        experts = dict(enumerate(self._update.new.physical_to_logical_map[row, self._rank.slots].tolist()))
+        self._rank.verifier.check(row, experts, content, where, layer.buffer.scratch)

@@ -117,6 +117,15 @@ class UpdaterViews:
         return self._session.pool.buffers
 
     @property
+    def reserved_nbytes(self) -> int:
+        """Bytes of device memory that this updater holds while it is open; known before it is entered.
+
+        Staging, published maps and the verification column. What the transport needs comes on top: NCCL's own buffers,
+        and up to 16 MiB for each of its communicators.
+        """
+        return self._session.pool.nbytes + self._rank.expert_map.nbytes + self._rank.verifier.nbytes
+
+    @property
     def outlook(self) -> Outlook:
         """The agreement at this moment: what is agreed on, and how many boundaries this rank has passed."""
         return self._shared.outlook

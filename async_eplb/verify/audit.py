@@ -10,12 +10,13 @@ import torch
 from async_eplb.device import Device
 from async_eplb.events.stopwatch import Stopwatch
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
+from async_eplb.scratch import Scratch
 from async_eplb.topology import EPTopology
 from async_eplb.transport.base import Transport
 from async_eplb.transport.identity import Identity
 from async_eplb.transport.one_round import hold_round
 from async_eplb.transport.renumbered import RenumberedControlGroup
-from async_eplb.verify.column import checksums
+from async_eplb.verify.column import checksum_scratch_nbytes, checksums
 from async_eplb.weights import ExpertWeights
 from async_eplb.workers import Work, Workers
 
@@ -105,12 +106,15 @@ def slot_checksums(
     """
     local = placement.physical_to_logical_map[:, topology.slots_of(rank)]
     sums = torch.zeros((len(weights.rows), local.shape[1]), dtype=torch.int64)
+    num_parts = max(len(weights.slot_nbytes(row)) for row in weights.rows)
     with device.committing(), torch.no_grad():
+        scratch = Scratch(device, checksum_scratch_nbytes(local.shape[1], num_parts))
         for place, row in enumerate(weights.rows):
             held = np.flatnonzero(local[row] != EMPTY_SLOT)
             if len(held):
                 contents = [[tensor.content(slot) for tensor in weights.tensors[row]] for slot in held.tolist()]
-                sums[place, torch.from_numpy(held)] = checksums(contents).cpu()
+                scratch.clear()
+                sums[place, torch.from_numpy(held)] = checksums(contents, scratch).cpu()
     values: list[int] = sums.flatten().tolist()
     return values
 

@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import CanaryMismatch, ChecksumMismatch
+from async_eplb.scratch import Scratch, aligned
 from async_eplb.verify.checksum import plain_checksums
 from async_eplb.weights import ExpertWeights
+
+_ENTRY_NBYTES = 16
+"""Of a slot in the column: two int64."""
 
 
 class Verify(Enum):
@@ -46,18 +50,32 @@ class Verifier:
             self._columns = {row: torch.zeros(shape, dtype=torch.int64, device=weights.device) for row in weights.rows}
             self.weights = weights.with_column(self._columns, "the verification column")
 
-    def warm_up(self) -> None:
-        """Verify one slot as it is, on the current stream: so no update waits for kernels to be compiled or loaded.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the column on the device, of all layers."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def scratch_nbytes(self, row: int) -> int:
+        """Return the most bytes of scratch that one mark and two checks of a layer take."""
+        if self.mode is Verify.OFF:
+            return 0
+        slots, parts = self.weights.num_local_physical_experts, len(self.weights.slot_nbytes(row)) - 1
+        return 3 * (aligned(slots * _ENTRY_NBYTES) + checksum_scratch_nbytes(slots, parts))
+
+    def warm_up(self, scratch: Scratch) -> None:
+        """Read one slot as it is, on the current stream: so no update waits for kernels to be compiled or loaded.
 
         CUDA loads a kernel when it is first launched, which can wait for all work of the device: also for a transfer
         whose peer is gone.
         """
+        if self.mode is Verify.OFF:
+            return
         row = self.weights.rows[0]
         content = {0: self.weights.slot_views(row, 0)}
-        self.mark(row, np.zeros(self.weights.num_local_physical_experts, dtype=np.int64), content)
-        self.check(row, {0: 0}, content, "live")
+        self.mark(row, np.zeros(self.weights.num_local_physical_experts, dtype=np.int64), content, scratch)
+        self._read(content, scratch)
 
-    def mark(self, row: int, experts: npt.NDArray[np.integer], moving_slots: Iterable[int]) -> None:
+    def mark(self, row: int, experts: npt.NDArray[np.integer], moving_slots: Iterable[int], scratch: Scratch) -> None:
         """Write the column of a layer before the layer is moved, on the current stream.
 
         :param experts: logical expert of each local slot under the old map: ``[slots]``
@@ -66,15 +84,21 @@ class Verifier:
         if self.mode is Verify.OFF:
             return
         column = self._columns[row]
-        column[:, 0].copy_(torch.from_numpy(experts.astype(np.int64)))
-        if self.mode is Verify.CHECKSUM:
-            slots = [*moving_slots]
-            if slots:
-                sums = checksums([self.weights.slot_views(row, slot)[:-1] for slot in slots])
-                places = torch.from_numpy(np.array(slots, dtype=np.int64))
-                column[:, 1].index_copy_(0, places.to(column.device), sums)
+        (held,) = scratch.upload(experts.astype(np.int64))
+        column[:, 0].copy_(held)
+        slots = [*moving_slots]
+        if self.mode is Verify.CHECKSUM and slots:
+            sums = checksums([self.weights.slot_views(row, slot)[:-1] for slot in slots], scratch)
+            torch._foreach_copy_([column[slot, 1] for slot in slots], [*sums.unbind()])
 
-    def check(self, row: int, experts: dict[int, int], content: Mapping[int, Sequence[Tensor]], where: str) -> None:
+    def check(
+        self,
+        row: int,
+        experts: dict[int, int],
+        content: Mapping[int, Sequence[Tensor]],
+        where: str,
+        scratch: Scratch,
+    ) -> None:
         """Compare slots with their column. Blocks until the current stream has read them, so not in a step (rule 3).
 
         :param experts: slot → the logical expert that it must hold
@@ -86,12 +110,22 @@ class Verifier:
         if self.mode is Verify.OFF or not content:
             return
         slots = tuple(content)
-        columns = torch.stack([content[slot][-1].view(torch.int64) for slot in slots]).cpu()  # [slots, 2]
+        columns, sums = self._read(content, scratch)
         expected = [experts[slot] for slot in slots]
-        self._compare(CanaryMismatch, row, slots, expected, columns[:, 0].tolist(), where)
+        self._compare(CanaryMismatch, row, slots, expected, [expert for expert, _ in columns], where)
         if self.mode is Verify.CHECKSUM:
-            sums = checksums([content[slot][:-1] for slot in slots])
-            self._compare(ChecksumMismatch, row, slots, columns[:, 1].tolist(), sums.tolist(), where)
+            self._compare(ChecksumMismatch, row, slots, [taken for _, taken in columns], sums, where)
+
+    def _read(
+        self, content: Mapping[int, Sequence[Tensor]], scratch: Scratch
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return the column of slots, and their checksums as they are now, if these are compared."""
+        entries = scratch.take(len(content) * _ENTRY_NBYTES).view(-1, _ENTRY_NBYTES)
+        torch._foreach_copy_([*entries.unbind()], [parts[-1] for parts in content.values()])
+        columns: list[tuple[int, int]] = entries.view(torch.int64).tolist()
+        if self.mode is Verify.CANARY:
+            return columns, []
+        return columns, checksums([parts[:-1] for parts in content.values()], scratch).tolist()
 
     def _compare(
         self,
@@ -116,13 +150,21 @@ class Verifier:
             )
 
 
-def checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
+def checksums(slots: Sequence[Sequence[Tensor]], scratch: Scratch) -> Tensor:
     """Compute the checksum of each slot, int64 ``[slots]``, without waiting for the device: with Triton if it is there.
 
+    Only without Triton this takes device memory, besides scratch.
+
     :param slots: parts of each slot, as for :func:`plain_checksums`
+    :param scratch: with :func:`checksum_scratch_nbytes` left
     """
     if slots and slots[0][0].is_cuda and find_spec("triton") is not None:
         from async_eplb.verify.fused_checksum import fused_checksums  # noqa: PLC0415 - needs Triton
 
-        return fused_checksums(slots)
+        return fused_checksums(slots, scratch)
     return plain_checksums(slots)
+
+
+def checksum_scratch_nbytes(num_slots: int, num_parts: int) -> int:
+    """Return the bytes of scratch that :func:`checksums` of slots with so many parts takes at most."""
+    return aligned(num_slots * num_parts * 4 * torch.int64.itemsize) + aligned(num_slots * torch.int64.itemsize)

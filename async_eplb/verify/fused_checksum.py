@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from async_eplb.scratch import Scratch
 from async_eplb.verify.checksum import GOLDEN, factors_of_parts
 
 _GOLDEN = tl.constexpr(GOLDEN)
@@ -59,17 +60,19 @@ def _add_part(table, sums):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN
         tl.atomic_add(sums + tl.load(entry + 3), share * tl.load(entry + 2), sem="relaxed")
 
 
-def fused_checksums(slots: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Compute the same as :func:`async_eplb.verify.checksum.plain_checksums`, in one launch on the current stream."""
+def fused_checksums(slots: Sequence[Sequence[Tensor]], scratch: Scratch) -> Tensor:
+    """Compute the same as :func:`async_eplb.verify.checksum.plain_checksums`, in one launch on the current stream.
+
+    :param scratch: where the table of parts and the sums are
+    """
     device = slots[0][0].device
     entries = [
         (part.data_ptr(), part.nbytes, factor, slot)
         for slot, parts in enumerate(slots)
         for part, factor in zip(parts, factors_of_parts(len(parts)), strict=True)
     ]
-    packed = torch.from_numpy(np.array(entries, dtype=np.int64))
-    table = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
-    sums = torch.zeros(len(slots), dtype=torch.int64, device=device)
+    (table,) = scratch.upload(np.array(entries, dtype=np.int64))
+    sums = scratch.take(len(slots) * torch.int64.itemsize).view(torch.int64).zero_()
     with torch.cuda.device(device if device.type == "cuda" else -1):
         _add_part[(len(entries), _NUM_PROGRAMS)](table, sums, num_warps=_NUM_WARPS)
     return sums

@@ -30,7 +30,7 @@ from async_eplb.commit.committer import Committer, CopyCommitter, PreparedCommit
 from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
-from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from async_eplb.staging import BufferSize, BufferState, StagingBuffer, StagingPool
 from benchmarks._device_time import device_time_ms
 from benchmarks._expert import EXPERT_TENSORS
 
@@ -105,16 +105,18 @@ class _Rank:
         self._map = ExpertMap(self._old, topology, rank=0, device=device.torch_device)
         self._maps = [self._map.layer_maps(self._new, row) for row in range(_NUM_ROWS)]
         self._fused = committer_for(self._weights, self._map)
-        self._sizes = self._weights.slot_nbytes(0), self._fused.spare_nbytes(0)
-        pool = StagingPool(_NUM_ROWS, device)
-        pool.reserve(StagingPool.layer_nbytes(changed, self._sizes[0], spare_nbytes=self._sizes[1]))
+        self._slot_nbytes = self._weights.slot_nbytes(0)
+        scratch_nbytes = 2 * self._fused.scratch_nbytes(0)  # of both committers
+        size = BufferSize(StagingPool.layer_nbytes(changed, self._slot_nbytes), scratch_nbytes)
+        pool = StagingPool(_NUM_ROWS, device, size)
+        pool.allocate()
         self._buffers = pool.buffers
         for buffer in pool.buffers:
-            buffer.lay_out(self._plan.staged_slots, self._sizes[0], spare_nbytes=self._sizes[1])
+            buffer.lay_out(self._plan.staged_slots, self._slot_nbytes)
             for slot in self._plan.staged_slots:
                 for part in buffer.views(slot):
                     part.random_(0, 256)
-        self.nbytes = changed * sum(self._sizes[0])
+        self.nbytes = changed * sum(self._slot_nbytes)
         self._flat = [[self._random(self.nbytes) for _ in range(2)] for _ in range(_NUM_ROWS)]
 
     def ways(self) -> Iterator[_Way]:
@@ -126,6 +128,7 @@ class _Rank:
 
     def prepare(self) -> None:
         """Do what the transfer thread does for a commit."""
+        self._buffers[0].lay_out(self._plan.staged_slots, self._slot_nbytes)
         self._fused.prepare(0, self._plan, self._buffers[0], self._maps[0])
 
     def _commits(self, committer: Committer) -> tuple[Callable[[], object], ...]:

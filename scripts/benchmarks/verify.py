@@ -16,7 +16,7 @@ nine). So 0.16 ms for 396 MB, 2.5 TB/s, 0.55 of a flat copy's time, and 100 µs 
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from async_eplb import ExpertWeights
 from async_eplb.device import Device, device_for
-from async_eplb.staging import StagingPool
+from async_eplb.scratch import Scratch
+from async_eplb.staging import BufferSize, StagingPool
 from async_eplb.verify.checksum import plain_checksums
-from async_eplb.verify.column import Verifier, Verify, checksums
+from async_eplb.verify.column import Verifier, Verify, checksum_scratch_nbytes, checksums
 from benchmarks._device_time import device_time_ms
 
 _NUM_ROWS = 2
@@ -52,9 +53,10 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     slots = [
         [layers[Verify.OFF].live.slot_views(row, slot) for slot in range(options.slots)] for row in range(_NUM_ROWS)
     ]
+    scratch = Scratch(device, checksum_scratch_nbytes(options.slots, len(tensors[0])))
     flat = [[_random(device, nbytes) for _ in range(2)] for _ in range(_NUM_ROWS)]
     ways: dict[str, tuple[Callable[[], object], ...]] = {
-        "checksum": tuple(partial(checksums, each) for each in slots),
+        "checksum": tuple(partial(_checksums, each, scratch) for each in slots),
         "torch_checksum": tuple(partial(plain_checksums, each) for each in slots),
         "flat_copy": tuple(partial(dst.copy_, src) for src, dst in flat),
     }
@@ -85,6 +87,11 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
+def _checksums(slots: Sequence[Sequence[Tensor]], scratch: Scratch) -> Tensor:
+    scratch.clear()
+    return checksums(slots, scratch)
+
+
 class _Layers:
     """Live and staged slots of layers that an update in one mode moves, all of them right."""
 
@@ -95,14 +102,18 @@ class _Layers:
         weights = self._verifier.weights
         self._experts = np.arange(self.live.num_local_physical_experts)
         self._slots = range(len(self._experts))
-        pool = StagingPool(_NUM_ROWS, device)
-        pool.reserve(StagingPool.layer_nbytes(len(self._slots), weights.slot_nbytes(0)))
+        size = BufferSize(
+            StagingPool.layer_nbytes(len(self._slots), weights.slot_nbytes(0)), self._verifier.scratch_nbytes(0)
+        )
+        pool = StagingPool(_NUM_ROWS, device, size)
+        pool.allocate()
+        self._scratch = [buffer.scratch for buffer in pool.buffers]
         self._content: list[list[dict[int, tuple[Tensor, ...]]]] = []
         for row, buffer in enumerate(pool.buffers):
             buffer.lay_out(self._slots, weights.slot_nbytes(row))
             live = {slot: weights.slot_views(row, slot) for slot in self._slots}
             staged = {slot: buffer.views(slot) for slot in self._slots}
-            self._verifier.mark(row, self._experts, self._slots)
+            self._verifier.mark(row, self._experts, self._slots, buffer.scratch)
             for slot in self._slots:
                 for there, here in zip(staged[slot], live[slot], strict=True):
                     there.copy_(here)
@@ -111,12 +122,14 @@ class _Layers:
 
     def verify(self, row: int) -> None:
         """Do all that an update does to verify a layer."""
+        scratch = self._scratch[row]
+        scratch.clear()
         with self._device.transferring():
-            self._verifier.mark(row, self._experts, self._slots)
+            self._verifier.mark(row, self._experts, self._slots, scratch)
         experts = dict(enumerate(self._experts.tolist()))
         for content, where in zip(self._content[row], ("staged", "live"), strict=True):
             with self._device.committing():
-                self._verifier.check(row, experts, content, where)
+                self._verifier.check(row, experts, content, where, scratch)
 
     def _synchronize(self) -> None:
         self._device.record().synchronize()

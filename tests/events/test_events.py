@@ -39,6 +39,9 @@ OLD_ROW = [0, 1, 2, 3, 4, 5] + [6] * 6 + [7] * 12
 NEW_ROW = [0, 2, 6, 6, 7, -1] + [1] * 6 + [3] * 6 + [4, 5, 7, 7, 7, 7]
 """On rank 0 each of the six sources occurs once. An expert has 204 bytes."""
 
+SCRATCH_NBYTES = 256 + 1280 + 256 + 256
+"""Map rows of 24 physical experts, and of 8 logical ones with up to 17 replicas, as int64 and aligned."""
+
 SCHEDULE = MemorySchedule(exchange_s=0.5, control_s=0.125)
 WORK_S = {"plan": 0.25, "commit": 0.25}
 """Times are sums of powers of two, so that they are exact. A staged layer waits for two rounds: the one that is under
@@ -72,7 +75,7 @@ UPDATE_OF_ONE_LAYER: list[dict[str, Any]] = [
         "num_nodes": 2,
         "num_layers": 1,
         "num_unchanged_layers": 1,
-        "staging_nbytes": 2 * 3 * 5 * 256,
+        "staging_nbytes": 2 * (6 * 5 * 256 + SCRATCH_NBYTES),
     },
     {
         **stamped("eplb.update.inputs_logged"),

@@ -182,7 +182,7 @@ MUTATIONS: dict[str, tuple[Invariant, str, Any]] = {
     ),
     "an error of no type": (Invariant.TYPED_ERRORS, "async_eplb.recovery.recover.roll_forward", failing_untyped),
     "who pulls nothing passes no turn on": (
-        Invariant.RECOVERED,
+        Invariant.UNDISTURBED,
         "async_eplb.update.stages.exchanges",
         only_what_is_pulled,
     ),

@@ -12,7 +12,7 @@ from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
 from async_eplb.device import CudaDevice
 from async_eplb.expert_map import ExpertMap
 from async_eplb.plan import plan_layer
-from async_eplb.staging import BufferState, StagingPool
+from async_eplb.staging import BufferSize, BufferState, StagingPool
 from async_eplb.testing.sample_model import random_placement
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, WIDTH, NUM_TOKENS = 3, 12, 16, 64, 40
@@ -52,9 +52,10 @@ def commits(
 
     Each fills its staging from the live slots first; only the commit itself is on the stream that is current then.
     """
-    pool = StagingPool(2, device)
-    sizes = [(model.weights.slot_nbytes(row), committer.spare_nbytes(row)) for row in range(NUM_LAYERS)]
-    pool.reserve(max(StagingPool.layer_nbytes(NUM_SLOTS, slots, spare_nbytes=spare) for slots, spare in sizes))
+    slot_nbytes = model.weights.slot_nbytes(0)  # of every layer
+    size = BufferSize(StagingPool.layer_nbytes(NUM_SLOTS, slot_nbytes), committer.scratch_nbytes(0))
+    pool = StagingPool(2, device, size)
+    pool.allocate()
     rows = [placements[0].physical_to_logical_map[layer] for layer in range(NUM_LAYERS)]
 
     def commit(number: int) -> int:
@@ -64,7 +65,7 @@ def commits(
         buffer.state = BufferState.FILLING
         plan = plan_layer(rows[layer], new.physical_to_logical_map[layer], TOPOLOGY, 0)
         rows[layer] = new.physical_to_logical_map[layer]
-        buffer.lay_out(plan.staged_slots, sizes[layer][0], spare_nbytes=sizes[layer][1])
+        buffer.lay_out(plan.staged_slots, slot_nbytes)
         maps = model.expert_map.layer_maps(new, layer)
         callers_work = device.record()
         with device.transferring():

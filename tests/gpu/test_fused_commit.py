@@ -9,7 +9,9 @@ import torch
 from support.layouts import ROW, random_layer
 
 from async_eplb.commit.committer import Committer, CopyCommitter, committer_for
+from async_eplb.device import device_for
 from async_eplb.expert_map import ExpertMap
+from async_eplb.scratch import Scratch
 from async_eplb.staging import BufferState
 from async_eplb.weights import ExpertWeights
 
@@ -76,14 +78,14 @@ def test_nothing_is_allocated_on_the_device(cuda: torch.device) -> None:
     """Neither when a layer's table is made nor when it is committed."""
     layer = random_layer(2, cuda)
     committer = committer_for(layer.weights, layer.expert_map)
-    spare = torch.empty(committer.spare_nbytes(ROW), dtype=torch.uint8, device=cuda)
-    layer.buffer.spare = spare
+    layer.buffer.scratch = Scratch(device_for(cuda), committer.scratch_nbytes(ROW))
 
     def num_allocations() -> int:
         return int(torch.cuda.memory_stats()["allocation.all.allocated"])
 
     before = num_allocations()
     for _ in range(5):
+        layer.buffer.scratch.clear()
         committer.prepare(ROW, layer.plan, layer.buffer, layer.maps).run()
         layer.buffer.state = BufferState.STAGED
     torch.cuda.synchronize()

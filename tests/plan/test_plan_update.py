@@ -11,7 +11,15 @@ from support.updates import PLANNERS, Update, examples, execute, random_update, 
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import InvalidPlacement, LayerCountMismatch, UnheldExpert
-from async_eplb.plan import Planner, PostedUpdate, Transfer, layer_transfers, plan_layer, plan_update
+from async_eplb.plan import (
+    Planner,
+    PostedUpdate,
+    Transfer,
+    layer_transfers,
+    plan_layer,
+    plan_update,
+    staged_slot_counts,
+)
 
 
 @examples
@@ -27,9 +35,12 @@ def test_every_rank_gets_what_the_reference_plans(update: Update) -> None:
 @examples
 @given(updates())
 def test_staging_counts_are_what_plans_stage(update: Update) -> None:
-    """The counts that size staging, without a plan made."""
-    for plan in update.plans(Planner("relayed")):
+    """Without a plan made, of this rank; and of all ranks, which each of them knows."""
+    plans = update.plans(Planner("relayed"))
+    for plan in plans:
         assert plan.staged_slot_counts == [len(layer.staged_slots) for layer in plan]
+    of_all = staged_slot_counts(update.old.physical_to_logical_map, update.new.physical_to_logical_map, update.topology)
+    assert of_all.T.tolist() == [plan.staged_slot_counts for plan in plans]
 
 
 @examples

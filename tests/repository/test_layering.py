@@ -15,7 +15,7 @@ LAYERS = [
     "groups files",
     "topology placement",
     "event_loop workers device events slots",
-    "weights staging map_tables expert_map",
+    "weights scratch staging map_tables expert_map",
     "load policy plan agreement",
     "transport verify commit",
     "options",

@@ -13,7 +13,7 @@ from async_eplb.device import device_for
 from async_eplb.expert_map import ExpertMap, LayerMaps
 from async_eplb.map_tables import MapTables
 from async_eplb.plan import FanOut, LayerPlan, LocalCopy, Recv, SlotSource
-from async_eplb.staging import BufferState, StagingBuffer, StagingPool
+from async_eplb.staging import BufferSize, BufferState, StagingBuffer, StagingPool
 from async_eplb.testing.sample_model import random_placement
 from async_eplb.weights import Slots
 
@@ -71,12 +71,13 @@ def random_layer(
     expert_map = ExpertMap(old, _TOPOLOGY, rank=1, device=device, tables=tables)
     made = committer(weights, expert_map)
     plan = _random_plan(rng, num_slots)
-    pool = StagingPool(1, device_for(torch.device(device)))
-    slot_nbytes, spare_nbytes = weights.slot_nbytes(ROW), made.spare_nbytes(ROW)
-    pool.reserve(StagingPool.layer_nbytes(len(plan.staged_slots), slot_nbytes, spare_nbytes=spare_nbytes))
+    slot_nbytes = weights.slot_nbytes(ROW)
+    size = BufferSize(StagingPool.layer_nbytes(len(plan.staged_slots), slot_nbytes), made.scratch_nbytes(ROW))
+    pool = StagingPool(1, device_for(torch.device(device)), size)
+    pool.allocate()
     (buffer,) = pool.buffers
     buffer.enter(BufferState.FILLING)
-    buffer.lay_out(plan.staged_slots, slot_nbytes, spare_nbytes=spare_nbytes)
+    buffer.lay_out(plan.staged_slots, slot_nbytes)
     for slot in plan.staged_slots:
         for staged in buffer.views(slot):
             staged.copy_(_random_bytes(rng, staged.numel()))

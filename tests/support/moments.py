@@ -45,8 +45,8 @@ class SlowUpdate:
     async def moments(self) -> list[float]:
         """Run the update undisturbed; return moments of it, in seconds from its beginning, in order.
 
-        They are the times between any two events of any ranks, and those at which an event of a layer is logged
-        for the first time. The last comes after the end.
+        They are the beginning, the times between any two events of any ranks, and those at which an event of a layer
+        is logged for the first time. The last comes after the end.
         """
         logged: list[tuple[float, tuple[Any, ...]]] = []
 
@@ -62,7 +62,7 @@ class SlowUpdate:
         times = sorted({at - start for at, _ in logged})
         first = {kind: at - start for at, kind in reversed(logged)}
         between = [(before + after) / 2 for before, after in pairwise([0.0, *times])]
-        return sorted({*between, *first.values(), 2 * times[-1]})
+        return sorted({0.0, *between, *first.values(), 2 * times[-1]})
 
     def _setting(self) -> dict[str, Any]:
         schedule = MemorySchedule(

@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.updates import examples
 
+from async_eplb import ExpertWeights
 from async_eplb.device import CpuDevice
 from async_eplb.transport import Exchange, Message, MessageGroup
 from async_eplb.transport.torch_dist.nccl import NcclLink
-from async_eplb.transport.torch_dist.packing import Packer, pack
+from async_eplb.transport.torch_dist.packing import PACKED_NBYTES, Packer, pack, packed_nbytes
 
+ROOM = 1 << 18
+"""Bytes that are packed for a peer at most."""
 SIZES = st.sampled_from([1, 4096, 1 << 17, 1 << 18, 1 << 20])
 ENDS = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda ends: ends[0] != ends[1])
 
@@ -34,6 +38,7 @@ def test_both_sides_pack_alike(messages: list[tuple[tuple[int, int], int]], rand
         assert sorted(whole) == sorted(there_whole)
         assert len(packs) <= 1
         assert all(len(tags) > 1 for tags in packs)
+        assert all(sum(messages[tag][1] for tag in tags) <= ROOM for tags in packs)
         listed = [tag for tag, (ends, _) in enumerate(messages) if ends == (src, dst)]
         assert sorted([*whole, *(tag for tags in packs for tag in tags)]) == listed
 
@@ -48,40 +53,46 @@ def _of(
         if ends[side] == me
     ]
     random.shuffle(mine)
-    whole, packs = pack(mine)
+    whole, packs = pack(mine, ROOM)
     return (
         [message.tag for message in whole if message.peer == peer],
         [[message.tag for message in small] for small in packs if small[0].peer == peer],
     )
 
 
-def test_a_prepared_exchange_needs_no_memory() -> None:
-    """All small messages are packed, in scratch memory that all groups share."""
-    allocated: list[int] = []
-
-    def allocate(nbytes: int) -> torch.Tensor:
-        allocated.append(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def group(num_peers: int) -> MessageGroup:
-        messages = tuple(Message(peer, tag, torch.zeros(100)) for peer in range(num_peers) for tag in range(3))
-        return MessageGroup(messages, messages[:6])
-
-    packer = Packer(allocate)
-    groups = (group(2), group(5), group(1))
-    for each in groups:
-        packer.posts(each)
-    num_allocated = len(allocated)
-    for each in groups:
-        posts = packer.posts(each)
-        for messages, posted, pairs in (
-            (each.sends, posts.sends, posts.packing),
-            (each.recvs, posts.recvs, posts.unpacking),
+def test_what_is_packed_is_in_its_peers_place() -> None:
+    """A pack for each peer, in scratch memory that all groups share; what has no room there is posted as it is."""
+    scratch = torch.empty(2, 5, 2 * 112, dtype=torch.uint8)
+    packer = Packer(scratch, {peer: peer for peer in range(5)})
+    for num_peers in (2, 5, 1):
+        messages = tuple(
+            Message(peer, tag, torch.zeros(100, dtype=torch.uint8)) for peer in range(num_peers) for tag in range(3)
+        )
+        posts = packer.posts(MessageGroup(messages, messages[:6]))
+        for side, mine, posted, pairs in (
+            (scratch[0], messages, posts.sends, posts.packing),
+            (scratch[1], messages[:6], posts.recvs, posts.unpacking),
         ):
-            assert len(posted) == len({message.peer for message in messages})
-            assert [data for _, data in pairs] == [message.data for message in messages]
-            assert posted[0].data.data_ptr() == pairs[0][0].data_ptr()
-    assert len(allocated) == num_allocated
+            packed = [message for message in mine if message.tag < 2]
+            assert [data for _, data in pairs] == [message.data for message in packed]
+            places = [side[message.peer, 112 * message.tag :] for message in packed]
+            assert [at.data_ptr() for at, _ in pairs] == [place.data_ptr() for place in places]
+            whole, together = posted[: len(mine) - len(packed)], posted[len(mine) - len(packed) :]
+            assert [(message.tag, message.data.nbytes) for message in whole] == [(2, 100)] * len(whole)
+            assert [(message.tag, message.data.nbytes) for message in together] == [(0, 224)] * len(together)
+
+
+@examples
+@given(st.lists(st.sampled_from([1, 16, 4096, 1 << 17, 1 << 18]), min_size=1, max_size=4), st.integers(1, 600))
+def test_scratch_for_packs_is_bounded(sizes: list[int], num_ranks: int) -> None:
+    """All small tensors of a layer have room for each rank, unless there are too many of them or of ranks."""
+    num_slots = 3
+    weights = ExpertWeights({0: [torch.zeros(num_slots, size, dtype=torch.uint8) for size in sizes]})
+    nbytes = packed_nbytes(weights, num_ranks)
+    wanted = num_slots * sum(max(size, 16) for size in sizes if size < 1 << 18)
+    assert nbytes == wanted if wanted * num_ranks <= PACKED_NBYTES else nbytes < wanted
+    assert nbytes * num_ranks <= PACKED_NBYTES
+    assert nbytes % 16 == 0
 
 
 class _Work:
@@ -130,7 +141,7 @@ class _NotingDevice(CpuDevice):
 
 def link_of(group: object, device: CpuDevice) -> NcclLink:
     """Return a link of ranks 0 and 1 over a replacement of torch's group."""
-    return NcclLink(group, lambda: None, device, {0: 0, 1: 1})  # type: ignore[arg-type]
+    return NcclLink(group, lambda: None, device, {0: 0, 1: 1}, 48)  # type: ignore[arg-type]
 
 
 def test_a_kernel_that_ended_without_its_data_is_no_arrival() -> None:
@@ -153,8 +164,10 @@ def test_a_launch_posts_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> No
         for side in range(2)
     )
     exchange = Exchange(0, (MessageGroup(sends, recvs),))
+    (scratch,) = device.allocated
     launches = [link.prepare(exchange) for _ in range(2)]
-    sent, received = device.allocated[-2:]
+    assert len(device.allocated) == 1
+    (_, sent), (_, received) = scratch.view(2, 2, 48)
     received.fill_(7)
     monkeypatch.setattr(Packer, "posts", None)
     launches[0]()

@@ -9,17 +9,20 @@ import anyio
 import pytest
 import torch
 import torch.distributed as dist
-from support.helpers import together
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import float_weights, together
+from support.updates import examples
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from async_eplb import MemoryTransport
+from async_eplb import ExpertWeights, MemoryTransport
 from async_eplb.device import CpuDevice
 from async_eplb.errors import BrokenTransport
 from async_eplb.testing import check_transport
 from async_eplb.testing.processes import WorldRank, run_world
 from async_eplb.transport import Exchange, LaunchRule, MemorySchedule, Message, MessageGroup
 from async_eplb.transport.torch_dist.exchange import OpenLink
-from async_eplb.transport.torch_dist.gloo import GlooLink
+from async_eplb.transport.torch_dist.gloo import GlooLink, batches
 from async_eplb.transport.torch_dist.link import Finish, Launch
 from async_eplb.workers import ThreadWorkers
 
@@ -112,7 +115,8 @@ def aborts_in_two_hops(world: WorldRank) -> tuple[bool, str]:
 
     :returns: whether it ended before its deadline, and the error's message
     """
-    link = GlooLink(_store(), world.rank, 2, CpuDevice(), timeout=timedelta(seconds=60))
+    weights, timeout = ExpertWeights(float_weights()), timedelta(seconds=60)
+    link = GlooLink(_store(), world.rank, 2, CpuDevice(), weights, relays=True, timeout=timeout)
     nothing = Message(1 - world.rank, 5, torch.zeros(8, dtype=torch.uint8))
     finish = link.prepare(Exchange(0, (MessageGroup((), (nothing,)),), hop=world.rank))()
     told: list[str] = []
@@ -139,3 +143,23 @@ def _store() -> Store:
 def test_an_abort_ends_waits_in_either_hop() -> None:
     """Neither rank keeps connections open that the other waits on."""
     assert all(in_time and told for in_time, told in run_world(aborts_in_two_hops, 2))
+
+
+@examples
+@given(st.lists(st.integers(1, 60), max_size=12), st.integers(60, 200))
+def test_gloo_sends_what_fits_host_memory_at_a_time(sizes: list[int], room: int) -> None:
+    """Each message has a place of its own in its batch; nothing is copied where messages are on the host themselves."""
+    messages = [Message(0, tag, torch.zeros(size, dtype=torch.uint8)) for tag, size in enumerate(sizes)]
+    pinned = torch.zeros(room, dtype=torch.uint8)
+    in_batches = list(batches(messages, pinned))
+    assert [message for batch in in_batches for message, _ in batch] == messages
+    for batch in in_batches:
+        pinned.zero_()
+        for message, place in batch:
+            assert place.numel() == message.data.numel()
+            place.add_(1)
+        assert pinned.tolist() == sorted(pinned.tolist(), reverse=True)
+        assert pinned.sum() == sum(message.data.numel() for message, _ in batch)
+        assert pinned.max() <= 1
+    (direct,) = batches(messages, None)
+    assert all(place is message.data for message, place in direct)

@@ -1,5 +1,6 @@
 """Ranks that begin the same update with different inputs all hear of it, and nothing has changed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from async_eplb import EPTopology, ExpertPlacement, ExpertUpdater, ExpertWeights, MemoryTransport, UpdateOptions
 from async_eplb.errors import PlacementDisagreement
+from async_eplb.staging import BufferSize
 from async_eplb.testing.workers import ScheduledWorkers
+from async_eplb.update.rank import Rank
 
 TOPOLOGY = EPTopology(num_ranks=2, num_nodes=2, num_local_physical_experts=2)
 OLD = ExpertPlacement.from_mapping([[0, 1, 2, 3]] * 2)
@@ -46,6 +49,7 @@ def updater(rank: int, transport: MemoryTransport, **inputs: Any) -> ExpertUpdat
         {"weights": weights(shape=(2, 2))},
         {"options": {"verify": "canary"}},
         {"options": {"staging_depth": 3}},
+        {"options": {"reserve_nbytes": 1 << 20}},
         {"options": {"operations_per_group": 7}},
     ],
     ids=str,
@@ -75,3 +79,20 @@ async def test_the_error_names_those_who_differ_from_most() -> None:
     async with memory_world(old, topology) as ranks:
         outcomes = await on_all(ranks, ExpertUpdater.update, (other, new, new))
         assert [outcome.ranks for outcome in outcomes] == [(0,)] * 3
+
+
+class OtherBuffers(ExpertUpdater):
+    """Has staging buffers that come from the same options and are larger all the same."""
+
+    def _equipped(self, rank: Rank) -> Rank:
+        return replace(rank, buffer_size=BufferSize(rank.buffer_size.slots_nbytes + 256))
+
+
+@pytest.mark.anyio
+async def test_ranks_have_buffers_of_one_size() -> None:
+    """What fits on one rank fits on all."""
+    one, other = MemoryTransport.world(2)
+    second = OtherBuffers(ExpertWeights(weights()), OLD, TOPOLOGY, rank=1, transport=other, workers=ScheduledWorkers())
+    async with updater(0, one) as first, second:
+        outcomes = await together([lambda: first.update(NEW), lambda: second.update(NEW)])
+        assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2

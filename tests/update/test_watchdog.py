@@ -235,7 +235,7 @@ def test_a_copy_under_way_is_not_given_up() -> None:
 
 def test_patience_with_steps_begins_when_a_layer_is_agreed() -> None:
     """A peer that took its time to stage a layer leaves as much for the step."""
-    workers = iter([ScheduledWorkers(), HangingWorkers("transfer", after=2, hangs_s=4.0)])
+    workers = iter([ScheduledWorkers(), HangingWorkers("transfer", after=1, hangs_s=4.0)])
 
     async def update() -> None:
         async with memory_world(

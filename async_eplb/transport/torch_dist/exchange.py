@@ -65,7 +65,7 @@ class _Prepared:
 
     def launch(self) -> PendingExchange:
         self._link.require_open(self._row)
-        launch, self._launch = self._launch, None  # with the scratch memory that it refers to
+        launch, self._launch = self._launch, None
         if launch is None:
             raise RuntimeError(f"the exchange of row {self._row} was launched before")
         try:

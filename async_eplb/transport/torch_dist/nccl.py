@@ -1,5 +1,6 @@
 """Sends and receives of NCCL, on a communicator that nothing else uses."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import InvalidOptions
 from async_eplb.transport.exchange import Exchange, Message, MessageGroup
 from async_eplb.transport.torch_dist.link import Finish, Launch
-from async_eplb.transport.torch_dist.packing import Packer, Posts, copy_all
+from async_eplb.transport.torch_dist.packing import Packer, Posts, copy_all, packed_nbytes
+from async_eplb.weights import ExpertWeights
 
 _NO_WATCHDOG = "TORCH_NCCL_BLOCKING_WAIT"
 
@@ -45,16 +47,23 @@ class NcclLink:
     :param group: torch's group over the communicator
     :param abort: aborts the communicator; kernels that wait for a peer end
     :param place: rank of the EP group -> rank in ``group``
+    :param packed_nbytes: scratch memory for messages to a peer that are packed, and as much for those from it
     """
 
     def __init__(
-        self, group: ProcessGroup, abort: Callable[[], None], device: Device, place: Mapping[int, int]
+        self,
+        group: ProcessGroup,
+        abort: Callable[[], None],
+        device: Device,
+        place: Mapping[int, int],
+        packed_nbytes: int,
     ) -> None:
         self.abort = abort
         self._group = group
         self._device = device
         self._place = place
-        self._packer = Packer(device.allocate)
+        shape = (2, len(place), packed_nbytes)
+        self._packer = Packer(device.allocate(math.prod(shape)).view(shape), place)
 
     @classmethod
     def connect(
@@ -63,14 +72,18 @@ class NcclLink:
         rank: int,
         members: Sequence[int],
         device: Device,
+        weights: ExpertWeights,
         *,
         timeout: timedelta,
         options: NcclOptions,
     ) -> "NcclLink":
         """Make a communicator and connect it to every peer, which must all be connecting.
 
+        Called with the stream of its launches current.
+
         :param store: where ranks find each other; nobody else may use its keys
         :param members: ranks of the EP group that it connects, ascending
+        :param weights: that are moved
         :param timeout: of connecting and of aborting
         """
         settings = dist.ProcessGroupNCCL.Options(is_high_priority_stream=options.high_priority)
@@ -83,12 +96,13 @@ class NcclLink:
         backend_type = ProcessGroup.BackendType.NCCL
         group._set_default_backend(backend_type)
         group._register_backend(device.torch_device, backend_type, nccl)
-        link = cls(group, nccl.abort, device, place)
-        link.warm_up([member for member in members if member != rank], timeout)
+        peers = [member for member in members if member != rank]
+        link = cls(group, nccl.abort, device, place, packed_nbytes(weights, len(members)))
+        link.warm_up(peers, timeout)
         return link
 
     def warm_up(self, peers: Sequence[int], timeout: timedelta) -> None:
-        """Exchange two bytes with every peer, packed.
+        """Exchange two bytes with every peer, packed if any are.
 
         Connections made later would allocate memory while serving. Kernels, which CUDA loads when they are first
         launched, could wait for a transfer that is under way.
@@ -99,14 +113,11 @@ class NcclLink:
             tuple(Message(peer, tag, side[place, tag]) for place, peer in enumerate(peers) for tag in tags)
             for side in data
         )
-        with self._device.transferring():
-            self._post(self._packer.posts(MessageGroup(sends, recvs)))
-            event = self._device.record()
-        until_passed(event, time.monotonic() + timeout.total_seconds())
-        self._packer = Packer(self._device.allocate)  # launches may be on another stream than this scratch memory
+        self._post(self._packer.posts(MessageGroup(sends, recvs)))
+        until_passed(self._device.record(), time.monotonic() + timeout.total_seconds())
 
     def prepare(self, exchange: Exchange) -> Launch:
-        """Work out how small messages are packed, and make room for them; with the stream of the launch current."""
+        """Work out how small messages are packed."""
         return partial(self._launch, [self._packer.posts(group) for group in exchange.groups])
 
     def _launch(self, groups: Sequence[Posts]) -> Finish:

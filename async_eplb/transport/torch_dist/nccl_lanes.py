@@ -10,6 +10,7 @@ from async_eplb.device import Device, SideStream
 from async_eplb.transport.exchange import Exchange
 from async_eplb.transport.torch_dist.link import Finish, Launch
 from async_eplb.transport.torch_dist.nccl import NcclLink, NcclOptions
+from async_eplb.weights import ExpertWeights
 
 
 class NcclLanes:
@@ -30,6 +31,7 @@ class NcclLanes:
         rank: int,
         num_ranks: int,
         device: Device,
+        weights: ExpertWeights,
         *,
         relay_peers: Collection[int],
         timeout: timedelta,
@@ -37,20 +39,21 @@ class NcclLanes:
     ) -> None:
         def connect(lane: str, members: Sequence[int]) -> NcclLink:
             own = PrefixStore(lane, store)
-            return NcclLink.connect(own, rank, members, device, timeout=timeout, options=options)
+            return NcclLink.connect(own, rank, members, device, weights, timeout=timeout, options=options)
 
-        self._links = [connect("first hops", range(num_ranks))]
-        if relay_peers:
-            node = sorted({rank, *relay_peers})
-            self._links.append(connect(f"second hops from {node[0]}", node))
-            self._side = SideStream(device.torch_device)
+        with device.transferring():
+            self._links = [connect("first hops", range(num_ranks))]
+            if relay_peers:
+                node = sorted({rank, *relay_peers})
+                self._side = SideStream(device.torch_device)
+                with self._side.aside():
+                    self._links.append(connect(f"second hops from {node[0]}", node))
 
     def prepare(self, exchange: Exchange) -> Launch:
-        """Prepare an exchange for the stream that it will be launched on, behind the current one of the thread."""
+        """Prepare an exchange; second hops are launched on a stream of their own, behind the thread's current one."""
         if exchange.hop == 0 or len(self._links) == 1:
             return self._links[0].prepare(exchange)
-        with self._side.aside():
-            launch = self._links[1].prepare(exchange)
+        launch = self._links[1].prepare(exchange)
 
         def launch_aside() -> Finish:
             with self._side.aside():

@@ -65,11 +65,12 @@ class TorchDistTransport(Member):
         if self._backend is None:
             self._backend = "nccl" if device.torch_device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=max(opening.open_timeout_s, 2 * opening.control_timeout_s))
-        arguments = (PrefixStore("data", self.board.own), self.rank, self.num_ranks, device)
+        store = PrefixStore("data", self.board.own)
+        arguments = (store, self.rank, self.num_ranks, device, opening.weights)
         self._link = OpenLink(
             NcclLanes(*arguments, relay_peers=opening.relay_peers, timeout=timeout, options=self._nccl)
             if self._backend == "nccl"
-            else GlooLink(*arguments, timeout=timeout),
+            else GlooLink(*arguments, relays=bool(opening.relay_peers), timeout=timeout),
             self.rank,
             opening.workers,
         )
@@ -79,7 +80,7 @@ class TorchDistTransport(Member):
         """Do nothing: messages bring their bytes."""
 
     def prepare(self, exchange: Exchange) -> PreparedExchange:
-        """Prepare an exchange; with NCCL, work out how small messages are packed and allocate memory for that."""
+        """Prepare an exchange; with NCCL, work out how small messages are packed."""
         if self._link is None:
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self.rank)
         return self._link.prepare(exchange)
