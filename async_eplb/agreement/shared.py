@@ -33,7 +33,7 @@ class SharedAgreement:
         self._wake: Callable[[], None] = lambda: None
         self._alarm = math.inf
         self.in_doubt = False
-        """Whether a peer may have committed waves that the lost round decided on."""
+        """Whether a peer may have committed waves that a round decided on which was lost, or not heeded here."""
         self.news = News()
         """Notified in the event loop when the doorbell rings."""
         self.num_rounds = 0
@@ -157,7 +157,8 @@ class SharedAgreement:
         """Give FAILED in all ballots from now on; ``alone``: the update is over here before the others know."""
         with self._changing():
             self._agreement.fail()
-            if alone:
+            if alone:  # agreement rule 6: the round that is under way may decide, and is not heeded here
+                self.in_doubt = self.in_doubt or self._agreement.is_in_doubt()
                 self._agreement.update.over = True
         self._wake()
         self.ring()

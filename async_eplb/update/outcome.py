@@ -81,10 +81,14 @@ def outcome_of(error: Exception) -> Outcome:
     return next(outcome for outcome in OUTCOMES if isinstance(error, outcome.cause))
 
 
-def needs_recovery(error: Exception | None, faults: PeerFaults) -> bool:
-    """Return whether this rank and its peers can go on together only after ``recover()``."""
-    in_doubt = error is not None and outcome_of(error).then is Then.RECOVER
-    return in_doubt or (error is not None and faults.lost is not None)
+def needs_recovery(error: Exception | None, faults: PeerFaults, *, in_doubt: bool) -> bool:
+    """Return whether this rank and its peers can go on together only after ``recover()``.
+
+    :param in_doubt: a peer may have committed what this rank has not
+    """
+    if error is None:
+        return False
+    return in_doubt or faults.lost is not None or outcome_of(error).then is Then.RECOVER
 
 
 def cause_of_end(own: Exception | None, faults: PeerFaults) -> Exception | None:

@@ -71,7 +71,7 @@ class UpdateRun:
     @property
     def needs_recovery(self) -> bool:
         """Whether this rank and its peers can go on together only after ``recover()``."""
-        return needs_recovery(self.error, self._shared.faults)
+        return needs_recovery(self.error, self._shared.faults, in_doubt=self._shared.in_doubt)
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
