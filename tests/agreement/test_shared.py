@@ -54,12 +54,3 @@ def test_taken_layers_are_of_one_update() -> None:
     shared.end(failed=False)
     shared.begin(Mode.SERVING, digest=1, total=1, window=1, failed=False)
     assert shared.hold(EplbError("no step"), before=0)
-
-
-def test_a_refused_step_is_counted_in_the_engines_numbers() -> None:
-    """The outlook, which a recovery reads, is the agreement's own count also after an error."""
-    shared = SharedAgreement(Agreement())
-    shared.hold(EplbError("in doubt"))
-    with pytest.raises(EplbError, match="in doubt"):
-        shared.try_pass(1000)
-    assert shared.outlook.step == 999

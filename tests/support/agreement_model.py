@@ -297,7 +297,7 @@ class Actions:
         may_begin = not rank.agreement.running or rank.ended
         if may_begin and not rank.left and rank.latest < self.world.updates:
             yield Do.BEGIN, self._begin(rank)
-        if rank.has_failed:
+        if rank.has_failed and self.world.updates > 1:
             yield Do.END, self._end(rank)
 
     def _staging(self, rank: Rank) -> Iterator[tuple[Do, Rank]]:
