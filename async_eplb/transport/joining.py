@@ -87,7 +87,7 @@ class Member:
             taken = identity is not None and not self._claim(identity.name)
             own = (identity or Identity()).to_json(taken=taken)
             which = f" for {identity.name!r}" if identity is not None and identity.name else ""
-            await workers.run(Work.CONTROL, partial(self.board.say, which))
+            await workers.run(Work.CONNECT, partial(self.board.say, which))
             require_one(await meet(workers, self.board, "open", own, timeout_s=open_timeout_s), self.rank)
             opening = Opening(device, workers, weights, control_timeout_s, open_timeout_s, relay_peers)
             return await workers.run(Work.CONNECT, partial(self._connect, opening))
