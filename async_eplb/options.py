@@ -1,13 +1,14 @@
 """Options of updates, and which of them ranks must agree on."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from numbers import Integral
 from types import MappingProxyType
 
 from async_eplb.agreement.lead import MAX_LEAD
+from async_eplb.arguments import DEADLINE_S, Flag, OneOf, OrNone, Whole, settle
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan import Planner
 from async_eplb.verify.column import Verify
@@ -52,7 +53,7 @@ class UpdateOptions:
     :param dispatch_seed: of the static dispatch map's even spread
     :param log_inputs: log shapes and both maps of each update
     :param log_decisions: log every slot's source and every send, at level debug
-    :raises InvalidOptions: if a number is out of range
+    :raises InvalidOptions: if an option is of another type or out of its range
     """
 
     verify: str = field(default="off", metadata=_AGREED)
@@ -72,30 +73,32 @@ class UpdateOptions:
     log_decisions: bool = False
 
     def __post_init__(self) -> None:
-        modes = [mode.value for mode in Verify]
-        rules = {
-            "verify": (self.verify in modes, f"one of {', '.join(modes)}"),
-            "staging_depth": (self.staging_depth >= 1, "at least 1"),
-            "reserve_nbytes": (self.reserve_nbytes is None or self.reserve_nbytes >= 1, "at least 1"),
-            "operations_per_group": (self.operations_per_group >= 1, "at least 1"),
-            "open_timeout_s": (0 < self.open_timeout_s < math.inf, "more than 0"),
-            "transfer_timeout_s": (0 < self.transfer_timeout_s < math.inf, "more than 0"),
-            "control_timeout_s": (
-                self.transfer_timeout_s < self.control_timeout_s < math.inf,
-                f"more than transfer_timeout_s, which is {self.transfer_timeout_s}",
-            ),
-            "progress_timeout_s": (
-                self.control_timeout_s < self.progress_timeout_s < math.inf,
-                f"more than control_timeout_s, which is {self.control_timeout_s}",
-            ),
-            "lead": (1 <= self.lead <= MAX_LEAD, f"from 1 to {MAX_LEAD}"),
-            "max_step_skew": (self.max_step_skew >= 1, "at least 1"),
-            "dispatch_seed": (self.dispatch_seed >= 0, "at least 0"),
-            "max_replicas": (self.max_replicas is None or self.max_replicas >= 1, "at least 1"),
-        }
-        for option, (holds, limit) in rules.items():
-            if not holds:
-                raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)
+        settle(
+            self,
+            InvalidOptions,
+            verify=OneOf(tuple(mode.value for mode in Verify)),
+            staging_depth=Whole(1),
+            reserve_nbytes=OrNone(Whole(1)),
+            operations_per_group=Whole(1),
+            open_timeout_s=DEADLINE_S,
+            transfer_timeout_s=DEADLINE_S,
+            control_timeout_s=DEADLINE_S,
+            progress_timeout_s=DEADLINE_S,
+            lead=Whole(1, MAX_LEAD),
+            max_step_skew=Whole(1),
+            max_replicas=OrNone(Whole(1)),
+            dispatch_seed=Whole(0),
+            log_inputs=Flag(),
+            log_decisions=Flag(),
+        )
+        if not isinstance(self.planner, Planner):
+            raise InvalidOptions(f"planner is {self.planner!r}; it must be a Planner", option="planner")
+        for short, long in pairwise(("transfer_timeout_s", "control_timeout_s", "progress_timeout_s")):
+            least, value = getattr(self, short), getattr(self, long)
+            if value <= least:
+                raise InvalidOptions(
+                    f"{long} is {value!r}; it must be more than {short}, which is {least}", option=long
+                )
 
     def wire(self) -> dict[str, Canonical]:
         """Return the options that ranks must agree on, by name, as :func:`canonical` encodes them."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from async_eplb.arguments import Whole, settle, take
 from async_eplb.errors import InvalidPlacement
 from async_eplb.files.documents import MAP_KEY, VERSION, ending
 from async_eplb.files.placements import PLACEMENTS
@@ -25,7 +26,8 @@ _MOST_EXPERTS = 1 << 20
 class ExpertPlacement:
     """Which logical expert each physical expert holds, in each layer.
 
-    :param physical_to_logical_map: int32 ``[layers, physical]``, read-only; :data:`EMPTY_SLOT` where empty
+    :param physical_to_logical_map: integers ``[layers, physical]``, :data:`EMPTY_SLOT` where empty; kept as a copy,
+        int32 and read-only
     :param num_logical_experts: experts of the model, the same in each layer
     :raises InvalidPlacement: if the map is not a table of integers, or names an expert that the model does not have
     """
@@ -34,15 +36,9 @@ class ExpertPlacement:
     num_logical_experts: int
 
     def __post_init__(self) -> None:
-        table = self.physical_to_logical_map
-        if table.ndim != 2 or table.shape[1] == 0:  # noqa: PLR2004
-            raise InvalidPlacement(
-                f"{MAP_KEY} has shape {list(table.shape)}; it must be [layers, physical experts]",
-            )
-        if not 0 <= self.num_logical_experts <= _MOST_EXPERTS:
-            raise InvalidPlacement(
-                f"num_logical_experts is {self.num_logical_experts}; it must be from 0 to {_MOST_EXPERTS}"
-            )
+        table = _canonical(self.physical_to_logical_map)
+        object.__setattr__(self, "physical_to_logical_map", table)
+        settle(self, InvalidPlacement, num_logical_experts=Whole(0, _MOST_EXPERTS))
         wrong = np.argwhere((table < EMPTY_SLOT) | (table >= self.num_logical_experts))
         if len(wrong):
             layer, physical = (int(index) for index in wrong[0])
@@ -59,25 +55,21 @@ class ExpertPlacement:
         :param num_logical_experts: experts of the model; without it, one more than the largest id in ``maps``
         :raises InvalidPlacement: if ``maps`` is not such a table
         """
-        try:
-            table = on_host(maps)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise InvalidPlacement(f"{MAP_KEY} is not a table: {error}") from error
-        if table.size and not np.issubdtype(table.dtype, np.integer):
-            raise InvalidPlacement(f"{MAP_KEY} holds {table.dtype}; logical experts are integers")
-        if table.size and (table.max() > np.iinfo(np.int32).max or table.min() < np.iinfo(np.int32).min):
-            raise InvalidPlacement(f"{MAP_KEY} holds numbers beyond 32 bits; logical experts are small integers")
-        frozen = np.array(table, dtype=np.int32, order="C")
-        frozen.setflags(write=False)
+        table = _canonical(maps)
         if num_logical_experts is None:
-            num_logical_experts = int(frozen.max(initial=EMPTY_SLOT)) + 1
-        return cls(frozen, num_logical_experts)
+            num_logical_experts = int(table.max(initial=EMPTY_SLOT)) + 1
+        return cls(table, num_logical_experts)
 
     @classmethod
     def trivial(cls, num_layers: int, num_physical_experts: int, num_logical_experts: int) -> "ExpertPlacement":
-        """Build the initial placement: physical expert ``i`` holds logical expert ``i % num_logical_experts``."""
-        row = np.arange(num_physical_experts) % num_logical_experts
-        return cls.from_mapping(np.tile(row, (num_layers, 1)), num_logical_experts)
+        """Build the initial placement: physical expert ``i`` holds logical expert ``i % num_logical_experts``.
+
+        :raises InvalidPlacement: if a number is no whole one, or there is no expert
+        """
+        layers = take(num_layers, Whole(0, _MOST_EXPERTS), "num_layers", InvalidPlacement)
+        physical = take(num_physical_experts, Whole(1, _MOST_EXPERTS), "num_physical_experts", InvalidPlacement)
+        logical = take(num_logical_experts, Whole(1, _MOST_EXPERTS), "num_logical_experts", InvalidPlacement)
+        return cls(np.tile(np.arange(physical) % logical, (layers, 1)), logical)
 
     @classmethod
     def load(cls, source: str | Path, num_logical_experts: int | None = None) -> "ExpertPlacement":
@@ -163,8 +155,8 @@ class ExpertPlacement:
     def digest(self) -> bytes:
         """Return a hash of 16 bytes: equal for equal placements, and for practical purposes only for these."""
         content = hashlib.blake2b(digest_size=16)
-        content.update(repr((self.physical_to_logical_map.shape, self.num_logical_experts)).encode())
-        content.update(self.physical_to_logical_map.tobytes())
+        for numbers in ([*self.physical_to_logical_map.shape, self.num_logical_experts], self.physical_to_logical_map):
+            content.update(np.asarray(numbers, dtype="<i4").tobytes())
         return content.digest()
 
     def __eq__(self, other: object) -> bool:
@@ -174,3 +166,23 @@ class ExpertPlacement:
 
     def __hash__(self) -> int:
         return hash(self.digest())
+
+
+def _canonical(maps: object) -> npt.NDArray[np.int32]:
+    """Return nested sequences, an array or a tensor as a map: a read-only copy ``[layers, physical]``.
+
+    :raises InvalidPlacement: if ``maps`` is not a table of integers
+    """
+    try:
+        table = on_host(maps)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidPlacement(f"{MAP_KEY} is not a table: {error}") from error
+    if table.ndim != 2 or table.shape[1] == 0:  # noqa: PLR2004
+        raise InvalidPlacement(f"{MAP_KEY} has shape {list(table.shape)}; it must be [layers, physical experts]")
+    if table.size and not np.issubdtype(table.dtype, np.integer):
+        raise InvalidPlacement(f"{MAP_KEY} holds {table.dtype}; logical experts are integers")
+    if table.size and (table.max() > np.iinfo(np.int32).max or table.min() < np.iinfo(np.int32).min):
+        raise InvalidPlacement(f"{MAP_KEY} holds numbers beyond 32 bits; logical experts are small integers")
+    frozen = np.array(table, dtype=np.int32, order="C")
+    frozen.setflags(write=False)
+    return frozen

@@ -13,6 +13,7 @@ from anyio import TASK_STATUS_IGNORED, Event, to_process
 from anyio.abc import TaskStatus
 
 from async_eplb.agreement.checks import differing_ranks
+from async_eplb.arguments import OneOf, OrNone, Whole, settle
 from async_eplb.errors import (
     BusyUpdater,
     ClosedRebalancer,
@@ -43,7 +44,7 @@ class RebalanceOptions:
     :param phase: of the load that is asked for; None for all phases together
     :param run_policy_in: where the policy runs: a ``"thread"``, or a ``"process"`` of its own that cannot hold up
         the serving thread's Python; the policy is then pickled
-    :raises InvalidOptions: if a number is out of range
+    :raises InvalidOptions: if an option is of another type or out of its range
     """
 
     every_steps: int | None = 1000
@@ -53,15 +54,14 @@ class RebalanceOptions:
     run_policy_in: Literal["thread", "process"] = "thread"
 
     def __post_init__(self) -> None:
-        rules = {
-            "every_steps": (self.every_steps is None or self.every_steps >= 1, "at least 1"),
-            "cool_down_steps": (self.cool_down_steps >= 0, "at least 0"),
-            "max_nbytes_per_step": (self.max_nbytes_per_step is None or self.max_nbytes_per_step >= 1, "at least 1"),
-            "run_policy_in": (self.run_policy_in in ("thread", "process"), "thread or process"),
-        }
-        for option, (holds, limit) in rules.items():
-            if not holds:
-                raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)
+        settle(
+            self,
+            InvalidOptions,
+            every_steps=OrNone(Whole(1)),
+            cool_down_steps=Whole(0),
+            max_nbytes_per_step=OrNone(Whole(1)),
+            run_policy_in=OneOf(("thread", "process")),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from async_eplb.arguments import DEADLINE_S, Whole, settle, take
 from async_eplb.errors import InvalidTopology
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class EPTopology:
     :param num_ranks: processes of the EP group, each with one device
     :param num_nodes: nodes that they are on, equally many ranks on each; ranks of a node share a fast link
     :param num_local_physical_experts: slots of each rank
-    :raises InvalidTopology: if a number is not positive, or the ranks do not divide over the nodes
+    :raises InvalidTopology: if a number is no whole one of at least 1, or the ranks do not divide over the nodes
     """
 
     num_ranks: int
@@ -29,9 +30,7 @@ class EPTopology:
     num_local_physical_experts: int
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_nodes", "num_local_physical_experts"):
-            if getattr(self, name) < 1:
-                raise InvalidTopology(f"{name} is {getattr(self, name)}; it must be at least 1")
+        settle(self, InvalidTopology, num_ranks=Whole(1), num_nodes=Whole(1), num_local_physical_experts=Whole(1))
         if self.num_ranks % self.num_nodes:
             raise InvalidTopology(
                 f"{self.num_ranks} ranks do not divide over {self.num_nodes} nodes; "
@@ -44,7 +43,9 @@ class EPTopology:
 
         :raises InvalidTopology: if they do not divide over the ranks, or the ranks not over the nodes
         """
-        if num_ranks < 1 or num_physical_experts % num_ranks:
+        num_ranks = take(num_ranks, Whole(1), "num_ranks", InvalidTopology)
+        num_physical_experts = take(num_physical_experts, Whole(1), "num_physical_experts", InvalidTopology)
+        if num_physical_experts % num_ranks:
             raise InvalidTopology(
                 f"{num_physical_experts} physical experts do not divide over {num_ranks} ranks; "
                 "every rank needs the same number of slots",
@@ -66,11 +67,12 @@ class EPTopology:
         :param timeout_s: how long to wait for the slowest rank, in seconds
         :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
         :raises OpenTimeout: if a rank does not come in time; it names all of these
-        :raises InvalidTopology: if there are no slots, before anything is waited for
+        :raises InvalidTopology: if a number is out of range, before anything is waited for
         """
         from async_eplb.groups import gather, host_id, join  # noqa: PLC0415 - with torch, which topologies do without
 
         cls(1, 1, num_local_physical_experts)
+        timeout_s = take(timeout_s, DEADLINE_S, "timeout_s", InvalidTopology)
         board = join(group, "topology")
         hosts = gather(board, "host", host_id(), timeout_s)
         return cls(len(hosts), num_nodes_of(hosts), num_local_physical_experts)

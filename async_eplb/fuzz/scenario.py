@@ -7,6 +7,8 @@ from enum import Enum
 from typing import Any
 
 from async_eplb.agreement.rules import LaunchRule
+from async_eplb.arguments import Flag, Real, Whole, settle, take
+from async_eplb.errors import InvalidOptions
 from async_eplb.workers import Work
 
 
@@ -70,6 +72,10 @@ class Trouble:
     work: str = ""
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        counts = ("rank", "event", "layer", "peer", "count")
+        settle(self, InvalidOptions, seconds=Real(), **dict.fromkeys(counts, Whole(0)))
+
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
@@ -83,6 +89,9 @@ class Tuning:
     operations_per_group: int = 256
     verify: str = "checksum"
     sources: str = "chunked"
+
+    def __post_init__(self) -> None:
+        settle(self, InvalidOptions, **dict.fromkeys(("staging_depth", "lead", "operations_per_group"), Whole(1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +135,12 @@ class Scenario:
     reorder: bool = False
     troubles: tuple[Trouble, ...] = ()
 
+    def __post_init__(self) -> None:
+        sizes = ("num_ranks", "num_nodes", "num_layers", "num_slots", "num_experts", "num_updates")
+        flags = ("serving", "numbered", "by_policy", "reorder")
+        settle(self, InvalidOptions, seed=Whole(0), idle_every=Whole(0), **dict.fromkeys(sizes, Whole(1)))
+        settle(self, InvalidOptions, **dict.fromkeys(flags, Flag()))
+
     def to_json(self) -> str:
         """Return the scenario on one line."""
         return json.dumps(asdict(self), default=lambda value: value.value)
@@ -150,7 +165,11 @@ class Scenario:
 
 
 def scenario_for(seed: int) -> Scenario:
-    """Draw the scenario of a seed."""
+    """Draw the scenario of a seed.
+
+    :raises InvalidOptions: if the seed is no whole number of at least 0
+    """
+    seed = take(seed, Whole(0), "seed", InvalidOptions)
     rng = random.Random(seed)  # noqa: S311 - repeatable worlds, not secrets
     num_ranks = rng.choice((2, 2, 3, 3, 4))
     num_layers = rng.choice((2, 2, 3, 3, 4))

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import Store
 
+from async_eplb.arguments import DEADLINE_S, take
 from async_eplb.device import DeviceEvent
-from async_eplb.errors import BrokenLoadGroup, OpenTimeout
+from async_eplb.errors import BrokenLoadGroup, InvalidOptions, OpenTimeout
 from async_eplb.groups import gather, join
 from async_eplb.workers import Interruptible, ThreadWorkers, Work, Workers
 
@@ -73,8 +74,10 @@ class GlooLoadGroup(LocalLoadGroup):
         :param workers: where this and sums are waited for; threads without it
         :param timeout_s: how long to wait for the slowest rank, here and in each sum, in seconds
         :raises InvalidGroup: if there is no group, or it has no store; :class:`NotAMember` if this process is not in it
+        :raises InvalidOptions: if ``timeout_s`` is no number of seconds
         :raises BrokenLoadGroup: if another process does not connect in time; it names those that did not come
         """
+        timeout_s = take(timeout_s, DEADLINE_S, "timeout_s", InvalidOptions)
         workers = workers or ThreadWorkers()
         return await workers.run(Work.LOAD, partial(cls._connect, group, workers, timeout_s))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from async_eplb.arguments import Whole, settle
 from async_eplb.errors import InvalidLoad
 from async_eplb.files.documents import LOAD_KEY
 from async_eplb.files.loads import read_load, write_load
@@ -40,8 +41,7 @@ class ExpertLoad:
             raise InvalidLoad(f"{LOAD_KEY} has shape {list(tokens.shape)}; it must be [layers, logical experts]")
         if tokens.dtype not in (np.int64, np.float64):
             raise InvalidLoad(f"{LOAD_KEY} holds {tokens.dtype}; tokens are int64 or float64")
-        if self.num_steps < 1:
-            raise InvalidLoad(f"num_steps is {self.num_steps}; a load covers at least 1 step")
+        settle(self, InvalidLoad, num_steps=Whole(1))
         _require_countable(tokens)
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from async_eplb.arguments import Whole, take
 from async_eplb.device import record_on
 from async_eplb.errors import InvalidLoad, InvalidOptions
 from async_eplb.load.source import LoadGroup, LoadSnapshot
@@ -62,10 +63,9 @@ class LoadWindow:
         phases: Sequence[str] = PHASES,
         expert_map: PhysicalMap | None = None,
     ) -> None:
-        given = {"num_layers": num_layers, "num_logical_experts": num_logical_experts, "window_steps": window_steps}
-        for option, value in given.items():
-            if value < 1:
-                raise InvalidOptions(f"{option} is {value}; it must be at least 1", option=option)
+        num_layers = take(num_layers, Whole(1), "num_layers", InvalidOptions)
+        num_logical_experts = take(num_logical_experts, Whole(1), "num_logical_experts", InvalidOptions)
+        window_steps = take(window_steps, Whole(1), "window_steps", InvalidOptions)
         if not phases or len(set(phases)) != len(phases):
             raise InvalidOptions(f"phases is {phases!r}; it must name each phase once", option="phases")
         if expert_map is not None and len(expert_map.physical_to_logical_map) != num_layers:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from async_eplb.arguments import OneOf, settle
 from async_eplb.errors import InvalidOptions
 from async_eplb.plan.senders import SOURCES
 from async_eplb.plan.transfers import Ints, Transfers, find_needs
@@ -21,9 +22,7 @@ class Planner:
     sources: str = "chunked"
 
     def __post_init__(self) -> None:
-        if self.sources not in SOURCES:
-            names = ", ".join(SOURCES)
-            raise InvalidOptions(f"sources is {self.sources!r}; it must be one of {names}", option="sources")
+        settle(self, InvalidOptions, sources=OneOf(tuple(SOURCES)))
 
     @property
     def relays(self) -> bool:

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import InvalidPlacement, UnheldExpert
+from async_eplb.arguments import Whole, take
+from async_eplb.errors import InvalidOptions, InvalidPlacement, UnheldExpert
 from async_eplb.placement import EMPTY_SLOT
 from async_eplb.plan.layer_plan import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.topology import EPTopology
@@ -37,7 +38,9 @@ def plan_layer(old: PhysicalToLogical, new: PhysicalToLogical, topology: EPTopol
     :param new: the same after the update
     :raises InvalidPlacement: if a map does not have one entry for each slot of the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
+    :raises InvalidOptions: if there is no such rank
     """
+    rank = take(rank, Whole(0, topology.num_ranks - 1), "rank", InvalidOptions)
     transfers = layer_transfers(old, new, topology)
     slots = topology.slots_of(rank)
     old_local, new_local = _row(old, topology)[slots], _row(new, topology)[slots]

@@ -6,7 +6,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from async_eplb.errors import LayerCountMismatch
+from async_eplb.arguments import Whole, take
+from async_eplb.errors import InvalidOptions, LayerCountMismatch
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.plan.layer_plan import FanOut, LayerPlan, LocalCopy, Recv, Send, SlotSource
 from async_eplb.plan.planner import Planner
@@ -156,8 +157,10 @@ def plan_update(
     :raises LayerCountMismatch: if the placements have different numbers of layers
     :raises InvalidPlacement: if one does not fit the topology
     :raises UnheldExpert: if ``new`` needs an expert that nobody holds under ``old``
+    :raises InvalidOptions: if there is no such rank
     """
     require_update(old, new, topology)
+    rank = take(rank, Whole(0, topology.num_ranks - 1), "rank", InvalidOptions)
     rows = slice(None) if layers is None else list(layers)
     before, after = old.physical_to_logical_map[rows], new.physical_to_logical_map[rows]
     return UpdatePlan(before, after, topology, rank, (planner or Planner()).transfers(before, after, topology))

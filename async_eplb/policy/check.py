@@ -28,16 +28,19 @@ def require_room(load: ExpertLoad, topology: EPTopology) -> None:
         )
 
 
-def require_groups(num_groups: int, num_logical_experts: int) -> None:
-    """Check that groups are equally large.
+def groups_stay_on_nodes(num_groups: int, num_logical_experts: int, topology: EPTopology) -> bool:
+    """Return whether each group stays on one node: if they divide over the nodes, as in the published algorithm.
 
-    :raises InvalidOptions: if not
+    :raises InvalidOptions: if they do, and are not equally large
     """
-    if num_groups < 1 or num_logical_experts % num_groups:
+    if num_groups % topology.num_nodes:
+        return False
+    if num_logical_experts % num_groups:
         raise InvalidOptions(
             f"{num_groups} groups do not divide {num_logical_experts} logical experts; every group needs as many",
             option="num_groups",
         )
+    return True
 
 
 def require_same_model(load: ExpertLoad, placement: ExpertPlacement) -> None:

@@ -1,10 +1,10 @@
 """Decide whether a rebalance pays: which layers of a candidate placement to move to, if any, and by what estimate."""
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
+from async_eplb.arguments import Real, Whole, settle
 from async_eplb.errors import InvalidOptions
 from async_eplb.events.plain import shown
 from async_eplb.events.schema import Reason, RebalanceEvaluated
@@ -40,12 +40,17 @@ class RebalanceTerms:
     balanced_at: float = 0.98
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            may_be_0 = field.name in ("slowdown", "min_payback", "balanced_at")
-            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_0):
-                least = "at least 0" if may_be_0 else "more than 0"
-                raise InvalidOptions(f"{field.name} is {value!r}; it must be {least}", option=field.name)
+        settle(
+            self,
+            InvalidOptions,
+            expert_nbytes=Whole(1),
+            link_bytes_per_s=Real(above=True),
+            layer_step_s=Real(above=True),
+            horizon_steps=Whole(1),
+            slowdown=Real(),
+            min_payback=Real(),
+            balanced_at=Real(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from einops import rearrange, reduce, repeat
 
+from async_eplb.arguments import OrNone, Real, Whole, settle
 from async_eplb.errors import InvalidOptions
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
-from async_eplb.policy.check import require_complete, require_groups
+from async_eplb.policy.check import groups_stay_on_nodes, require_complete
 from async_eplb.policy.global_replan import Global
 from async_eplb.policy.hierarchical import Hierarchical
 from async_eplb.policy.measure import rank_costs, receives
@@ -58,36 +59,33 @@ class Incremental:
     replan_above: float = 1.1
 
     def __post_init__(self) -> None:
-        moves = self.max_moves_per_layer
-        rules = {
-            "max_moves_per_layer": (moves is None or moves >= 0, 0),
-            "target": (1 <= self.target < math.inf, 1),
-            "regroup_above": (self.regroup_above >= 1, 1),
-            "replan_above": (self.replan_above >= 1, 1),
-        }
-        for option, (holds, least) in rules.items():
-            if not holds:
-                value = getattr(self, option)
-                raise InvalidOptions(f"{option} is {value!r}; it must be a number of at least {least}", option=option)
+        settle(
+            self,
+            InvalidOptions,
+            max_moves_per_layer=OrNone(Whole(0)),
+            target=Real(1),
+            num_groups=OrNone(Whole(1)),
+            regroup_above=Real(1, math.inf),
+            replan_above=Real(1, math.inf),
+        )
         require_objective(self.objective)
 
     def __call__(self, load: ExpertLoad, current: ExpertPlacement, topology: EPTopology) -> ExpertPlacement:
         """Move few experts.
 
         :raises InvalidLoad: if load and placement have different layers or experts
-        :raises InvalidOptions: if the groups do not divide the experts
+        :raises InvalidOptions: if the groups divide over the nodes, but not the experts over them
         :raises InvalidPlacement: if the current placement does not fit the topology, or lacks an expert
         """
         cost = rank_costs(load, current, topology, self.objective)  # [layers, ranks]
         require_complete(current, topology)
-        if self.num_groups is not None:
-            require_groups(self.num_groups, current.num_logical_experts)
         slots = topology.num_physical_experts
         budget = slots if self.max_moves_per_layer is None else min(self.max_moves_per_layer, slots)
         enough = self.target * (1 - 2 * ROUNDING) * cost.mean(axis=1)  # [layers]
 
         # Blocks are the ranks that an expert stays within: the nodes with groups, all ranks without.
-        if self.num_groups is None or self.num_groups % topology.num_nodes:
+        experts = current.num_logical_experts
+        if self.num_groups is None or not groups_stay_on_nodes(self.num_groups, experts, topology):
             blocks, start, settled = 1, current, np.ones(len(cost), dtype=bool)  # settled: [layers]
             replan = bound = Global().place(load, topology)
         else:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from async_eplb.errors import InvalidOptions, TooFewSlots
+from async_eplb.arguments import OneOf, OrNone, Real, Whole, settle, take
+from async_eplb.errors import InvalidOptions, InvalidTopology, TooFewSlots
 from async_eplb.load.value import ExpertLoad
 from async_eplb.placement import ExpertPlacement
 from async_eplb.policy import Hierarchical, Incremental
@@ -43,14 +44,14 @@ class UpdateCase:
                 num_physical_experts=slots,
                 num_logical_experts=experts,
             )
-        rules = {
-            "drift": (self.drift >= 0, "at least 0"),
-            "policy": (self.policy in {"full", "incremental"}, "full or incremental"),
-            "num_layers": (self.num_layers is None or self.num_layers >= 1, "at least 1"),
-        }
-        for option, (holds, limit) in rules.items():
-            if not holds:
-                raise InvalidOptions(f"{option} is {getattr(self, option)!r}; it must be {limit}", option=option)
+        settle(
+            self,
+            InvalidOptions,
+            drift=Real(),
+            policy=OneOf(("full", "incremental")),
+            num_layers=OrNone(Whole(1)),
+            seed=Whole(0),
+        )
 
     @staticmethod
     def topology_for(
@@ -62,9 +63,13 @@ class UpdateCase:
         :param num_slots: of each rank, instead of as many as give each expert an eighth more
         :raises InvalidTopology: if ranks do not divide over nodes
         """
+        num_ranks = take(num_ranks, Whole(1), "num_ranks", InvalidTopology)
         fewest = max(1, -(-num_ranks // cluster.num_ranks_per_node))
-        nodes = num_nodes or next((n for n in range(fewest, num_ranks) if num_ranks % n == 0), num_ranks)
-        return EPTopology(num_ranks, nodes, num_slots or max(1, -(-int(model.num_experts * _SPARE) // num_ranks)))
+        if num_nodes is None:
+            num_nodes = next((n for n in range(fewest, num_ranks) if num_ranks % n == 0), num_ranks)
+        if num_slots is None:
+            num_slots = -(-int(model.num_experts * _SPARE) // num_ranks)
+        return EPTopology(num_ranks, num_nodes, num_slots)
 
     def placements(self) -> tuple[ExpertPlacement, ExpertPlacement]:
         """Return the placement before the drift and the one after it."""

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from async_eplb.arguments import Flag, Real, Whole, settle
+from async_eplb.errors import InvalidOptions
+
 _GB = 1e9
 
 
@@ -12,11 +15,15 @@ class Link:
     :param bytes_per_s: of one direction
     :param latency_s: from posting a stage until its first byte arrives
     :param full_duplex: whether it sends and receives at that rate at once; else both share it
+    :raises InvalidOptions: if a number is out of range
     """
 
     bytes_per_s: float
     latency_s: float
     full_duplex: bool = True
+
+    def __post_init__(self) -> None:
+        settle(self, InvalidOptions, bytes_per_s=Real(above=True), latency_s=Real(), full_duplex=Flag())
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,7 @@ class Cluster:
     :param across: link of each GPU to other nodes
     :param node_bytes_per_s: what all GPUs of a node together send to other nodes, and receive, at most
     :param source: where the numbers are from; latencies are assumptions
+    :raises InvalidOptions: if a number is out of range
     """
 
     num_ranks_per_node: int
@@ -35,6 +43,9 @@ class Cluster:
     across: Link
     node_bytes_per_s: float
     source: str
+
+    def __post_init__(self) -> None:
+        settle(self, InvalidOptions, num_ranks_per_node=Whole(1), node_bytes_per_s=Real(above=True))
 
 
 _NVLINK_4 = Link(450 * _GB, 10e-6)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from async_eplb.arguments import Real, Whole, settle
+from async_eplb.errors import InvalidOptions
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -14,6 +17,7 @@ class Model:
     :param bits_per_weight: of an expert's three matrices, their scales included
     :param num_groups: of experts that the router chooses by; 1 without
     :param source: where the numbers are from
+    :raises InvalidOptions: if a number is out of range
     """
 
     num_layers: int
@@ -23,6 +27,10 @@ class Model:
     bits_per_weight: float
     num_groups: int
     source: str
+
+    def __post_init__(self) -> None:
+        counts = ("num_layers", "num_experts", "hidden", "intermediate", "num_groups")
+        settle(self, InvalidOptions, bits_per_weight=Real(above=True), **dict.fromkeys(counts, Whole(1)))
 
     @property
     def expert_nbytes(self) -> int:

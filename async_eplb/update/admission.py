@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from async_eplb.agreement.rules import Mode
+from async_eplb.arguments import OrNone, Whole, settle, take
 from async_eplb.commit.committer import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.errors import (
@@ -43,7 +44,7 @@ class Request:
     :param layers: rows to update; all without it
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most; None: no limit
     :param after: work of the caller that comes before live weights are read
-    :raises InvalidOptions: if ``max_nbytes_per_step`` is less than 1
+    :raises InvalidOptions: if ``max_nbytes_per_step`` is no whole number of at least 1
     """
 
     mode: Mode
@@ -53,9 +54,7 @@ class Request:
     after: DeviceEvent
 
     def __post_init__(self) -> None:
-        limit = self.max_nbytes_per_step
-        if limit is not None and limit < 1:
-            raise InvalidOptions(f"max_nbytes_per_step is {limit}; it must be at least 1", option="max_nbytes_per_step")
+        settle(self, InvalidOptions, max_nbytes_per_step=OrNone(Whole(1)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +130,7 @@ def admit_rank(
     require_name(name)
     require_weights(weights)
     device = device or device_for(weights.device)
+    number = take(number, Whole(0), "rank", InvalidOptions)
     require_ranks(topology, number, transport)
     placement.require_fit(topology)
     require_slots(weights, placement, topology)

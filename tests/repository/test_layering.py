@@ -12,7 +12,7 @@ import async_eplb
 
 LAYERS = [
     "errors modes",
-    "groups files",
+    "arguments groups files",
     "topology placement",
     "event_loop workers device events slots",
     "weights scratch staging map_tables expert_map",
@@ -31,6 +31,7 @@ LAYERS = [
 
 PURE = [
     "errors",
+    "arguments",
     "files",
     "topology",
     "placement",

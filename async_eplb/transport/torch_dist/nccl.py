@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.distributed_c10d import Store
 
+from async_eplb.arguments import Flag, Whole, settle
 from async_eplb.device import Device, DeviceEvent, until_passed
 from async_eplb.errors import InvalidOptions
 from async_eplb.transport.exchange import Exchange, Message, MessageGroup
@@ -37,8 +38,7 @@ class NcclOptions:
     high_priority: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_ctas < 1:
-            raise InvalidOptions(f"max_ctas is {self.max_ctas}; it must be at least 1", option="max_ctas")
+        settle(self, InvalidOptions, max_ctas=Whole(1), high_priority=Flag())
 
 
 class NcclLink:
