@@ -125,6 +125,20 @@ class OrNone(Kind[T | None]):
         return f"{self.kind}, or None"
 
 
+@dataclass(frozen=True, slots=True)
+class SetOf(Kind[frozenset[T]]):
+    """Several of another kind, from anything that can be iterated over."""
+
+    kind: Kind[T]
+
+    def of(self, value: object) -> frozenset[T]:
+        """Return the set."""
+        return frozenset(self.kind.of(_element(each)) for each in value)  # type: ignore[attr-defined]
+
+    def __str__(self) -> str:
+        return f"several, each {self.kind}"
+
+
 def take(value: object, kind: Kind[T], name: str, error: Callable[..., EplbError]) -> T:
     """Return an argument in the one form of its kind.
 
@@ -133,8 +147,7 @@ def take(value: object, kind: Kind[T], name: str, error: Callable[..., EplbError
     :raises EplbError: of that class, if the argument is not of its kind
     """
     try:
-        # An array or tensor without dimensions, or a scalar of numpy, is its element.
-        return kind.of(value.item() if getattr(value, "shape", None) == () else value)  # type: ignore[attr-defined]
+        return kind.of(_element(value))
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise error(f"{name} is {reprlib.repr(value)}; it must be {kind}", option=name) from None
 
@@ -147,3 +160,8 @@ def settle(instance: object, error: Callable[..., EplbError], **kinds: Kind[obje
     """
     for name, kind in kinds.items():
         object.__setattr__(instance, name, take(getattr(instance, name), kind, name, error))
+
+
+def _element(value: object) -> object:
+    """Return the element of an array or tensor without dimensions, or of a scalar of numpy; all else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value  # type: ignore[attr-defined]

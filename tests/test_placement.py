@@ -3,12 +3,14 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.updates import examples
 
 from async_eplb import EPTopology, ExpertPlacement
 from async_eplb.errors import InvalidPlacement, InvalidTopology
@@ -32,6 +34,58 @@ def test_trivial_placement() -> None:
     """Physical expert i holds logical expert i modulo their number."""
     placement = ExpertPlacement.trivial(2, 5, 3)
     assert placement.physical_to_logical_map.tolist() == [[0, 1, 2, 0, 1]] * 2
+
+
+PLACEMENTS = st.builds(
+    lambda seed, num_layers, num_experts, spare, num_empty: random_placement(
+        np.random.default_rng(seed), num_layers, num_experts + spare, num_experts, num_empty=min(spare, num_empty)
+    ),
+    *(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3)),
+)
+
+
+@examples
+@given(PLACEMENTS, st.sampled_from(["json", "pt"]))
+def test_every_saved_placement_loads_equal(
+    tmp_path_factory: pytest.TempPathFactory, placement: ExpertPlacement, ending: str
+) -> None:
+    """With the same digest, from any format."""
+    path = tmp_path_factory.getbasetemp() / f"placement.{ending}"
+    placement.save(path)
+    assert ExpertPlacement.load(path) == placement
+    assert ExpertPlacement.load(path).digest() == placement.digest()
+
+
+@examples
+@given(PLACEMENTS)
+def test_equal_placements_have_equal_digests(placement: ExpertPlacement) -> None:
+    """Whatever type, order of bytes and layout the map had, by either way to make one (rule 23)."""
+    table, experts = placement.physical_to_logical_map, placement.num_logical_experts
+    forms: list[Any] = [table.astype(dtype) for dtype in ("int8", "<i2", ">i4", "<i8", ">i8")]
+    forms += [np.asfortranarray(table), np.repeat(table, 2, axis=1)[:, ::2], table.tolist()]
+    forms += [torch.tensor(table, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64)]
+    if table.min() >= 0:
+        forms += [table.astype("uint64"), torch.tensor(table, dtype=torch.uint8)]
+    for form in forms:
+        for make in (ExpertPlacement, ExpertPlacement.from_mapping):
+            for number in (experts, np.int16(experts), torch.tensor(experts)):
+                other = make(form, number)
+                assert (other.digest(), other, hash(other)) == (placement.digest(), placement, hash(placement))
+
+
+@examples
+@given(PLACEMENTS, PLACEMENTS)
+def test_different_placements_have_different_digests(one: ExpertPlacement, other: ExpertPlacement) -> None:
+    """Maps, their shapes and the number of experts are all in it."""
+    maps = [placement.physical_to_logical_map.tolist() for placement in (one, other)]
+    alike = maps[0] == maps[1] and one.num_logical_experts == other.num_logical_experts
+    assert (one.digest() == other.digest()) == alike
+    assert ExpertPlacement(maps[0], one.num_logical_experts + 1) != one  # type: ignore[arg-type]
+
+
+def test_the_shape_of_a_map_is_in_its_digest() -> None:
+    """Two layers of one slot are no layer of two."""
+    assert ExpertPlacement.from_mapping([[0, 1]]) != ExpertPlacement.from_mapping([[0], [1]])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from async_eplb.agreement.rules import Mode
-from async_eplb.arguments import OrNone, Whole, settle, take
+from async_eplb.arguments import OrNone, SetOf, Whole, settle, take
 from async_eplb.commit.committer import committer_for
 from async_eplb.device import Device, DeviceEvent, device_for
 from async_eplb.errors import (
@@ -44,7 +44,7 @@ class Request:
     :param layers: rows to update; all without it
     :param max_nbytes_per_step: bytes that the busiest rank sends or receives for each step at most; None: no limit
     :param after: work of the caller that comes before live weights are read
-    :raises InvalidOptions: if ``max_nbytes_per_step`` is no whole number of at least 1
+    :raises InvalidOptions: if ``max_nbytes_per_step`` is no whole number of at least 1, or a layer none
     """
 
     mode: Mode
@@ -54,7 +54,7 @@ class Request:
     after: DeviceEvent
 
     def __post_init__(self) -> None:
-        settle(self, InvalidOptions, max_nbytes_per_step=OrNone(Whole(1)))
+        settle(self, InvalidOptions, layers=OrNone(SetOf(Whole(0))), max_nbytes_per_step=OrNone(Whole(1)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.helpers import memory_world, on_all, together
@@ -67,6 +68,26 @@ async def test_inputs_that_differ_are_refused_on_every_rank(inputs: dict[str, An
         assert [type(outcome) for outcome in outcomes] == [PlacementDisagreement] * 2
         assert {outcome.ranks for outcome in outcomes} == {(1,)}
         assert (first.placement, second.placement) == (OLD, inputs.get("placement", OLD))
+
+
+@pytest.mark.anyio
+async def test_numbers_of_other_types_are_no_difference() -> None:
+    """Ranks agree on values, not on how a rank's program has written them (rule 23)."""
+    one, other = MemoryTransport.world(2)
+    inputs = {
+        "placement": ExpertPlacement(np.asfortranarray([[0, 1, 2, 3]] * 2), np.int8(4)),
+        "topology": EPTopology(np.int64(2), torch.tensor(2), np.uint8(2)),  # type: ignore[arg-type]
+        "options": {"staging_depth": np.int16(2), "operations_per_group": torch.tensor(256)},
+    }
+    new = ExpertPlacement(torch.tensor([[3, 2, 1, 0]] * 2), torch.tensor(4))  # type: ignore[arg-type]
+    async with updater(0, one) as first, updater(1, other, **inputs) as second:
+        outcomes = await together(
+            [
+                lambda: first.update(NEW, layers=[0, 1]),
+                lambda: second.update(new, layers=torch.tensor([1, 0])),  # type: ignore[arg-type]
+            ]
+        )
+    assert [outcome.layers for outcome in outcomes] == [(0, 1)] * 2
 
 
 @pytest.mark.anyio
