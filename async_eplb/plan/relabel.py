@@ -55,7 +55,7 @@ def relabel(old: ExpertPlacement, new: ExpertPlacement, topology: EPTopology) ->
     result = np.empty_like(after)  # [layers, ranks, slots]
     for layer, (held, wanted) in enumerate(zip(before, after, strict=True)):
         places = _rank_places(held, wanted, topology, assign)
-        result[layer] = _keep_slots(held, wanted[places])
+        result[layer] = keep_slots(held, wanted[places])
     return ExpertPlacement.from_mapping(
         rearrange(result, "layers ranks slots -> layers (ranks slots)"), new.num_logical_experts
     )
@@ -100,8 +100,12 @@ def _membership(maps: Ints, num_experts: int) -> npt.NDArray[np.bool_]:
     return has[:, :num_experts]
 
 
-def _keep_slots(held: Ints, wanted: Ints) -> Ints:
-    """Order each rank's experts so that slots whose expert stays keep it: ``[ranks, slots]``."""
+def keep_slots(held: Ints, wanted: Ints) -> Ints:
+    """Order each rank's experts so that slots whose expert stays keep it: ``[ranks, slots]``.
+
+    :param held: experts of each slot now, ``[ranks, slots]``
+    :param wanted: experts of each rank, in any order, ``[ranks, slots]``
+    """
     (held_order, held_key), (order, key) = _numbered(held), _numbered(wanted)  # all [ranks, slots], in ranked order
     # A replica stays where both have its number: as many of an expert as it has replicas on the rank in both.
     stays, placed = np.isin(held_key, key, assume_unique=True), np.isin(key, held_key, assume_unique=True)
@@ -125,7 +129,7 @@ def _numbered(maps: Ints) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
     ranked = np.take_along_axis(maps, order, axis=1)
     begins = np.where(ranked != np.roll(ranked, 1, axis=1), np.arange(slots), 0)  # place of each expert's first replica
     before = np.arange(slots) - np.maximum.accumulate(begins, axis=1)
-    rank = np.arange(num_ranks, dtype=np.int64)[:, None] << np.iinfo(maps.dtype).bits  # more than any expert
+    rank = np.arange(num_ranks, dtype=np.int64)[:, None] << 32  # more than any expert, whatever type the maps have
     return order, (rank + ranked + 1) * slots + before
 
 

@@ -1,16 +1,19 @@
 """A relabelled placement is as balanced and moves as little as any choice of places can."""
 
 from collections import Counter
+from dataclasses import fields
 from itertools import permutations, product
 
 import numpy as np
 import pytest
 from hypothesis import given
-from support.updates import Update, examples, random_update, updates
+from hypothesis import strategies as st
+from support.updates import PLANNERS, Update, examples, random_update, updates
 
 from async_eplb import EPTopology, ExpertPlacement, relabel
 from async_eplb.errors import InvalidPlacement, LayerCountMismatch
 from async_eplb.plan import layer_transfers
+from async_eplb.plan.relabel import keep_slots
 
 pytest.importorskip("scipy.optimize")  # here, so that the first example does not take its time
 
@@ -69,6 +72,19 @@ def test_slots_that_keep_their_expert_keep_their_place(update: Update) -> None:
         for before, after in zip(old, new, strict=True):
             shared = Counter(before.tolist()) & Counter(after.tolist())
             assert (before == after).sum() == shared.total()
+
+
+@examples
+@given(updates(), st.sampled_from(["int8", "int16", ">i4", "int64"]))
+def test_maps_of_any_type_of_integers_keep_the_same_slots(update: Update, dtype: str) -> None:
+    """And the same experts are moved."""
+    for old, new in zip(*(each.physical_to_logical_map for each in (update.old, update.new)), strict=True):
+        held, wanted = (row.reshape(update.topology.num_ranks, -1) for row in (old, new))
+        assert keep_slots(held.astype(dtype), wanted.astype(dtype)).tolist() == keep_slots(held, wanted).tolist()
+    maps = [each.physical_to_logical_map for each in (update.old, update.new)]
+    for planner in PLANNERS:
+        usual, other = (planner.transfers(*each, update.topology) for each in (maps, [m.astype(dtype) for m in maps]))
+        assert all((getattr(usual, each.name) == getattr(other, each.name)).all() for each in fields(usual))
 
 
 def test_a_placement_that_is_there_already_stays() -> None:
