@@ -300,15 +300,27 @@ def test_groups_on_several_nodes_are_brought_together() -> None:
     assert Incremental(1, num_groups=4)(load, current, SMALL) == current
 
 
+def test_three_groups_of_two_experts_on_two_nodes() -> None:
+    """The placement that DeepSeek, vLLM and SGLang compute."""
+    load, topology = ExpertLoad.from_counts([[10, 20]]), EPTopology(4, 2, 1)
+    assert Hierarchical(3).place(load, topology).physical_to_logical_map.tolist() == [[0, 1, 1, 0]]
+
+
 @examples
-@given(drifts())
+@given(drifts(), st.integers(1, 24))
 def test_groups_that_do_not_divide_over_nodes_do_not_bind(
-    case: tuple[ExpertLoad, ExpertPlacement, EPTopology],
+    case: tuple[ExpertLoad, ExpertPlacement, EPTopology], groups: int
 ) -> None:
-    """As in the published algorithm, experts then go anywhere."""
+    """As in the published algorithm, experts then go anywhere, also if they do not divide over the groups."""
     load, current, topology = case
-    if topology.num_nodes > 1:
-        assert Incremental(num_groups=1)(load, current, topology) == Incremental()(load, current, topology)
+    policies = Hierarchical(groups), Incremental(num_groups=groups)
+    if groups % topology.num_nodes:
+        assert policies[0](load, current, topology) == Global()(load, current, topology)
+        assert policies[1](load, current, topology) == Incremental()(load, current, topology)
+    elif load.num_logical_experts % groups:
+        for policy in policies:
+            with pytest.raises(InvalidOptions, match="groups do not divide"):
+                policy(load, current, topology)
 
 
 def test_balancedness_of_replicas_spread_evenly() -> None:
@@ -371,9 +383,13 @@ def test_a_load_of_another_model_is_refused(policy: PlacementPolicy) -> None:
             policy(ExpertLoad.from_counts(counts), CURRENT, SMALL)
 
 
-@pytest.mark.parametrize("num_groups", [0, 5, 24])
-def test_groups_that_do_not_divide_the_experts_are_refused(num_groups: int) -> None:
-    """Groups are equally large."""
+@pytest.mark.parametrize("num_groups", [8, 10, 24])
+def test_groups_that_stay_on_nodes_are_equally_large(num_groups: int) -> None:
+    """Those that divide over the nodes, and not the experts over them, are refused; no groups are never made."""
+    with pytest.raises(InvalidOptions, match="num_groups is 0"):
+        Hierarchical(0)
+    with pytest.raises(InvalidOptions, match="num_groups is 0"):
+        Incremental(num_groups=0)
     for policy in (Hierarchical(num_groups), Incremental(num_groups=num_groups)):
         with pytest.raises(InvalidOptions, match=f"{num_groups} groups do not divide 12"):
             policy(LOAD, CURRENT, SMALL)
