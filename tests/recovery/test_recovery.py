@@ -20,6 +20,7 @@ from async_eplb.errors import (
     ClosedUpdater,
     CommitFailed,
     DeadRankPlaced,
+    InvalidOptions,
     InvalidWeightSource,
     RankMismatch,
     TransferTimeout,
@@ -268,3 +269,70 @@ def test_safetensors_are_read_by_pattern(tmp_path: Path) -> None:
         SafetensorsSource(tmp_path, patterns, first_layer=3).load(1, 7)
     with pytest.raises(InvalidWeightSource, match="no safetensors"):
         SafetensorsSource(tmp_path / "nothing", patterns)
+
+
+PATTERN = "{layer}.{expert}"
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        *(["{layer}.{proj}.{expert}"], ["{}"], ["{0}.{expert}"], ["{layer}.{expert"], ["{layer}}.{expert}"]),
+        *(["{layer.name}.{expert}"], ["{layer[0]}.{expert}"], ["{layer:s}.{expert}"], ["{layer!x}.{expert}"]),
+        *([[PATTERN, "{proj}"]], [PATTERN, ["{layer}."]], ["w"], [None], [[None]], [b"{expert}"], [1], None, 1),
+        *([], [[]], [PATTERN, []], PATTERN),
+    ],
+    ids=repr,
+)
+def test_other_patterns_are_refused_when_they_are_given(tmp_path: Path, patterns: Any) -> None:
+    """Not when a rank has been lost."""
+    save_file({"0.0": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidOptions, match=r"^patterns is .*\{layer\} and \{expert\}") as caught:
+        SafetensorsSource(tmp_path, patterns)
+    assert caught.value.option == "patterns"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{layer:02d}.{expert}", "{{{layer}}}.{expert}", "{expert}", "{layer!r}-{expert:>3}"]
+)
+def test_patterns_are_those_of_python(tmp_path: Path, pattern: str) -> None:
+    """Widths, braces of the name itself, and models of one layer."""
+    save_file({pattern.format(layer=0, expert=1): torch.ones(2)}, tmp_path / "model.safetensors")
+    assert SafetensorsSource(tmp_path, [pattern]).load(0, 1)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("first_layer", ["3", 3.0, None, -1])
+def test_the_first_layer_is_a_whole_number(tmp_path: Path, first_layer: Any) -> None:
+    """Of any type."""
+    save_file({"4.0": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert SafetensorsSource(tmp_path, [PATTERN], first_layer=torch.tensor(3)).load(1, 0)[0].tolist() == [1, 1]  # type: ignore[arg-type]
+    with pytest.raises(InvalidOptions, match=r"^first_layer is"):
+        SafetensorsSource(tmp_path, [PATTERN], first_layer=first_layer)
+
+
+def test_an_expert_is_cut_out_of_a_tensor_of_all(tmp_path: Path) -> None:
+    """``convert`` is told which, beside tensors that have one expert each."""
+    fused, scales = torch.arange(24.0).view(4, 3, 2), torch.arange(4.0)
+    save_file({"5.w": fused, **{f"5.{e}.s": scales[e : e + 1].clone() for e in range(4)}}, tmp_path / "m.safetensors")
+
+    def convert(number: int, tensor: torch.Tensor, expert: int) -> torch.Tensor:
+        return tensor[expert].T if number == 0 else tensor
+
+    source = SafetensorsSource(tmp_path, ["{layer}.w", "{layer}.{expert}.s"], first_layer=5, convert=convert)
+    for expert in range(4):
+        weight, scale = source.load(0, expert)
+        assert torch.equal(weight, fused[expert].T)
+        assert scale.tolist() == [expert]
+
+
+def test_a_tensor_in_two_files_is_told(tmp_path: Path) -> None:
+    """With both files, unless an index says which; an index that says both is told, too."""
+    for number, file in enumerate(("a.safetensors", "b.safetensors")):
+        save_file({"0.0": torch.full((2,), number), f"0.{number + 1}": torch.zeros(2)}, tmp_path / file)
+    with pytest.raises(InvalidWeightSource, match=r"'0\.0' is in .*a\.safetensors and in .*b\.safetensors"):
+        SafetensorsSource(tmp_path, [PATTERN])
+    (tmp_path / INDEX).write_text('{"metadata": {"size": NaN}, "weight_map": {"0.0": "b.safetensors"}}')
+    assert SafetensorsSource(tmp_path, [PATTERN]).load(0, 0)[0].tolist() == [1, 1]
+    (tmp_path / INDEX).write_text('{"weight_map": {"0.0": "b.safetensors", "0.0": "a.safetensors"}}')
+    with pytest.raises(InvalidWeightSource, match=r"'0\.0' is in b\.safetensors and in a\.safetensors"):
+        SafetensorsSource(tmp_path, [PATTERN])
