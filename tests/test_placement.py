@@ -66,9 +66,10 @@ def test_equal_placements_have_equal_digests(placement: ExpertPlacement) -> None
     forms += [torch.tensor(table, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64)]
     if table.min() >= 0:
         forms += [table.astype("uint64"), torch.tensor(table, dtype=torch.uint8)]
+    numbers: list[Any] = [experts, np.int16(experts), torch.tensor(experts)]
     for form in forms:
         for make in (ExpertPlacement, ExpertPlacement.from_mapping):
-            for number in (experts, np.int16(experts), torch.tensor(experts)):
+            for number in numbers:
                 other = make(form, number)
                 assert (other.digest(), other, hash(other)) == (placement.digest(), placement, hash(placement))
 
@@ -80,7 +81,7 @@ def test_different_placements_have_different_digests(one: ExpertPlacement, other
     maps = [placement.physical_to_logical_map.tolist() for placement in (one, other)]
     alike = maps[0] == maps[1] and one.num_logical_experts == other.num_logical_experts
     assert (one.digest() == other.digest()) == alike
-    assert ExpertPlacement(maps[0], one.num_logical_experts + 1) != one  # type: ignore[arg-type]
+    assert ExpertPlacement.from_mapping(maps[0], one.num_logical_experts + 1) != one
 
 
 def test_the_shape_of_a_map_is_in_its_digest() -> None:

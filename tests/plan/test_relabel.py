@@ -78,12 +78,13 @@ def test_slots_that_keep_their_expert_keep_their_place(update: Update) -> None:
 @given(updates(), st.sampled_from(["int8", "int16", ">i4", "int64"]))
 def test_maps_of_any_type_of_integers_keep_the_same_slots(update: Update, dtype: str) -> None:
     """And the same experts are moved."""
-    for old, new in zip(*(each.physical_to_logical_map for each in (update.old, update.new)), strict=True):
+    before, after = update.old.physical_to_logical_map, update.new.physical_to_logical_map
+    for old, new in zip(before, after, strict=True):
         held, wanted = (row.reshape(update.topology.num_ranks, -1) for row in (old, new))
         assert keep_slots(held.astype(dtype), wanted.astype(dtype)).tolist() == keep_slots(held, wanted).tolist()
-    maps = [each.physical_to_logical_map for each in (update.old, update.new)]
     for planner in PLANNERS:
-        usual, other = (planner.transfers(*each, update.topology) for each in (maps, [m.astype(dtype) for m in maps]))
+        usual = planner.transfers(before, after, update.topology)
+        other = planner.transfers(before.astype(dtype), after.astype(dtype), update.topology)
         assert all((getattr(usual, each.name) == getattr(other, each.name)).all() for each in fields(usual))
 
 

@@ -9,7 +9,8 @@ from textwrap import dedent
 
 import pytest
 
-from async_eplb import Planner, UpdateOptions
+import async_eplb
+from async_eplb import Planner, UpdateOptions, errors
 from async_eplb.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,15 @@ def test_the_table_of_options_is_complete() -> None:
     defaults = {field.name: str(field.default).removesuffix(".0") for field in fields(UpdateOptions)}
     shown = {name: words.get(default, default) for name, default in defaults.items()}
     assert {name: default.strip('`"') for name, default in table.items()} == shown
+
+
+def test_every_name_in_code_can_be_imported_from_the_package() -> None:
+    """Or is an error: so that a piece of code can be copied, and its names found."""
+    code = [*re.findall(r"`([^`\n]+)`", README), *re.findall(r"^    .*", README, flags=re.MULTILINE)]
+    code = [re.sub(r"#.*|\".*?\"", "", line) for line in code]
+    used = {name for line in code for name in re.findall(r"(?<![\w.])[A-Z][a-z]\w*(?=[(`.,:]|$)", line)}
+    assert {"ExpertUpdater", "Rebalancer", "NcclOptions"} <= used
+    assert used - set(dir(async_eplb)) - set(dir(errors)) == set()
 
 
 def test_the_scripts_that_are_named_exist() -> None:

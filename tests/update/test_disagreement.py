@@ -75,7 +75,7 @@ async def test_numbers_of_other_types_are_no_difference() -> None:
     """Ranks agree on values, not on how a rank's program has written them (rule 23)."""
     one, other = MemoryTransport.world(2)
     inputs = {
-        "placement": ExpertPlacement(np.asfortranarray([[0, 1, 2, 3]] * 2), np.int8(4)),
+        "placement": ExpertPlacement(np.asfortranarray([[0, 1, 2, 3]] * 2), np.int8(4)),  # type: ignore[arg-type]
         "topology": EPTopology(np.int64(2), torch.tensor(2), np.uint8(2)),  # type: ignore[arg-type]
         "options": {"staging_depth": np.int16(2), "operations_per_group": torch.tensor(256)},
     }
@@ -84,7 +84,7 @@ async def test_numbers_of_other_types_are_no_difference() -> None:
         outcomes = await together(
             [
                 lambda: first.update(NEW, layers=[0, 1]),
-                lambda: second.update(new, layers=torch.tensor([1, 0])),  # type: ignore[arg-type]
+                lambda: second.update(new, layers=torch.tensor([1, 0])),
             ]
         )
     assert [outcome.layers for outcome in outcomes] == [(0, 1)] * 2
