@@ -16,20 +16,20 @@ from async_eplb.plan.balance import balanced
 
 @dataclass(frozen=True)
 class Capped:
-    """Items of one layer, some of them capped, with ranges of options; what bins hold besides."""
+    """Items of one layer, (first option, last, the one to begin with, whether it is capped); what bins hold besides."""
 
     bin_of: tuple[int, ...]
-    items: tuple[tuple[int, int, bool], ...]
+    items: tuple[tuple[int, int, int, bool], ...]
     load: tuple[int, ...]
     capped_load: tuple[int, ...]
 
     def chosen_bins(self) -> list[int]:
         """Return the bin of each item: capped items are balanced first, then all are."""
-        first, last, capped = (np.array([item[i] for item in self.items], dtype=np.intp) for i in range(3))
+        first, last, start, capped = (np.array(column, dtype=np.intp) for column in zip(*self.items, strict=True))
         layer, bin_of = np.zeros_like(first), np.array(self.bin_of)
         load, capped_load, inner = np.array([self.load]), np.array([self.capped_load]), np.flatnonzero(capped)
-        count, start = last - first + 1, first.copy()
-        start[inner] = balanced(first[inner], first[inner], count[inner], layer[inner], bin_of, capped_load)
+        count = last - first + 1
+        start[inner] = balanced(start[inner], first[inner], count[inner], layer[inner], bin_of, capped_load)
         chosen = balanced(start, first, count, layer, bin_of, load, capped == 1, capped_load)
         assert ((first <= chosen) & (chosen <= last)).all()
         return bin_of[chosen].tolist()
@@ -40,7 +40,7 @@ class Capped:
         inner, outer = 2 + count, 2 + count + num_bins  # nodes: source, sink, items, compartments, bins
         edges = [(inner + each, outer + each, cap - self.capped_load[each]) for each in range(num_bins)]
         edges += [(outer + each, 1, limit - self.load[each] - self.capped_load[each]) for each in range(num_bins)]
-        for number, (first, last, capped) in enumerate(self.items):
+        for number, (first, last, _, capped) in enumerate(self.items):
             edges.append((0, 2 + number, 1))
             bins = set(self.bin_of[first : last + 1])
             edges += [(2 + number, (inner if capped else outer) + each, 1) for each in bins]
@@ -55,7 +55,9 @@ def capped_items(draw: st.DrawFn) -> Capped:
     """Draw few bins, and more items than they have options."""
     num_bins, num_options = draw(st.integers(1, 4)), draw(st.integers(1, 8))
     option = st.integers(0, num_options - 1)
-    item = st.tuples(option, option, st.booleans()).map(lambda item: (min(item[:2]), max(item[:2]), item[2]))
+    item = st.builds(
+        lambda one, start, other, capped: (*sorted((one, start, other)), capped), option, option, option, st.booleans()
+    ).map(lambda item: (item[0], item[2], item[1], item[3]))
     counts = [draw(st.lists(st.integers(0, 3), min_size=num_bins, max_size=num_bins)) for _ in range(2)]
     bins = draw(st.lists(st.integers(0, num_bins - 1), min_size=num_options, max_size=num_options))
     return Capped(tuple(bins), tuple(draw(st.lists(item, min_size=1, max_size=12))), tuple(counts[0]), tuple(counts[1]))
@@ -64,18 +66,44 @@ def capped_items(draw: st.DrawFn) -> Capped:
 FULL_COMPARTMENT = Capped(
     bin_of=(1, 2, 0, 0, 1, 1, 1),
     items=(
-        *((0, 6, True), (0, 4, True), (2, 5, True), (0, 5, False), (0, 2, True)),
-        *((1, 2, True), (0, 2, True), (3, 3, True), (1, 5, False)),
+        *((0, 6, 3, True), (0, 4, 1, True), (2, 5, 3, True), (0, 5, 4, False), (0, 2, 0, True)),
+        *((1, 2, 1, True), (0, 2, 0, True), (3, 3, 3, True), (1, 5, 3, False)),
     ),
     load=(3, 3, 1),
     capped_load=(0, 0, 1),
 )
-"""A bin over the limit, nearer to room than its compartment, which is full: what is in the compartment stays there."""
+"""A bin over the limit is nearer to room than its compartment: what is in the compartment stays there."""
+TAKEN_BACK = Capped(
+    bin_of=(1, 0, 2, 2, 3, 3, 3, 3),
+    items=((2, 7, 7, True), (1, 7, 1, True), (0, 6, 0, True), (3, 3, 3, False)),
+    load=(1, 3, 0, 2),
+    capped_load=(0, 0, 2, 2),
+)
+"""A bin over the limit has only capped items that can go."""
+TOO_MUCH_AT_ONCE = Capped(
+    bin_of=(0, 0, 1, 0, 0, 1, 0, 1),
+    items=(
+        (1, 3, 2, True),
+        (1, 4, 1, False),
+        (3, 3, 3, True),
+        (2, 6, 2, True),
+        (1, 7, 6, True),
+        (4, 7, 4, True),
+        (5, 6, 5, False),
+        (2, 3, 3, True),
+        (2, 3, 2, True),
+    ),
+    load=(3, 2),
+    capped_load=(2, 2),
+)
+"""A capped item and another could leave a bin together, one of which is enough."""
 
 
 @pytest.mark.timeout(60)  # a wrong chain of moves has no end
 @examples
 @example(FULL_COMPARTMENT)
+@example(TAKEN_BACK)
+@example(TOO_MUCH_AT_ONCE)
 @given(capped_items())
 def test_capped_items_fill_no_bin_more_than_they_must(problem: Capped) -> None:
     """Capped items, then all: the fullest bin is the optimum of a maximum flow."""
