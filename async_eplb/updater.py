@@ -177,7 +177,7 @@ class ExpertUpdater(UpdaterViews):
         :param number: the engine's global number of the pass, if it has one: from 1, 1 more each time, equal on all
             ranks. A rank that skips or repeats one ends the running update on all ranks, with :class:`SkippedPass` on
             its handle. Without numbers, only ``max_step_skew`` finds such a rank
-        :raises StepMismatch: if ``number`` is less than 1
+        :raises StepMismatch: if ``number`` is no whole number of at least 1
         :raises RankInDoubt: if this boundary's fence was lost with a rank
         :raises BusyUpdater: inside :meth:`idle` or :meth:`paused`, or while another task is in ``step()``
         :raises Exception: what ``on_commit`` raised

@@ -32,6 +32,7 @@ from async_eplb import (
 from async_eplb.arguments import DEADLINE_S, Flag, Kind, OneOf, OrNone, Real, SetOf, Whole, take
 from async_eplb.errors import EplbError, InvalidOptions, InvalidPlacement, InvalidTopology
 from async_eplb.fuzz import Mishap, Scenario, Trouble, Tuning, scenario_for
+from async_eplb.fuzz.scenario import Traffic
 from async_eplb.plan import Planner, plan_layer
 from async_eplb.simulate import CLUSTERS, MODELS, Cluster, Link, Model, UpdateCase
 from async_eplb.transport import MemoryTransport
@@ -167,6 +168,7 @@ EXAMPLES: list[Any] = [
     UpdateCase(MODELS["gpt-oss-120b"], CLUSTERS["h100"], EPTopology(8, 1, 32), num_layers=8),
     Scenario(8),
     Tuning(),
+    Traffic(),
     Trouble(Mishap.DELAY, 8),
 ]
 NUMBERS = [

@@ -3,13 +3,18 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from async_eplb.agreement.ballot import Decision
 from async_eplb.agreement.shared import SharedAgreement
+from async_eplb.arguments import Whole, take
 from async_eplb.errors import BusyUpdater, StepMismatch
 from async_eplb.events.emit import Logger, emit
 from async_eplb.events.passes import PassTimer
 from async_eplb.events.schema import FenceWaited
+
+_NUMBER = Whole(1, 2**62)
+"""Ballots have 64 bits for it."""
 
 
 class Stepper:
@@ -127,6 +132,4 @@ class Stepper:
 
 def _boundary(number: int | None) -> int:
     """Return the number of a boundary as the engine counts it, and 0 if it does not count."""
-    if number is not None and number < 1:
-        raise StepMismatch(f"step({number}): numbers of passes begin at 1", steps=(number,))
-    return number or 0
+    return 0 if number is None else take(number, _NUMBER, "number", partial(StepMismatch, steps=()))

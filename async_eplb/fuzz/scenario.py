@@ -107,6 +107,9 @@ class Traffic:
     pause_after: int = 0
     numbered: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self, InvalidOptions, idle_every=Whole(0), pause_after=Whole(0), numbered=Flag())
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
@@ -137,8 +140,8 @@ class Scenario:
 
     def __post_init__(self) -> None:
         sizes = ("num_ranks", "num_nodes", "num_layers", "num_slots", "num_experts", "num_updates")
-        flags = ("serving", "numbered", "by_policy", "reorder")
-        settle(self, InvalidOptions, seed=Whole(0), idle_every=Whole(0), **dict.fromkeys(sizes, Whole(1)))
+        flags = ("serving", "goes_on", "by_policy", "reorder")
+        settle(self, InvalidOptions, seed=Whole(0), **dict.fromkeys(sizes, Whole(1)))
         settle(self, InvalidOptions, **dict.fromkeys(flags, Flag()))
 
     def to_json(self) -> str:

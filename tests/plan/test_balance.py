@@ -32,7 +32,7 @@ class Capped:
         start[inner] = balanced(start[inner], first[inner], count[inner], layer[inner], bin_of, capped_load)
         chosen = balanced(start, first, count, layer, bin_of, load, capped == 1, capped_load)
         assert ((first <= chosen) & (chosen <= last)).all()
-        return bin_of[chosen].tolist()
+        return [self.bin_of[option] for option in chosen]
 
     def fit(self, cap: int, limit: int) -> bool:
         """Return whether no bin must hold more capped items than ``cap``, and more in all than ``limit``."""

@@ -4,7 +4,9 @@ from functools import partial
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
+import torch
 from support.helpers import (
     MemoryRank,
     memory_world,
@@ -61,10 +63,13 @@ async def test_numbers_are_the_engines() -> None:
     old, _ = two_placements(TOPOLOGY, NUM_LAYERS, num_experts=6)
     async with memory_world(old, TOPOLOGY, schedule=SCHEDULE) as ranks:
         updater = ranks[0].updater
-        for number, step in ((41, 41), (42, 42), (44, 44), (44, 44), (43, 44), (45, 45)):
+        numbers: list[Any] = [41, np.int64(42), torch.tensor(44), np.array(44), np.uint8(43), 45]
+        for number, step in zip(numbers, (41, 42, 44, 44, 44, 45), strict=True):
             await updater.step(number)
             assert updater.statistics().step == step
-        for number in (0, -1):
+            assert type(updater.statistics().step) is int
+        wrong: list[Any] = [0, -1, "46", 46.0, True, torch.tensor([46]), 2**63]
+        for number in wrong:
             with pytest.raises(StepMismatch):
                 await updater.step(number)
 
