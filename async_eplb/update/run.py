@@ -71,7 +71,9 @@ class UpdateRun:
     @property
     def needs_recovery(self) -> bool:
         """Whether this rank and its peers can go on together only after ``recover()``."""
-        return needs_recovery(self.error, self._shared.faults, in_doubt=self._shared.in_doubt)
+        return needs_recovery(
+            self.error, self._shared.faults, in_doubt=self._shared.in_doubt or self.progress.copy_failed
+        )
 
     def cancel(self) -> None:
         """Ask all ranks to end the update after the layers that may already be under way."""
@@ -247,7 +249,7 @@ class UpdateRun:
             )
         if self.error is not None:
             self.error.add_note(f"layers committed before: {committed}; all others are as they were")
-            describe(self.error, progress, in_doubt=self._shared.in_doubt)
+            describe(self.error, progress, in_doubt=self._shared.in_doubt or self.progress.copy_failed)
         self._shared.end(failed=self.error is not None)
 
 
