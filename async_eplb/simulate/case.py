@@ -13,6 +13,7 @@ from async_eplb.simulate.clusters import Cluster
 from async_eplb.simulate.models import Model
 from async_eplb.topology import EPTopology
 
+MAX_RANKS = 1 << 20
 _SPARE = 1.125
 """Slots for each expert by default: one in nine is spare, as DeepSeek-V3 is served with 288 for 256."""
 
@@ -63,7 +64,7 @@ class UpdateCase:
         :param num_slots: of each rank, instead of as many as give each expert an eighth more
         :raises InvalidTopology: if ranks do not divide over nodes
         """
-        num_ranks = take(num_ranks, Whole(1), "num_ranks", InvalidTopology)
+        num_ranks = take(num_ranks, Whole(1, MAX_RANKS), "num_ranks", InvalidTopology)
         fewest = max(1, -(-num_ranks // cluster.num_ranks_per_node))
         if num_nodes is None:
             num_nodes = next((n for n in range(fewest, num_ranks) if num_ranks % n == 0), num_ranks)

@@ -12,7 +12,7 @@ from support.updates import PLANNERS, Update, examples, updates
 
 from async_eplb import EPTopology, ExpertPlacement, relabel
 from async_eplb.cli import main
-from async_eplb.errors import InvalidOptions, MissingExtra, TooFewSlots
+from async_eplb.errors import InvalidOptions, InvalidTopology, MissingExtra, TooFewSlots
 from async_eplb.plan import Planner, find_needs
 from async_eplb.simulate import (
     CLUSTERS,
@@ -137,6 +137,8 @@ def test_ranks_go_on_the_fewest_nodes_they_divide_over() -> None:
     model, cluster = MODELS["kimi-k2"], CLUSTERS["gb200"]
     assert UpdateCase.topology_for(model, cluster, 1024).num_nodes == 16
     assert UpdateCase.topology_for(model, cluster, 144) == EPTopology(144, 2, 3)
+    with pytest.raises(InvalidTopology):
+        UpdateCase.topology_for(model, cluster, 10**18 + 9)  # a prime
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
