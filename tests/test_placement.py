@@ -72,6 +72,8 @@ def test_equal_placements_have_equal_digests(placement: ExpertPlacement) -> None
             for number in numbers:
                 other = make(form, number)
                 assert (other.digest(), other, hash(other)) == (placement.digest(), placement, hash(placement))
+                assert other.physical_to_logical_map.dtype == np.int32
+                assert type(other.num_logical_experts) is int
 
 
 @examples

@@ -37,6 +37,8 @@ class ExpertLoad:
 
     def __post_init__(self) -> None:
         tokens = self.tokens
+        if not isinstance(tokens, np.ndarray):
+            raise InvalidLoad(f"{LOAD_KEY} is a {type(tokens).__name__}; from_counts takes all but arrays of numpy")
         if tokens.ndim != 2 or tokens.size == 0:  # noqa: PLR2004
             raise InvalidLoad(f"{LOAD_KEY} has shape {list(tokens.shape)}; it must be [layers, logical experts]")
         if tokens.dtype not in (np.int64, np.float64):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from async_eplb.errors import InvalidPlacement
+from async_eplb.arguments import SetOf, Whole, take
+from async_eplb.errors import InvalidOptions, InvalidPlacement
 from async_eplb.placement import EMPTY_SLOT, ExpertPlacement
 from async_eplb.topology import EPTopology
 
@@ -34,7 +35,9 @@ def on_survivors(placement: ExpertPlacement, topology: EPTopology, members: Coll
     :param placement: one column for each slot of the survivors, in rank order
     :param members: ranks that are left
     :raises InvalidPlacement: if it has another number of columns
+    :raises InvalidOptions: if a member is no rank
     """
+    members = take(members, SetOf(Whole(0, topology.num_ranks - 1)), "members", InvalidOptions)
     slots = topology.num_local_physical_experts
     if placement.num_physical_experts != len(members) * slots:
         raise InvalidPlacement(

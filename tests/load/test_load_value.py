@@ -110,3 +110,10 @@ def test_arbitrary_inline_documents_never_crash(document: str) -> None:
     """Any text is a load or a clear error."""
     with suppress(InvalidLoad):
         ExpertLoad.load('{"logical_count": ' + document + "}")
+
+
+@pytest.mark.parametrize("tokens", [None, 1, "[[1]]", [[1]], torch.tensor([[1]]), np.array([[1]], dtype=np.int32)])
+def test_a_load_itself_is_an_array_of_numpy(tokens: object) -> None:
+    """The constructor says what takes the others."""
+    with pytest.raises(InvalidLoad):
+        ExpertLoad(tokens)  # type: ignore[arg-type]

@@ -244,6 +244,17 @@ def test_homes_are_spread() -> None:
     ]
 
 
+def test_members_are_ranks_of_the_group() -> None:
+    """In any order and of any type of integers."""
+    alone = ExpertPlacement.from_mapping([[0, 1, 2, 3, 4, 5]])
+    for members in ([0, 2], (2, 0), {0, 2}, torch.tensor([2, 0])):
+        spread = on_survivors(alone, TOPOLOGY, members)
+        assert spread.physical_to_logical_map.tolist() == [[0, 1, 2, -1, -1, -1, 3, 4, 5]]
+    for wrong in ([0, 3], [-1, 0], ["0", "2"], [0.0, 2.0], 2, None):
+        with pytest.raises(InvalidOptions, match=r"^members is"):
+            on_survivors(alone, TOPOLOGY, wrong)  # type: ignore[arg-type]
+
+
 def test_safetensors_are_read_by_pattern(tmp_path: Path) -> None:
     """One expert's tensors, concatenated where a slot fuses them, out of the file that the index names."""
     gate, up, down = torch.full((2, 3), 1.0), torch.full((2, 3), 2.0), torch.full((3, 2), 3.0)
