@@ -121,8 +121,13 @@ class Agreement:
 
     def fail(self) -> None:
         """Give FAILED from now on: this rank cannot go on with the update."""
-        if self.status not in _LASTING:
+        if self.status not in {*_LASTING, Status.GIVEN_UP}:
             self.status = Status.FAILED
+
+    def give_up(self) -> None:
+        """Give GIVEN_UP from now on, which ends the update whether all ranks have begun it or not."""
+        if self.status not in _LASTING:
+            self.status = Status.GIVEN_UP
 
     def doubt(self) -> None:
         """Give IN_DOUBT from now on: this rank cannot go on without a recovery."""

@@ -163,6 +163,12 @@ class SharedAgreement:
         self._wake()
         self.ring()
 
+    def give_up(self) -> None:
+        """End the update in the next round, because a rank does not begin it."""
+        with self._lock:
+            self._agreement.give_up()
+        self._wake()
+
     def leave(self) -> None:
         """Make the next round the last."""
         with self._lock:
@@ -249,7 +255,8 @@ class SharedAgreement:
             self._require_no_doubt(number)
             if not boundaries.may_pass(number):
                 return False, None
-            skipped = self._agreement.running and number not in {0, boundaries.step + 1}
+            under_way = self._agreement.running and not self._agreement.update.over
+            skipped = under_way and number not in {0, boundaries.step + 1}
             if skipped:
                 self._skip(number)
             repeated = 0 < number <= boundaries.step

@@ -186,10 +186,12 @@ class Transport(Protocol):
         """Break the transport: exchanges under way end with an error, here and at the peers they are with."""
         ...
 
-    def replacement(self) -> "Transport":
+    def replacement(self, number: int) -> "Transport":
         """Return an unused transport between the same ranks, for when this one has broken; all ranks ask for one.
 
-        Control rounds of this one go on until it is closed. Called once at most.
+        Control rounds of this one go on until it is closed.
+
+        :param number: the same on all ranks, and another one each time
         """
         ...
 

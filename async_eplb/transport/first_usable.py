@@ -135,9 +135,9 @@ class FirstUsable:
         """Have the chosen one take other live weights."""
         await self._chosen.rebind(weights)
 
-    def replacement(self) -> Transport:
+    def replacement(self, number: int) -> Transport:
         """Return the chosen one's: what it can do is known."""
-        return self._chosen.replacement()
+        return self._chosen.replacement(number)
 
     def abort(self) -> None:
         """Abort the chosen one."""

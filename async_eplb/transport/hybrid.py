@@ -118,9 +118,9 @@ class HybridTransport:
             return far
         return _PreparedBoth(self, self._near.prepare(replace(exchange, groups=())), far)
 
-    def replacement(self) -> "HybridTransport":
+    def replacement(self, number: int) -> "HybridTransport":
         """Return an unused transport between the same ranks."""
-        return self._again(self._place.part("replacement"))
+        return self._again(self._place.part(f"replacement {number}"))
 
     def abort(self) -> None:
         """Break both parts."""

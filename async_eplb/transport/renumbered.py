@@ -113,9 +113,9 @@ class RenumberedTransport:
             prepared = self._transport.prepare(replace(exchange, groups=groups, pulls=pulls))
         return _RenumberedPrepared(prepared, self._members)
 
-    def replacement(self) -> "RenumberedTransport":
+    def replacement(self, number: int) -> "RenumberedTransport":
         """Return the transport's replacement, between the same ranks."""
-        return RenumberedTransport(self._transport.replacement(), self._members, self._num_ranks)
+        return RenumberedTransport(self._transport.replacement(number), self._members, self._num_ranks)
 
     def abort(self) -> None:
         """Abort the transport."""

@@ -50,14 +50,15 @@ class Boundary:
                 self._stages.copy(layer, step=step)
             except Exception as error:  # noqa: BLE001 - returned, and other ranks get to know
                 failure = self._hold_for(error, layer.planned.row, step)
+                self._failure.fail(failure)
                 break
-            progress.copied += 1
             try:
                 self._rank.on_commit(layer.planned.committed(step))
             except Exception as error:  # noqa: BLE001 - likewise; what was agreed is committed all the same
                 failure = failure or error
-        if failure is not None:
-            self._failure.fail(failure)
+                self._failure.fail(error)  # before the commit counts, and may be the last that the update waits for
+            finally:
+                progress.copied += 1
         try:  # agreement rule 3: behind the commits, on the thread that launches the model's own work
             while self._num_parts_launched < decision.parts_launched and self._failure.error is None:
                 self._stages.launch(*self._launchable.popleft())

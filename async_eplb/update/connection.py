@@ -1,5 +1,6 @@
 """The transport of an updater: opened, replaced after a failure that broke it, and closed."""
 
+from async_eplb.errors import BrokenTransport
 from async_eplb.transport.base import ControlGroup, Transport
 from async_eplb.update.rank import Rank
 
@@ -14,13 +15,10 @@ class Connection:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.is_broken = False
+        """Whether the next update opens a replacement; the same on all ranks that have seen the same updates."""
         self._of_rounds = transport
-        self._broken: Transport | None = None
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether the transport replaces one that broke, and is not open yet."""
-        return self._broken is not None
+        self._spent: list[Transport] = []
 
     async def open(self, rank: Rank) -> ControlGroup:
         """Open the transport for what this rank moves, with ranks of the same updater; return its control group."""
@@ -36,36 +34,44 @@ class Connection:
             relay_peers=rank.relay_peers if among_all else (),
         )
 
-    def replace(self) -> str:
-        """Have the next update open a replacement of the transport; all ranks do this after the same update.
+    def replace(self, generation: int) -> None:
+        """Put an unused transport in the place of the one that broke.
 
-        :returns: why it cannot be, such as that the store of its group is gone; else nothing
+        :param generation: of the update that opens it, so that all ranks that begin it open the same one
+        :raises BrokenTransport: if it cannot be replaced: the store of its group is gone, say
         """
+        if self.transport is not self._of_rounds:
+            self._spent.append(self.transport)
         try:
-            self._broken, self.transport = self.transport, self.transport.replacement()
-        except Exception as error:  # noqa: BLE001 - the caller goes on serving
-            return f"the transport of an update that failed cannot be replaced ({error}); recover() reopens it"
-        return ""
+            self.transport = self._of_rounds.replacement(generation)
+        except Exception as error:
+            raise BrokenTransport(
+                f"the transport of an update that failed cannot be replaced ({error}); recover() takes another one",
+                rank=self.transport.rank,
+            ) from error
 
     async def open_replacement(self, rank: Rank) -> None:
-        """Open the transport if it is a replacement, unless that was done. Control rounds go on meanwhile."""
-        broken, self._broken = self._broken, None
-        if broken is not None:
-            if broken is not self._of_rounds:
-                await broken.aclose()
-            await self.open(rank)
+        """Open the replacement. Control rounds go on meanwhile."""
+        await self._close_spent()
+        await self.open(rank)
+
+    async def _close_spent(self) -> None:
+        while self._spent:
+            await self._spent.pop().aclose()
 
     async def rebind(self, rank: Rank) -> None:
         """Have the transport take the rank's weights; a replacement that is not open yet is opened with them."""
-        if not self.is_replaced:
+        if not self.is_broken:
             await self.transport.rebind(rank.weights)
 
     def use(self, transport: Transport) -> None:
         """Go on with an open transport between the ranks that remain; the one before is closed."""
         self.transport = self._of_rounds = transport
-        self._broken = None
+        self.is_broken = False
 
     async def aclose(self) -> None:
         """Close all transports. Nothing may be under way."""
-        for transport in {id(each): each for each in (self.transport, self._broken, self._of_rounds) if each}.values():
-            await transport.aclose()
+        await self._close_spent()
+        if self.transport is not self._of_rounds:
+            await self.transport.aclose()
+        await self._of_rounds.aclose()

@@ -33,7 +33,7 @@ from async_eplb.update.watchdog import Activity, Doing, Watchdog
 class UpdateRun:
     """One update of one rank. Made when it is admitted; :meth:`run` runs it.
 
-    :param open_transport: opens the transport, unless it is open
+    :param open_transport: opens the transport; None if it is open
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class UpdateRun:
         transport: Transport,
         shared: SharedAgreement,
         pool: StagingPool,
-        open_transport: Callable[[], Awaitable[None]],
+        open_transport: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self.update = update
         self.pool = pool
@@ -156,7 +156,8 @@ class UpdateRun:
     async def _begin(self) -> None:
         """Plan, and let the other ranks know that this one has begun."""
         try:
-            await self._open_transport()
+            if self._open_transport is not None:
+                await self._open_transport()
             await self._stages.prepare()
         except Exception as error:  # noqa: BLE001 - the other ranks must get to know
             self.failure.error = error
@@ -179,15 +180,13 @@ class UpdateRun:
         if limit.cancelled_caught and not shared.outlook.begun:
             missing = shared.faults.waiting_for
             number = self.update.generation
-            self.failure.fail(
-                UpdateNotBegun(
-                    f"ranks {list(missing)} did not begin update {number} within {timeout_s} s",
-                    generation=number,
-                    ranks=missing,
-                    timeout_s=timeout_s,
-                ),
-                alone=True,
+            self.failure.error = UpdateNotBegun(
+                f"ranks {list(missing)} did not begin update {number} within {timeout_s} s",
+                generation=number,
+                ranks=missing,
+                timeout_s=timeout_s,
             )
+            shared.give_up()
         if shared.outlook.begun and self.error is None:
             self.journal.started(self.pool)
 

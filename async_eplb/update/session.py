@@ -185,13 +185,16 @@ class Session:
             gone=self.state.gone,
             generation=self._shared.outlook.following,
         )
+        opens = self.connection.is_broken
+        if opens:
+            self.connection.replace(update.generation)
         run = UpdateRun(
             self.rank,
             update,
             transport=self.connection.transport,
             shared=self._shared,
             pool=self.pool,
-            open_transport=partial(self.connection.open_replacement, self.rank),
+            open_transport=partial(self.connection.open_replacement, self.rank) if opens else None,
         )
         before, landed = self._layers
         self._layers = before + len(landed), run.progress.landed
@@ -240,7 +243,6 @@ class Session:
 
     async def _run(self, run: UpdateRun) -> None:
         """Run an update to its end, and keep what it has done and what it left broken."""
-        opens_transport = self.connection.is_replaced
         try:
             await run.run()
         except Exception as error:  # noqa: BLE001 - a defect
@@ -250,7 +252,7 @@ class Session:
             self._give_up(run, UpdateAborted(f"the event loop of rank {number} was shut down", ranks=(number,)))
             raise
         finally:
-            self._conclude(run, opens_transport=opens_transport)
+            self._conclude(run)
 
     def _give_up(self, run: UpdateRun, error: Exception) -> None:
         """End an update that did not come to its own end, so that nobody waits for ever, here or on other ranks."""
@@ -258,7 +260,7 @@ class Session:
         self._shared.fail(alone=True)
         self._shared.end(failed=True)
 
-    def _conclude(self, run: UpdateRun, *, opens_transport: bool) -> None:
+    def _conclude(self, run: UpdateRun) -> None:
         self.state.placement = self.placement
         self.running = None
         self.state.totals.add(failed=run.error is not None)
@@ -266,8 +268,9 @@ class Session:
             reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
-        elif (self._shared.outlook.void or (opens_transport and run.error)) and (why := self.connection.replace()):
-            self.life.enter(LifeState.BROKEN, why)
+        else:
+            outlook = self._shared.outlook  # what all ranks know that have begun it, so that they agree
+            self.connection.is_broken = outlook.void or (self.connection.is_broken and not outlook.begun)
         try:
             run.log_end()
         finally:

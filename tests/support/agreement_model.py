@@ -52,7 +52,7 @@ class Do(Enum):
     CANCEL = auto()
     FAIL = auto()
     GIVE_UP = auto()
-    """End the update alone, because others have not begun it."""
+    """Have the update end, because others have not begun it."""
     LEAVE = auto()
     QUIET = auto()
     """Traffic ends for good: all ranks go idle before the same boundary."""
@@ -337,8 +337,7 @@ class Actions:
         elif do is Do.FAIL and agreement.running and not agreement.update.over:
             agreement.fail()
         elif do is Do.GIVE_UP and agreement.running and not (agreement.update.begun or agreement.update.over):
-            agreement.fail()
-            agreement.update.over = True
+            agreement.give_up()
         elif do is Do.LEAVE:
             agreement.leave()
         elif do is Do.WAITED and not agreement.boundaries.may_pass():

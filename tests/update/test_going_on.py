@@ -8,7 +8,7 @@ import pytest
 from support.helpers import MemoryRank, memory_world, on_all, together, two_placements, until, with_virtual_time
 
 from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
-from async_eplb.errors import ClosedUpdater, CommitFailed, UpdateAborted, UpdateNotBegun
+from async_eplb.errors import BrokenTransport, ClosedUpdater, CommitFailed, UpdateAborted, UpdateNotBegun
 from async_eplb.transport import LaunchRule, MemorySchedule
 
 TOPOLOGY = EPTopology(num_ranks=3, num_nodes=1, num_local_physical_experts=3)
@@ -74,6 +74,26 @@ async def test_a_rank_that_missed_an_update_takes_part_in_the_next() -> None:
             rank.assert_consistent()
 
 
+async def test_a_rank_that_missed_an_update_opens_the_same_transport_as_the_others() -> None:
+    """The one before has broken the transport; the others have tried to replace it without the rank."""
+    old, new = two_placements(TOPOLOGY, 3, num_experts=6)
+    async with memory_world(old, TOPOLOGY, schedule=MemorySchedule(control_s=0.001), options=OPTIONS) as ranks:
+        handles = [rank.updater.begin(new) for rank in ranks]
+        await until(lambda: all(rank.updater.outlook.begun for rank in ranks))
+        ranks[0].transport.abort()
+        while not all(handle.done for handle in handles):
+            await on_all(ranks, lambda u: u.step())
+            await anyio.sleep(0.002)
+        for _ in range(2):
+            outcomes = await on_all(ranks[:2], lambda u: u.begin(new).wait())
+            assert any(isinstance(each, UpdateNotBegun) and each.ranks == (2,) for each in outcomes)
+            await until(lambda: len({rank.updater.outlook.following for rank in ranks}) == 1)
+        assert not [end for end in await serve(ranks, new) if isinstance(end, Exception)]
+        for rank in ranks:
+            assert rank.updater.placement == new
+            rank.assert_consistent()
+
+
 async def test_no_update_begins_while_a_rank_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is not copied on one rank: all are told, and all recover together."""
     old, new = two_placements(TOPOLOGY, 3, num_experts=6)
@@ -118,14 +138,14 @@ async def test_the_handle_of_an_update_that_has_ended_cancels_no_other() -> None
         assert not [end for end in await together([h.wait for h in handles]) if isinstance(end, Exception)]
 
 
-async def test_a_transport_that_cannot_be_replaced_closes_the_updater_and_no_more(
+async def test_a_transport_that_cannot_be_replaced_hurts_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store of its group is gone, say: serving goes on, and a recovery over another transport opens it again."""
     old, new = two_placements(TOPOLOGY, 3, num_experts=6)
     async with memory_world(old, TOPOLOGY, schedule=MemorySchedule(control_s=0.001), options=OPTIONS) as ranks:
 
-        def fail(_: object) -> None:
+        def fail(*_: object) -> None:
             raise OSError("no store")
 
         monkeypatch.setattr(MemoryTransport, "replacement", fail)
@@ -137,7 +157,7 @@ async def test_a_transport_that_cannot_be_replaced_closes_the_updater_and_no_mor
             await anyio.sleep(0.002)
         for rank in ranks:
             await rank.updater.step()
-            with pytest.raises(ClosedUpdater, match="no store"):
+            with pytest.raises(BrokenTransport, match="no store"):
                 rank.updater.begin(new)
         transports = MemoryTransport.world(3, MemorySchedule(control_s=0.001))
         await together([partial(rank.updater.recover, each) for rank, each in zip(ranks, transports, strict=True)])

@@ -139,9 +139,9 @@ class CopyEngineTransport(Member):
             raise BrokenTransport(f"{self!r} pulls slots, and moves no messages", rank=self.rank)
         return _PreparedPull(self._require_open, partial(_Pull, self, peers, exchange))
 
-    def replacement(self) -> "CopyEngineTransport":
+    def replacement(self, number: int) -> "CopyEngineTransport":
         """Return an unused transport between the same ranks, which maps their weights anew."""
-        place = self.board.part("replacement")
+        place = self.board.part(f"replacement {number}")
         return CopyEngineTransport(place, within_host=self._within_host, memory=self._make_memory)
 
     def abort(self) -> None:

@@ -115,9 +115,9 @@ class MemoryTransport:
         self._world.require_open(self._rank)
         return PreparedInMemory(self._world, self._rank, exchange)
 
-    def replacement(self) -> "MemoryTransport":
+    def replacement(self, number: int) -> "MemoryTransport":
         """Return this rank's transport in a world that replaces this one."""
-        return MemoryTransport(self._world.replacement(), self._rank)
+        return MemoryTransport(self._world.replacement(number), self._rank)
 
     def abort(self) -> None:
         """Leave the world."""

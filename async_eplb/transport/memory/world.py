@@ -59,7 +59,7 @@ class MemoryWorld:
         self.turns: dict[tuple[int, int, int], Event] = {}
         self.texts: dict[str, str] = {}
         """What ranks have left for each other."""
-        self._replacement: MemoryWorld | None = None
+        self._replacements: dict[int, MemoryWorld] = {}
 
     def require_open(self, rank: int) -> None:
         """Raise BrokenTransport unless a rank has opened its transport, and neither closed nor aborted it."""
@@ -97,18 +97,16 @@ class MemoryWorld:
             if rank not in each.rows:
                 each.over.set()
 
-        if self._replacement is not None:
-            self._replacement.die(rank)
+        for world in self._replacements.values():
+            world.die(rank)
 
-    def replacement(self) -> "MemoryWorld":
+    def replacement(self, number: int) -> "MemoryWorld":
         """Return the world of transports that replace this one's: with the same dead ranks, and no fault to come."""
-        if self._replacement is None:
+        if number not in self._replacements:
             schedule = replace(self.schedule, faults=(), lost_results=frozenset())
-            self._replacement = MemoryWorld(self.num_ranks, schedule)
-            self._replacement.run_id = self.run_id
-            self._replacement.dead = set(self.dead)
-            self._replacement.gone = set(self.dead)
-        return self._replacement
+            world = self._replacements[number] = MemoryWorld(self.num_ranks, schedule)
+            world.run_id, world.dead, world.gone = self.run_id, set(self.dead), set(self.dead)
+        return self._replacements[number]
 
     def turn(self, source: int, reader: int, number: int) -> Event:
         """Return the event of a reader's turn at a source."""

@@ -85,9 +85,9 @@ class TorchDistTransport(Member):
             raise BrokenTransport(f"{self!r} cannot move anything", rank=self.rank)
         return self._link.prepare(exchange)
 
-    def replacement(self) -> "TorchDistTransport":
+    def replacement(self, number: int) -> "TorchDistTransport":
         """Return an unused transport between the same ranks, with the same backend."""
-        return TorchDistTransport(self.board.part("replacement"), backend=self._backend, nccl=self._nccl)
+        return TorchDistTransport(self.board.part(f"replacement {number}"), backend=self._backend, nccl=self._nccl)
 
     def abort(self) -> None:
         """Break the transport and close its data connections."""
