@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from async_eplb.agreement.protocol import Agreement
 from async_eplb.errors import BrokenControlGroup, EplbError
 
 
@@ -37,6 +38,26 @@ class Outlook:
     step: int
     lead: int
     held: EplbError | None
+
+    @classmethod
+    def of(cls, agreement: Agreement, held: EplbError | None) -> "Outlook":
+        """Return an agreement's state at this moment."""
+        update, boundaries = agreement.update, agreement.boundaries
+        return cls(
+            generation=agreement.generation,
+            following=agreement.following,
+            agreed=update.agreed,
+            launched=update.launched,
+            limit=update.limit,
+            begun=update.begun,
+            over=update.over,
+            void=update.void,
+            demanded=agreement.demanded,
+            standing=boundaries.standing,
+            step=boundaries.step,
+            lead=agreement.lead.boundaries,
+            held=held,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class SharedAgreement:
         self._held: EplbError | None = None
         self.taken = 0
         """Waves of the update whose commit has begun, or will without fail: their decision is taken."""
-        self.outlook = self._look()
+        self.outlook = Outlook.of(self._agreement, self._held)
 
     def listen_with(self, doorbell: Doorbell) -> None:
         """Ring this doorbell from now on, from any thread, when there is something new."""
@@ -97,7 +97,7 @@ class SharedAgreement:
                 gone=verdict.gone,
                 in_doubt=self._agreement.ranks_in_doubt(ballots),
             )
-            self.outlook = self._look()
+            self.outlook = Outlook.of(self._agreement, self._held)
             is_news = (self.outlook, self.faults) != before or verdict.boundary > 0
             self._lock.notify_all()
         if is_news or promised or verdict.gone:
@@ -280,24 +280,6 @@ class SharedAgreement:
         with self._lock:
             self._lock.wait_for(lambda: self.may_pass(number))
 
-    def _look(self) -> Outlook:
-        agreement, update, boundaries = self._agreement, self._agreement.update, self._agreement.boundaries
-        return Outlook(
-            generation=agreement.generation,
-            following=agreement.following,
-            agreed=update.agreed,
-            launched=update.launched,
-            limit=update.limit,
-            begun=update.begun,
-            over=update.over,
-            void=update.void,
-            demanded=agreement.demanded,
-            standing=boundaries.standing,
-            step=boundaries.step,
-            lead=agreement.lead.boundaries,
-            held=self._held,
-        )
-
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Lock the agreement for the body, and then publish what it changed as the outlook."""
@@ -305,7 +287,7 @@ class SharedAgreement:
             try:
                 yield
             finally:
-                self.outlook = self._look()
+                self.outlook = Outlook.of(self._agreement, self._held)
 
     def _ring_at(self, step: int) -> None:
         """Ring when this boundary is passed; whoever waits for a later one then asks anew."""
