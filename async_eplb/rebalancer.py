@@ -259,6 +259,7 @@ class Rebalancer:
         )
         summary = None
         if decision.pays:
+            await updater.demands.until_unpaused()
             handle = updater.begin(decision.placement, max_nbytes_per_step=self.options.max_nbytes_per_step)
             summary = await handle.wait()
             self._num_moved += 1

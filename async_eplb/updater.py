@@ -234,7 +234,7 @@ class ExpertUpdater(UpdaterViews):
         self.home.require(self)
         if self._session.closed:
             raise ClosedUpdater(f"{self!r} cannot rebind weights")
-        if self._stepper.standing_for != "paused" or self.running is not None:
+        if not self.paused_now or self.running is not None:
             raise BusyUpdater(f"{self!r}: weights can be replaced inside paused() only, when no update is under way")
         await self._session.rebind(lambda: self._equipped(rebound(self._rank, weights)))
 
@@ -307,7 +307,7 @@ class ExpertUpdater(UpdaterViews):
             raise ClosedUpdater(f"{self!r} cannot update")
         if self.running is not None:
             raise BusyUpdater(f"{self!r}: wait for the running update before the next one")
-        if self._stepper.standing_for == "paused":
+        if self.paused_now:
             raise BusyUpdater(f"{self!r} is paused: an update can begin when it is not")
         return self._session.start_update(request)
 
@@ -316,9 +316,12 @@ class ExpertUpdater(UpdaterViews):
         self.home.require(self)
         if self.closed:
             raise ClosedUpdater(f"{self!r} cannot be {reason}")
-        with self._stepper.standing(reason):
-            try:
-                self._session.stand(after or self._rank.device.record())
-                yield
-            finally:
-                await self._session.stand_no_more()
+        try:
+            with self._stepper.standing(reason):
+                try:
+                    self._session.stand(after or self._rank.device.record())
+                    yield
+                finally:
+                    await self._session.stand_no_more()
+        finally:
+            self._shared.news.notify()

@@ -209,6 +209,31 @@ async def test_ranks_that_stand_rebalance_too() -> None:
         assert outcome.decision.reason is Reason.PAYS
 
 
+async def test_a_rebalance_waits_for_the_end_of_a_pause() -> None:
+    """Its policy ends inside the pause, in which no update can begin; afterwards it does."""
+    async with servers(every_steps=None) as world:
+        for server in world:
+            server.last_step = 20
+        while any(server.updater.statistics().step < 20 for server in world):
+            await anyio.lowlevel.checkpoint()
+        async with rebalancing(world), create_task_group() as tasks:
+            async with AsyncExitStack() as pauses:
+                for server in world:
+                    await pauses.enter_async_context(server.updater.paused())
+                tasks.start_soon(world[2].rebalancer.rebalance_now)
+                while not all(server.log.entries for server in world):
+                    await anyio.lowlevel.checkpoint()
+                for _ in range(20):
+                    await anyio.lowlevel.checkpoint()
+                assert all(server.rebalancer.statistics().running for server in world)
+                assert all(server.updater.running is None for server in world)
+            async with AsyncExitStack() as stack:
+                for server in world:
+                    await stack.enter_async_context(server.updater.idle())
+                while any(server.rebalancer.statistics().num_moved < 1 for server in world):
+                    await anyio.lowlevel.checkpoint()
+
+
 async def test_a_rebalance_is_logged_completely() -> None:
     """The costs, the gain and the outcome."""
     async with servers(every_steps=None) as world, rebalancing(world):

@@ -11,12 +11,16 @@ class RebalanceDemands:
     """Demands of rebalances, which control rounds carry to all ranks. Rebalances are counted from 1.
 
     :param closed: returns why no rebalance follows; empty if one can
+    :param paused: returns whether this rank is inside ``paused()``
     :param home: the only event loop to wait in; any thread may demand
     """
 
-    def __init__(self, shared: SharedAgreement, closed: Callable[[], str], home: HomeLoop) -> None:
+    def __init__(
+        self, shared: SharedAgreement, closed: Callable[[], str], paused: Callable[[], bool], home: HomeLoop
+    ) -> None:
         self._shared = shared
         self._closed = closed
+        self._paused = paused
         self._home = home
 
     def demand(self, number: int) -> None:
@@ -41,6 +45,14 @@ class RebalanceDemands:
             self.demand(number)
         if self._closed():
             raise ClosedUpdater(f"no rebalance {number} follows: {self._closed()}")
+
+    async def until_unpaused(self) -> None:
+        """Return when this rank is not inside ``paused()``, so that an update can begin.
+
+        :raises WrongEventLoop: in another event loop than the updater's
+        """
+        self._home.require(self)
+        await self._shared.until(lambda: not self._paused())
 
     async def until_step(self, number: int) -> None:
         """Return when this rank has passed boundary ``number``, counted as ``step()`` does, or makes no steps.

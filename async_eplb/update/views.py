@@ -43,7 +43,7 @@ class UpdaterViews:
             at_boundary=self.calls.make,
             passes=self._session.passes,
         )
-        self.demands = RebalanceDemands(self._shared, lambda: self.closed, self.home)
+        self.demands = RebalanceDemands(self._shared, lambda: self.closed, lambda: self.paused_now, self.home)
         """For a rebalancer: when all ranks make the next rebalance."""
 
     def __repr__(self) -> str:
@@ -90,6 +90,11 @@ class UpdaterViews:
     def placement(self) -> ExpertPlacement:
         """The placement that the live weights have, as far as committed."""
         return self._session.placement
+
+    @property
+    def paused_now(self) -> bool:
+        """Whether this rank is inside :meth:`ExpertUpdater.paused`."""
+        return self._stepper.standing_for == "paused"
 
     @property
     def closed(self) -> str:
