@@ -42,6 +42,14 @@ class Boundary:
         :param step: the boundary; 0 in the exclusive mode
         :returns: what went wrong with a commit, which the serving thread must raise; the update has then failed
         """
+        try:
+            return self._execute(decision, step=step)
+        except BaseException as error:  # a signal's handler has raised it anywhere, say in the middle of a copy
+            row = self._progress.rows[min(self._progress.copied, len(self._progress.rows) - 1)]
+            self._failure.fail(self._hold_for(error, row, step))
+            raise
+
+    def _execute(self, decision: Decision, *, step: int) -> Exception | None:
         progress = self._progress  # rule 2: every rank does this at the boundary of the same number
         failure: Exception | None = None
         while progress.copied < decision.copied and not progress.copy_failed:
@@ -100,7 +108,7 @@ class Boundary:
             self._progress.copied = self._progress.layers.index(layer) + 1
             self._rank.on_commit(layer.planned.committed(0))
 
-    def _hold_for(self, cause: Exception, row: int, step: int) -> CommitFailed:
+    def _hold_for(self, cause: BaseException, row: int, step: int) -> CommitFailed:
         """Keep this rank from passing boundaries, because peers have committed a layer that it cannot commit."""
         self._progress.copy_failed = True
         error = CommitFailed(

@@ -7,7 +7,7 @@ import anyio
 import pytest
 from support.helpers import MemoryRank, memory_world, on_all, together, two_placements, until, with_virtual_time
 
-from async_eplb import EPTopology, ExpertPlacement, MemoryTransport, UpdateOptions
+from async_eplb import EPTopology, ExpertPlacement, LayerCommit, MemoryTransport, UpdateOptions
 from async_eplb.errors import BrokenTransport, ClosedUpdater, CommitFailed, UpdateAborted, UpdateNotBegun
 from async_eplb.transport import LaunchRule, MemorySchedule
 
@@ -162,3 +162,31 @@ async def test_a_transport_that_cannot_be_replaced_hurts_no_step(
         transports = MemoryTransport.world(3, MemorySchedule(control_s=0.001))
         await together([partial(rank.updater.recover, each) for rank, each in zip(ranks, transports, strict=True)])
         assert not [end for end in await on_all(ranks, lambda u: u.update(new)) if isinstance(end, Exception)]
+
+
+async def test_an_interrupted_step_leaves_the_rank_in_doubt_and_nobody_waiting() -> None:
+    """A signal's handler raises in the middle of a commit: what it has done is not known, and leaving ends."""
+    old, new = two_placements(TOPOLOGY, 3, num_experts=6)
+    interrupted = False
+
+    def interrupt(commit: LayerCommit) -> None:
+        if commit.layer == 1:
+            raise KeyboardInterrupt
+
+    hooks = [lambda _: None, interrupt, lambda _: None]
+    with anyio.fail_after(30.0):
+        schedule = MemorySchedule(control_s=0.001)
+        async with memory_world(old, TOPOLOGY, schedule=schedule, options=OPTIONS, on_commit=hooks) as ranks:
+            handles = [rank.updater.begin(new) for rank in ranks]
+            while not interrupted:
+                for rank in ranks:
+                    try:
+                        await rank.updater.step()
+                    except KeyboardInterrupt:
+                        interrupted = True
+                await anyio.sleep(0.002)
+            outcomes = await together([handle.wait for handle in handles])
+            assert isinstance(outcomes[1], CommitFailed)
+            with pytest.raises(CommitFailed):
+                await ranks[1].updater.step()
+            await until(lambda: all(rank.updater.closed for rank in ranks))
