@@ -223,7 +223,7 @@ class Session:
 
     def execute(self, decision: Decision) -> Exception | None:
         """Carry out what is due at the boundary that the serving thread has just passed, on its current stream."""
-        run = self.running
+        run = self._agreed_on()
         if run is None:
             return None
         error = run.boundary.execute(decision, step=self._shared.outlook.step)
@@ -268,9 +268,9 @@ class Session:
             reason = f"an update failed with {type(run.error).__name__}; recover() reopens it"
             self.life.enter(LifeState.BROKEN, reason)
             self.state.failed_run = run
-        else:
-            outlook = self._shared.outlook  # what all ranks know that have begun it, so that they agree
-            self.connection.is_broken = outlook.void or (self.connection.is_broken and not outlook.begun)
+        else:  # decided by what all ranks know that have begun it
+            connection, outlook = self.connection, self._shared.outlook
+            connection.is_broken = outlook.void or (connection.is_broken and not outlook.begun)
         try:
             run.log_end()
         finally:
@@ -298,13 +298,18 @@ class Session:
     async def _do_due_work(self) -> None:
         """Do what is due while this rank stands."""
         async with self._due_work:
-            run, decision = self.running, self._shared.due_while_standing(for_good=self._for_good)
+            run, decision = self._agreed_on(), self._shared.due_while_standing(for_good=self._for_good)
             if decision is None or run is None or self._stood is None:
                 return
             with CancelScope(shield=True):
                 step = self._shared.outlook.step + 1
                 await run.boundary.execute_beside(decision, step=step, after=self._stood)
             self._shared.news.notify()
+
+    def _agreed_on(self) -> UpdateRun | None:
+        """Return the update under way; none until it has begun here, for decisions are still about the one before."""
+        run = self.running
+        return run if run is not None and run.update.generation == self._shared.outlook.generation else None
 
     def _generation_under_way(self) -> int:
         run = self.running
