@@ -87,13 +87,14 @@ class Watchdog:
         """Return what next takes too long, and was not returned before; never, if all goes well."""
         self._last_look = current_time(), self._steps()
         while True:
-            unreported = (activity for activity in self._activities if activity not in self._reported)
+            unreported = [activity for activity in self._activities if activity not in self._reported]
             first = min(unreported, key=self._left_s, default=None)
             if first is not None and self._left_s(first) <= 0:
                 self._reported.add(first)
                 return first
-            look_s = self.timeout_s / _LOOKS
-            await sleep(look_s if first is None else min(self._left_s(first), look_s))
+            # What needs steps is looked at regularly: its time may stand still.
+            left_s = (self._left_s(activity) for activity in unreported if not activity.doing.needs_steps)
+            await sleep(min((self.timeout_s / _LOOKS, *left_s)))
             self._look()
 
     def _look(self) -> None:

@@ -18,6 +18,7 @@ from async_eplb.errors import UpdateAborted, UpdateStalled
 from async_eplb.testing.workers import ScheduledWorkers
 from async_eplb.transport import LaunchRule, MemorySchedule
 from async_eplb.update.handle import UpdateHandle
+from async_eplb.update.watchdog import Doing, Watchdog
 from async_eplb.workers import Workers
 
 T = TypeVar("T")
@@ -130,6 +131,28 @@ def test_a_pause_is_no_stall(num_ranks: int, launch_rule: LaunchRule) -> None:
         if not trio.run(update, pause_after, clock=trio.testing.MockClock(autojump_threshold=0)):
             break
     assert pause_after > 3
+
+
+def test_a_clock_that_stands_still_is_looked_at_now_and_then() -> None:
+    """However little is left of the time of something that waits for steps: nobody spins while traffic pauses."""
+
+    async def watch() -> int:
+        start, looks = trio.current_time(), 0
+
+        def steps() -> float:
+            nonlocal looks
+            looks += 1
+            return min(trio.current_time() - start, 2.125)  # no step comes afterwards
+
+        watchdog = Watchdog(1.0, steps)
+        with watchdog.doing("agree", 0, Doing.AWAIT_STEP), watchdog.doing("plan", 1, Doing.PLAN):
+            await trio.sleep(0.06)
+            assert (await watchdog.until_stalled()).stage == "plan"
+            with trio.move_on_after(100.0):
+                await watchdog.until_stalled()
+        return looks
+
+    assert trio.run(watch, clock=trio.testing.MockClock(autojump_threshold=0)) < 1000
 
 
 def test_progress_is_no_stall() -> None:
