@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from async_eplb.errors import InvalidTable
-from async_eplb.slots import memory_fault
+from async_eplb.slots import first_overlap, memory_fault
 
 WIDE = "logical_to_all_physical_map"
 """The one table whose rows may be wider than what is published."""
@@ -58,10 +58,8 @@ def require_tables(tables: Mapping[str, Tensor], shapes: Mapping[str, Shape], de
     blocks = [runs(table) for table in tables.values()]
     owners = [name for name, each in zip(tables, blocks, strict=True) for _ in each]  # [blocks of all tables]
     start, nbytes = np.concatenate([np.zeros((0, 2), dtype=np.int64), *blocks]).T  # [blocks of all tables] each
-    order = np.argsort(start, kind="stable")
-    shared = np.flatnonzero((start + nbytes)[order][:-1] > start[order][1:])
-    if len(shared):
-        one, other = (owners[order[shared[0] + side]] for side in (0, 1))
+    if pair := first_overlap(start, nbytes):
+        one, other = (owners[place] for place in pair)
         raise InvalidTable(f"rows of the table {other} share memory with rows of {one}", table=other)
 
 

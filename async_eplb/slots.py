@@ -126,6 +126,17 @@ def memory_fault(tensor: Tensor) -> str:
         return _WRAPS.format(error)
 
 
+def first_overlap(start: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+    """Return the places of two blocks of memory that share a byte, by ascending address; None if no two do.
+
+    :param start: addresses of the blocks, ``[blocks]``
+    :param nbytes: their sizes, ``[blocks]``
+    """
+    order = np.argsort(start, kind="stable")
+    shared = np.flatnonzero((start + nbytes)[order][:-1] > start[order][1:])  # one begins before the last one ends
+    return (int(order[shared[0]]), int(order[shared[0] + 1])) if len(shared) else None
+
+
 def is_list(given: object) -> TypeGuard[Sequence[object]]:
     """Return whether something is a sequence of other things, and no text."""
     lists = Sequence, torch.nn.ParameterList

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from async_eplb.errors import InvalidSlot, InvalidWeights, MovedWeights, SlotCountMismatch
-from async_eplb.slots import SlotTensor, is_list, moved, slot_tensor
+from async_eplb.slots import SlotTensor, first_overlap, is_list, moved, slot_tensor
 
 Slots = Tensor | Sequence[Tensor]
 """One tensor of a row: ``[local physical experts, ...]``, or a list of one tensor for each local physical expert."""
@@ -185,16 +185,13 @@ def _require_as_many_slots(tensor: SlotTensor, first: SlotTensor) -> None:
 
 
 def _require_disjoint(tensors: Sequence[SlotTensor]) -> None:
-    """Check that no two slots share a byte, also of different tensors: no slot may begin before the last one ends.
+    """Check that no two slots share a byte, also of different tensors.
 
     :raises InvalidSlot: if two slots do
     """
     start = np.concatenate([tensor.addresses for tensor in tensors])  # [slots of all tensors]
-    end = np.concatenate([tensor.addresses + tensor.layout.nbytes for tensor in tensors])
-    order = np.argsort(start)
-    overlapping = np.flatnonzero(end[order][:-1] > start[order][1:])
-    if len(overlapping):
-        pair = order[overlapping[0] : overlapping[0] + 2]
+    nbytes = np.repeat([tensor.layout.nbytes for tensor in tensors], [tensor.num_slots for tensor in tensors])
+    if pair := first_overlap(start, nbytes):
         one, other = (tensors[number // tensors[0].num_slots].name for number in pair)
         what = (
             f"slots of {one} share memory or lie inside each other"
